@@ -1,0 +1,57 @@
+//! The host's physical memory as every layer above sees it: frames with an owner, and a window.
+//!
+//! One object implements [`HostMemory`] on the machine (the kernel's, over the frame
+//! allocator and the boot loader's mapping of all physical memory), another in host tests.
+
+use crate::addr::Hpa;
+
+/// Who a frame belongs to. Freeing under another owner's name is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// The hypervisor itself: heap, stacks, per-CPU data, VMXON and host-save areas.
+    Host,
+    /// RAM of the VM with this number.
+    VmRam(u16),
+    /// Nested page tables, VMCS/VMCB, bitmaps of the VM with this number.
+    VmTables(u16),
+}
+
+/// No run of free frames of the wanted size and alignment is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfFrames {
+    /// Frames that were asked for, 4 KiB each.
+    pub frames: u64,
+}
+
+/// Allocation of and access to host-physical memory. Implementations are shared by all pCPUs.
+///
+/// Accesses outside installed RAM panic: callers pass only addresses that they got from
+/// `allocate` (guests' addresses go through `GuestMemory`, which checks them).
+pub trait HostMemory: Send + Sync {
+    /// Takes `frames` contiguous, zeroed 4 KiB frames, aligned to `align` bytes (a power of two, at least 4096).
+    ///
+    /// # Errors
+    /// `OutOfFrames` when no such run is free.
+    fn allocate(&self, frames: u64, align: u64, owner: Owner) -> Result<Hpa, OutOfFrames>;
+
+    /// Gives back frames taken with `allocate`.
+    ///
+    /// # Panics
+    /// When the frames are not all owned by `owner`: a double free or a mix-up between VMs.
+    fn free(&self, base: Hpa, frames: u64, owner: Owner);
+
+    /// A host pointer to `hpa`, valid to the end of its frame run. Making it is safe, using it is not.
+    fn pointer(&self, hpa: Hpa) -> *mut u8;
+
+    /// Copies `to.len()` bytes out of host-physical memory.
+    fn read(&self, from: Hpa, to: &mut [u8]);
+
+    /// Copies bytes into host-physical memory.
+    fn write(&self, to: Hpa, from: &[u8]);
+
+    /// Reads an aligned 64-bit word in one access (page-table entries).
+    fn read_u64(&self, from: Hpa) -> u64;
+
+    /// Writes an aligned 64-bit word in one access (page-table entries).
+    fn write_u64(&self, to: Hpa, value: u64);
+}

@@ -1,0 +1,13 @@
+//! Memory: addresses as types, frames with owners, nested page tables, guest memory.
+//!
+//! Unsafe code lives only in the module that touches frames.
+#![cfg_attr(not(test), no_std)]
+
+pub mod access;
+pub mod addr;
+pub mod host;
+pub mod nested;
+
+pub use access::{Direction, Width};
+pub use addr::{Gpa, Gva, Hpa, PAGE_SIZE, PAGE_SIZE_1G, PAGE_SIZE_2M};
+pub use host::{HostMemory, OutOfFrames, Owner};

@@ -1,0 +1,247 @@
+//! VT-x and AMD-V behind one pair of traits.
+//!
+//! [`Backend`] is a processor's virtualization hardware: check it, turn it on, make vCPUs.
+//! [`VirtualCpu`] is one vCPU: load it on a pCPU, enter it, read why it came back. Above
+//! this crate nobody knows which vendor it is.
+//!
+//! Unsafe: this crate runs the virtualization instructions and switches the processor's
+//! state between host and guest; that cannot be done in safe Rust.
+#![cfg_attr(not(test), no_std)]
+
+extern crate alloc;
+
+pub mod exit;
+pub mod preflight;
+pub mod state;
+
+use alloc::string::String;
+use core::fmt;
+
+use mem::{HostMemory, Hpa, OutOfFrames, nested::EntryFormat};
+
+pub use exit::{CrAccess, Exit, NestedPageFault, PortIo};
+pub use preflight::{Feature, Need, Preflight, Status};
+pub use state::{
+    AccessRights, CpuMode, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName,
+};
+
+/// Why virtualization could not be turned on for this pCPU, or a vCPU not be made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VirtError {
+    /// A required feature is not usable: see the pre-flight text.
+    Preflight(Preflight),
+    /// No frames for a hardware structure.
+    OutOfFrames(OutOfFrames),
+    /// A virtualization instruction failed; which one, and the processor's error number.
+    Instruction {
+        /// Mnemonic.
+        name: &'static str,
+        /// VM-instruction error number, or 0 where there is none.
+        error: u32,
+    },
+}
+
+impl From<OutOfFrames> for VirtError {
+    fn from(e: OutOfFrames) -> Self {
+        VirtError::OutOfFrames(e)
+    }
+}
+
+impl fmt::Display for VirtError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            VirtError::Preflight(p) => {
+                write!(f, "a required processor feature is not usable:\n{p}")
+            }
+            VirtError::OutOfFrames(e) => write!(f, "no {} contiguous free frames left", e.frames),
+            VirtError::Instruction { name, error } => write!(f, "{name} failed with error {error}"),
+        }
+    }
+}
+
+/// What a vCPU is made for.
+#[derive(Clone, Copy, Debug)]
+pub struct VcpuSetup {
+    /// VM number: owner of the frames taken (`Owner::VmTables`), basis of the ASID / VPID.
+    pub vm: u16,
+    /// vCPU number within its VM.
+    pub vcpu: u16,
+    /// Address-space tag (VPID / ASID), unique per vCPU, from 1. The backend falls back to flushing when it exceeds what the processor has.
+    pub tag: u32,
+    /// Root of the VM's nested page tables.
+    pub nested_root: Hpa,
+}
+
+/// One vendor's virtualization hardware. One value per machine, shared by its pCPUs.
+pub trait Backend: Sized + Send + Sync + 'static {
+    /// The vCPU of this vendor.
+    type Vcpu: VirtualCpu;
+    /// The nested-paging entries of this vendor.
+    type Format: EntryFormat;
+    /// "VT-x" or "AMD-V".
+    const NAME: &'static str;
+
+    /// Examines this pCPU. Changes nothing.
+    fn preflight() -> Preflight;
+
+    /// Reads the capabilities of this pCPU and prepares what all pCPUs share.
+    ///
+    /// # Errors
+    /// [`VirtError::Preflight`] when a required feature is not usable, or no frames.
+    fn new(memory: &'static dyn HostMemory) -> Result<Self, VirtError>;
+
+    /// Turns virtualization on for the pCPU that calls (VMXON / EFER.SVME), once per pCPU.
+    /// The backend finds this pCPU's private areas again by `cpu`, the pCPU number below 256.
+    ///
+    /// # Errors
+    /// As `new`; also when this pCPU lacks what the first one had.
+    fn enable(&self, cpu: usize) -> Result<(), VirtError>;
+
+    /// Nested-paging entry format with this processor's capabilities.
+    fn format(&self) -> Self::Format;
+
+    /// Makes a vCPU in the reset state, not loaded anywhere.
+    ///
+    /// # Errors
+    /// No frames, or a virtualization instruction failed.
+    fn create_vcpu(&self, setup: VcpuSetup) -> Result<Self::Vcpu, VirtError>;
+
+    /// Drops cached translations of these nested page tables on the calling pCPU, after a mapping was taken away or narrowed.
+    fn flush_nested(&self, root: Hpa);
+}
+
+/// One vCPU's hardware state. Owned by the pCPU on which it is loaded.
+///
+/// Order of calls: `load`, then any number of accessors and `enter`, then `unload`.
+/// Accessors other than `load` may be called only while loaded. Host interrupts are
+/// disabled from `load` to `unload`, but for the windows that the kernel opens between entries.
+///
+/// A register that the guest could not have set itself (reserved bits) must be refused by
+/// the caller before it gets here; the VMM does, with #GP.
+pub trait VirtualCpu: Send + 'static {
+    /// Makes this vCPU current on pCPU `cpu`: VMPTRLD, guest's FPU/XCR0, debug registers and the MSRs that
+    /// are not switched at each entry. Host values that the hypervisor needs are kept aside.
+    fn load(&mut self, cpu: usize);
+
+    /// Takes the vCPU off its pCPU, saving all that `load` loaded.
+    fn unload(&mut self);
+
+    /// Runs the guest until it exits. An event that an exit interrupted in delivery is
+    /// delivered again at the next `enter` by the backend itself, unless `cancel_injection` is called.
+    fn enter(&mut self) -> Exit;
+
+    /// A general-purpose register, RSP included.
+    fn gpr(&self, gpr: Gpr) -> u64;
+    /// Sets a general-purpose register, RSP included.
+    fn set_gpr(&mut self, gpr: Gpr, value: u64);
+    /// Instruction pointer (offset in CS).
+    fn rip(&self) -> u64;
+    /// Sets the instruction pointer.
+    fn set_rip(&mut self, rip: u64);
+    /// RFLAGS.
+    fn rflags(&self) -> u64;
+    /// Sets RFLAGS.
+    fn set_rflags(&mut self, rflags: u64);
+    /// A segment register with its hidden part.
+    fn segment(&self, name: SegmentName) -> Segment;
+    /// Sets a segment register with its hidden part.
+    fn set_segment(&mut self, name: SegmentName, segment: Segment);
+    /// CR0 as the guest sees it.
+    fn cr0(&self) -> u64;
+    /// Sets CR0 as the guest sees it. EFER.LMA and the IA-32e entry control follow (SDM vol. 3A, section 10.8.5).
+    fn set_cr0(&mut self, value: u64);
+    /// CR2.
+    fn cr2(&self) -> u64;
+    /// Sets CR2.
+    fn set_cr2(&mut self, value: u64);
+    /// CR3.
+    fn cr3(&self) -> u64;
+    /// Sets CR3 and drops the guest's cached non-global translations.
+    fn set_cr3(&mut self, value: u64);
+    /// CR4 as the guest sees it.
+    fn cr4(&self) -> u64;
+    /// Sets CR4 as the guest sees it.
+    fn set_cr4(&mut self, value: u64);
+    /// IA32_EFER as the guest sees it (no SVME).
+    fn efer(&self) -> u64;
+    /// Sets IA32_EFER as the guest sees it; LMA follows from LME and CR0.PG.
+    fn set_efer(&mut self, value: u64);
+    /// XCR0.
+    fn xcr0(&self) -> u64;
+    /// Sets XCR0, already checked by the caller.
+    fn set_xcr0(&mut self, value: u64);
+    /// Everything, for a dump or to start from.
+    fn state(&self) -> CpuState;
+    /// Sets everything: reset, boot protocol entry, start-up IPI.
+    fn set_state(&mut self, state: &CpuState);
+
+    /// A guest MSR that the hardware switches (FS/GS/KERNEL_GS base, STAR, LSTAR, CSTAR, SFMASK,
+    /// SYSENTER_*, PAT, TSC_AUX, SPEC_CTRL, DEBUGCTL); `None` for any other. Most of these don't exit.
+    fn msr(&self, number: u32) -> Option<u64>;
+    /// Sets such an MSR. `false`: not one of them.
+    fn set_msr(&mut self, number: u32, value: u64) -> bool;
+    /// Guest TSC minus host TSC, in ticks, wrapping.
+    fn set_tsc_offset(&mut self, offset: u64);
+
+    /// Steps over the instruction that caused this exit and clears the interrupt shadow.
+    /// `length`: bytes, where the VMM decoded it; `None`: the backend knows (hardware-reported
+    /// length or next RIP; on AMD-V without NRIP save, the architectural length of the exit's one encoding).
+    fn skip_instruction(&mut self, length: Option<u8>);
+
+    /// Instruction bytes that the hardware fetched with a nested page fault (AMD decode assists); empty where it does not.
+    fn instruction_bytes(&self) -> &[u8];
+
+    /// Whether a maskable interrupt would be taken now: RFLAGS.IF, no shadow, nothing queued.
+    fn interrupt_ready(&self) -> bool;
+    /// Whether an NMI would be taken now.
+    fn nmi_ready(&self) -> bool;
+    /// Queues an event for the next `enter`. At most one; a queued exception replaces a queued interrupt only as the caller decides.
+    fn inject(&mut self, event: Event);
+    /// The event queued for the next entry: by `inject`, or one whose delivery the last exit interrupted.
+    fn queued(&self) -> Option<Event>;
+    /// Takes back what is queued.
+    fn cancel_injection(&mut self);
+    /// Asks for `Exit::InterruptWindow` as soon as an interrupt could be taken.
+    fn request_interrupt_window(&mut self, on: bool);
+    /// Asks for `Exit::NmiWindow` as soon as an NMI could be taken.
+    fn request_nmi_window(&mut self, on: bool);
+
+    /// Host TSC at which the guest must exit at the latest. `true`: the backend sees to it (preemption
+    /// timer, `Exit::Deadline`); `false`: the caller must program a host timer interrupt.
+    fn set_deadline(&mut self, host_tsc: u64) -> bool;
+
+    /// Drops the guest's own cached translations (its CR3 space) at the next entry.
+    fn flush_guest_tlb(&mut self);
+
+    /// After `Exit::EntryFailure`: which checks of the manual the state fails, in words.
+    fn explain_entry_failure(&self) -> String;
+
+    /// Processor mode now.
+    fn mode(&self) -> CpuMode {
+        let cs = self.segment(SegmentName::Cs);
+        if self.cr0() & 1 == 0 {
+            CpuMode::Real
+        } else if self.rflags() & (1 << 17) != 0 {
+            CpuMode::Virtual8086
+        } else if self.efer() & (1 << 10) != 0 {
+            match (cs.rights.long(), cs.rights.default_big()) {
+                (true, _) => CpuMode::Long64,
+                (false, true) => CpuMode::Compatibility32,
+                (false, false) => CpuMode::Compatibility16,
+            }
+        } else if cs.rights.default_big() {
+            CpuMode::Protected32
+        } else {
+            CpuMode::Protected16
+        }
+    }
+
+    /// Current privilege level, 0 to 3 (SS.DPL).
+    fn cpl(&self) -> u8 {
+        match self.mode() {
+            CpuMode::Real => 0,
+            CpuMode::Virtual8086 => 3,
+            _ => self.segment(SegmentName::Ss).rights.dpl(),
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! Guest register state in vendor-neutral form.
+
+use bitfield_struct::bitfield;
+
+/// General-purpose registers by their encoding (SDM vol. 2A, table 3-1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+#[expect(missing_docs, reason = "register names say it all")]
+pub enum Gpr {
+    Rax = 0,
+    Rcx,
+    Rdx,
+    Rbx,
+    Rsp,
+    Rbp,
+    Rsi,
+    Rdi,
+    R8,
+    R9,
+    R10,
+    R11,
+    R12,
+    R13,
+    R14,
+    R15,
+}
+
+impl Gpr {
+    /// All registers, by encoding.
+    pub const ALL: [Gpr; 16] = [
+        Gpr::Rax,
+        Gpr::Rcx,
+        Gpr::Rdx,
+        Gpr::Rbx,
+        Gpr::Rsp,
+        Gpr::Rbp,
+        Gpr::Rsi,
+        Gpr::Rdi,
+        Gpr::R8,
+        Gpr::R9,
+        Gpr::R10,
+        Gpr::R11,
+        Gpr::R12,
+        Gpr::R13,
+        Gpr::R14,
+        Gpr::R15,
+    ];
+}
+
+/// Segment registers and the two system segments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+#[expect(missing_docs, reason = "register names say it all")]
+pub enum SegmentName {
+    Es = 0,
+    Cs,
+    Ss,
+    Ds,
+    Fs,
+    Gs,
+    Ldtr,
+    Tr,
+}
+
+/// Access rights of a segment, in the layout of the VMCS (SDM vol. 3C, table 25-2).
+#[bitfield(u32)]
+#[derive(PartialEq, Eq)]
+pub struct AccessRights {
+    /// Type field of the descriptor.
+    #[bits(4)]
+    pub kind: u8,
+    /// S: code or data (1), system (0).
+    pub code_or_data: bool,
+    /// DPL.
+    #[bits(2)]
+    pub dpl: u8,
+    /// P.
+    pub present: bool,
+    #[bits(4)]
+    __: u8,
+    /// AVL.
+    pub available: bool,
+    /// L: 64-bit code segment.
+    pub long: bool,
+    /// D/B: default operation size.
+    pub default_big: bool,
+    /// G: limit in 4 KiB units.
+    pub granularity: bool,
+    /// The segment is unusable (null).
+    pub unusable: bool,
+    #[bits(15)]
+    __: u32,
+}
+
+/// A segment register with its hidden part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Visible selector.
+    pub selector: u16,
+    /// Linear base address.
+    pub base: u64,
+    /// Limit in bytes (already scaled by G).
+    pub limit: u32,
+    /// Access rights.
+    pub rights: AccessRights,
+}
+
+/// GDTR or IDTR.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DescriptorTable {
+    /// Linear base address.
+    pub base: u64,
+    /// Limit in bytes.
+    pub limit: u16,
+}
+
+/// Processor mode, from CR0.PE, EFER.LMA, RFLAGS.VM and CS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names are the manuals'")]
+pub enum CpuMode {
+    Real,
+    Virtual8086,
+    Protected16,
+    Protected32,
+    Compatibility16,
+    Compatibility32,
+    Long64,
+}
+
+/// All of a vCPU's architectural state that lives in hardware structures, for set-up and dumps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CpuState {
+    /// General-purpose registers by encoding.
+    pub gprs: [u64; 16],
+    /// Instruction pointer.
+    pub rip: u64,
+    /// Flags.
+    pub rflags: u64,
+    /// Control registers as the guest sees them.
+    pub cr0: u64,
+    /// Page-fault linear address.
+    pub cr2: u64,
+    /// Page-table base.
+    pub cr3: u64,
+    /// As the guest sees it.
+    pub cr4: u64,
+    /// IA32_EFER as the guest sees it.
+    pub efer: u64,
+    /// ES, CS, SS, DS, FS, GS, LDTR, TR by [`SegmentName`].
+    pub segments: [Segment; 8],
+    /// GDTR.
+    pub gdtr: DescriptorTable,
+    /// IDTR.
+    pub idtr: DescriptorTable,
+    /// DR0 to DR3.
+    pub dr: [u64; 4],
+    /// DR6.
+    pub dr6: u64,
+    /// DR7.
+    pub dr7: u64,
+    /// XCR0.
+    pub xcr0: u64,
+}
+
+impl CpuState {
+    /// State after power-up or RESET (SDM vol. 3A, table 10-1): real mode at F000:FFF0.
+    pub fn reset() -> Self {
+        let data = Segment {
+            selector: 0,
+            base: 0,
+            limit: 0xffff,
+            rights: AccessRights::new()
+                .with_kind(3)
+                .with_code_or_data(true)
+                .with_present(true),
+        };
+        let mut segments = [data; 8];
+        segments[SegmentName::Cs as usize] = Segment {
+            selector: 0xf000,
+            base: 0xffff_0000,
+            limit: 0xffff,
+            rights: data.rights.with_kind(0xb),
+        };
+        segments[SegmentName::Ldtr as usize].rights =
+            AccessRights::new().with_kind(2).with_present(true);
+        segments[SegmentName::Tr as usize].rights =
+            AccessRights::new().with_kind(0xb).with_present(true);
+        CpuState {
+            gprs: [0; 16],
+            rip: 0xfff0,
+            rflags: 2,
+            cr0: 0x6000_0010,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            segments,
+            gdtr: DescriptorTable {
+                base: 0,
+                limit: 0xffff,
+            },
+            idtr: DescriptorTable {
+                base: 0,
+                limit: 0xffff,
+            },
+            dr: [0; 4],
+            dr6: 0xffff_0ff0,
+            dr7: 0x400,
+            xcr0: 1,
+        }
+    }
+}
+
+/// An event to deliver at the next entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A maskable interrupt from the local APIC or the PIC.
+    Interrupt(u8),
+    /// A non-maskable interrupt.
+    Nmi,
+    /// A hardware exception; for #PF set CR2 first.
+    Exception {
+        /// Vector, 0 to 31.
+        vector: u8,
+        /// Error code, where the vector pushes one.
+        error_code: Option<u32>,
+    },
+}
