@@ -166,6 +166,10 @@ pub trait VirtualCpu: Send + 'static {
     fn efer(&self) -> u64;
     /// Sets IA32_EFER as the guest sees it; LMA follows from LME and CR0.PG.
     fn set_efer(&mut self, value: u64);
+    /// DR6 as the guest sees it.
+    fn dr6(&self) -> u64;
+    /// Sets DR6 (the VMM sets BS when it steps over an instruction with RFLAGS.TF set).
+    fn set_dr6(&mut self, value: u64);
     /// XCR0.
     fn xcr0(&self) -> u64;
     /// Sets XCR0, already checked by the caller.
