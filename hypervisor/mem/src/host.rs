@@ -23,6 +23,19 @@ pub struct OutOfFrames {
     pub frames: u64,
 }
 
+impl core::fmt::Display for OutOfFrames {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self.frames {
+            1 => write!(f, "no free frame left"),
+            n => write!(
+                f,
+                "no {n} contiguous free frames left ({} KiB)",
+                n.saturating_mul(4)
+            ),
+        }
+    }
+}
+
 /// Allocation of and access to host-physical memory. Implementations are shared by all pCPUs.
 ///
 /// Accesses outside installed RAM panic: callers pass only addresses that they got from

@@ -2,9 +2,15 @@
 //!
 //! Unsafe code lives only in the module that touches frames.
 #![cfg_attr(not(test), no_std)]
+#![deny(unsafe_code)]
+
+#[cfg(any(test, feature = "fake"))]
+extern crate alloc;
 
 pub mod access;
 pub mod addr;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
 pub mod host;
 pub mod nested;
 

@@ -1,6 +1,23 @@
 //! Nested page tables: one walker, generic over the entry format (EPT or NPT).
+//!
+//! [`NestedTable`] translates a VM's guest-physical addresses to host-physical ones. It is
+//! four levels deep (48 bits), takes its tables from a [`HostMemory`] and gives them all back
+//! when dropped. The vendors differ only in how an entry is encoded: [`Ept`] and [`Npt`].
+//!
+//! Invariants:
+//! - An operation that fails leaves every translation as it was.
+//! - A table that `unmap` empties stays linked, since processors may still hold it in their
+//!   paging-structure caches; [`NestedTable::reclaim`] frees such tables after a flush.
+//! - A 64-bit entry changes in one access, so a processor that walks at the same time sees
+//!   the old or the new entry.
+//!
+//! Not done here: flushing cached translations (`Backend::flush_nested`), and locking.
 
-use crate::Hpa;
+use bitflags::bitflags;
+use core::fmt;
+
+use crate::addr::{PAGE_SIZE, PAGE_SIZE_1G, PAGE_SIZE_2M};
+use crate::{Gpa, HostMemory, Hpa, OutOfFrames, Owner};
 
 /// Size of a nested mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -13,6 +30,27 @@ pub enum PageSize {
     Size1G,
 }
 
+impl PageSize {
+    /// Bytes in a page of this size.
+    pub const fn bytes(self) -> u64 {
+        match self {
+            PageSize::Size4K => PAGE_SIZE,
+            PageSize::Size2M => PAGE_SIZE_2M,
+            PageSize::Size1G => PAGE_SIZE_1G,
+        }
+    }
+
+    /// Size of a leaf in a table of `level`, where there are leaves.
+    const fn of_level(level: u8) -> Option<Self> {
+        match level {
+            1 => Some(PageSize::Size4K),
+            2 => Some(PageSize::Size2M),
+            3 => Some(PageSize::Size1G),
+            _ => None,
+        }
+    }
+}
+
 /// What a guest may do to a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rights {
@@ -22,6 +60,33 @@ pub struct Rights {
     pub write: bool,
     /// Instruction fetches.
     pub execute: bool,
+}
+
+impl Rights {
+    /// Loads, stores and fetches: RAM.
+    pub const ALL: Rights = Rights {
+        read: true,
+        write: true,
+        execute: true,
+    };
+    /// Loads and fetches: ROM.
+    pub const READ_EXECUTE: Rights = Rights {
+        read: true,
+        write: false,
+        execute: true,
+    };
+    /// Loads only.
+    pub const READ: Rights = Rights {
+        read: true,
+        write: false,
+        execute: false,
+    };
+    /// Loads and stores.
+    pub const READ_WRITE: Rights = Rights {
+        read: true,
+        write: true,
+        execute: false,
+    };
 }
 
 /// Memory type of a nested mapping, combined by the processor with the guest's PAT.
@@ -37,6 +102,8 @@ pub enum MemoryType {
 pub trait EntryFormat: Copy + Send + Sync + 'static {
     /// Whether the processor has leaves of this size.
     fn supports(&self, size: PageSize) -> bool;
+    /// Whether a leaf can carry these rights. No rights at all can't be: such a page is unmapped.
+    fn can_express(&self, rights: Rights) -> bool;
     /// Entry that points to the next lower table.
     fn table(&self, next: Hpa) -> u64;
     /// Leaf entry.
@@ -49,4 +116,1106 @@ pub trait EntryFormat: Copy + Send + Sync + 'static {
     fn address(&self, entry: u64) -> Hpa;
     /// Rights of a leaf.
     fn rights(&self, entry: u64) -> Rights;
+    /// Memory type of a leaf.
+    fn memory_type(&self, entry: u64) -> MemoryType;
+}
+
+/// Bits 51:12 of an entry of either vendor.
+const ADDRESS_MASK: u64 = 0x000f_ffff_ffff_f000;
+
+bitflags! {
+    /// Bits of an EPT entry (SDM vol. 3C, section 29.3.2, tables 29-1 to 29-7).
+    #[derive(Clone, Copy)]
+    struct EptBits: u64 {
+        const READ = 1 << 0;
+        const WRITE = 1 << 1;
+        const EXECUTE = 1 << 2;
+        /// Memory type field, bits 5:3, in a leaf: 6 is write-back, 0 uncacheable.
+        const WRITE_BACK = 6 << 3;
+        /// The guest's PAT has no say in the memory type.
+        const IGNORE_PAT = 1 << 6;
+        /// Leaf, in a table of level 2 or 3.
+        const LARGE = 1 << 7;
+        const ANY_RIGHT = Self::READ.bits() | Self::WRITE.bits() | Self::EXECUTE.bits();
+        const MEMORY_TYPE = 7 << 3;
+    }
+}
+
+/// EPT entries (SDM vol. 3C, section 29.3). What the processor has is in IA32_VMX_EPT_VPID_CAP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ept {
+    /// 2 MiB leaves (capability bit 16).
+    pub pages_2m: bool,
+    /// 1 GiB leaves (capability bit 17).
+    pub pages_1g: bool,
+    /// Leaves that can be fetched from but not read (capability bit 0).
+    pub execute_only: bool,
+    /// Accessed and dirty flags, to be turned on in the EPT pointer (capability bit 21).
+    pub accessed_dirty: bool,
+}
+
+impl Ept {
+    /// The EPT pointer for the VMCS: write-back tables, four levels, accessed and dirty flags
+    /// where the processor has them (SDM vol. 3C, table 25-9).
+    pub const fn pointer(&self, root: Hpa) -> u64 {
+        const WRITE_BACK: u64 = 6;
+        const WALK_LENGTH_4: u64 = 3 << 3;
+        root.0 | WRITE_BACK | WALK_LENGTH_4 | ((self.accessed_dirty as u64) << 6)
+    }
+}
+
+impl EntryFormat for Ept {
+    fn supports(&self, size: PageSize) -> bool {
+        match size {
+            PageSize::Size4K => true,
+            PageSize::Size2M => self.pages_2m,
+            PageSize::Size1G => self.pages_1g,
+        }
+    }
+
+    fn can_express(&self, rights: Rights) -> bool {
+        // Write without read is a misconfiguration on every processor (SDM vol. 3C, 29.3.3.1).
+        rights.read || (rights.execute && !rights.write && self.execute_only)
+    }
+
+    fn table(&self, next: Hpa) -> u64 {
+        next.0 | EptBits::ANY_RIGHT.bits()
+    }
+
+    fn leaf(&self, page: Hpa, size: PageSize, rights: Rights, memory_type: MemoryType) -> u64 {
+        let mut bits = EptBits::empty();
+        bits.set(EptBits::READ, rights.read);
+        bits.set(EptBits::WRITE, rights.write);
+        bits.set(EptBits::EXECUTE, rights.execute);
+        bits.set(EptBits::LARGE, size != PageSize::Size4K);
+        match memory_type {
+            MemoryType::WriteBack => bits |= EptBits::WRITE_BACK,
+            // The guest must not make device memory cacheable by its PAT.
+            MemoryType::Uncacheable => bits |= EptBits::IGNORE_PAT,
+        }
+        page.0 | bits.bits()
+    }
+
+    fn is_present(&self, entry: u64) -> bool {
+        entry & EptBits::ANY_RIGHT.bits() != 0
+    }
+
+    fn is_leaf(&self, entry: u64, level: u8) -> bool {
+        level == 1 || (level < 4 && entry & EptBits::LARGE.bits() != 0)
+    }
+
+    fn address(&self, entry: u64) -> Hpa {
+        Hpa(entry & ADDRESS_MASK)
+    }
+
+    fn rights(&self, entry: u64) -> Rights {
+        let bits = EptBits::from_bits_truncate(entry);
+        Rights {
+            read: bits.contains(EptBits::READ),
+            write: bits.contains(EptBits::WRITE),
+            execute: bits.contains(EptBits::EXECUTE),
+        }
+    }
+
+    fn memory_type(&self, entry: u64) -> MemoryType {
+        if entry & EptBits::MEMORY_TYPE.bits() == EptBits::WRITE_BACK.bits() {
+            MemoryType::WriteBack
+        } else {
+            MemoryType::Uncacheable
+        }
+    }
+}
+
+bitflags! {
+    /// Bits of a nested page-table entry, the same as in ordinary long-mode tables
+    /// (APM vol. 2, sections 5.3.3 and 15.25.5).
+    #[derive(Clone, Copy)]
+    struct NptBits: u64 {
+        const PRESENT = 1 << 0;
+        const WRITE = 1 << 1;
+        /// Every guest access counts as a user access in the nested walk (15.25.5).
+        const USER = 1 << 2;
+        const WRITE_THROUGH = 1 << 3;
+        const CACHE_DISABLE = 1 << 4;
+        /// Leaf, in a table of level 2 or 3.
+        const LARGE = 1 << 7;
+        const NO_EXECUTE = 1 << 63;
+    }
+}
+
+/// NPT entries (APM vol. 2, section 15.25). NX must be on in the host's EFER.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Npt {
+    /// 1 GiB leaves (CPUID Fn8000_0001 EDX bit 26, Page1GB). 2 MiB leaves are always there.
+    pub pages_1g: bool,
+}
+
+impl EntryFormat for Npt {
+    fn supports(&self, size: PageSize) -> bool {
+        match size {
+            PageSize::Size4K | PageSize::Size2M => true,
+            PageSize::Size1G => self.pages_1g,
+        }
+    }
+
+    fn can_express(&self, rights: Rights) -> bool {
+        rights.read
+    }
+
+    fn table(&self, next: Hpa) -> u64 {
+        next.0 | (NptBits::PRESENT | NptBits::WRITE | NptBits::USER).bits()
+    }
+
+    fn leaf(&self, page: Hpa, size: PageSize, rights: Rights, memory_type: MemoryType) -> u64 {
+        let mut bits = NptBits::PRESENT | NptBits::USER;
+        bits.set(NptBits::WRITE, rights.write);
+        bits.set(NptBits::NO_EXECUTE, !rights.execute);
+        bits.set(NptBits::LARGE, size != PageSize::Size4K);
+        if memory_type == MemoryType::Uncacheable {
+            // PAT entry 3, UC after reset and as the host keeps it (APM vol. 2, 7.8.2).
+            bits |= NptBits::CACHE_DISABLE | NptBits::WRITE_THROUGH;
+        }
+        page.0 | bits.bits()
+    }
+
+    fn is_present(&self, entry: u64) -> bool {
+        entry & NptBits::PRESENT.bits() != 0
+    }
+
+    fn is_leaf(&self, entry: u64, level: u8) -> bool {
+        level == 1 || (level < 4 && entry & NptBits::LARGE.bits() != 0)
+    }
+
+    fn address(&self, entry: u64) -> Hpa {
+        Hpa(entry & ADDRESS_MASK)
+    }
+
+    fn rights(&self, entry: u64) -> Rights {
+        let bits = NptBits::from_bits_truncate(entry);
+        Rights {
+            read: bits.contains(NptBits::PRESENT),
+            write: bits.contains(NptBits::WRITE),
+            execute: !bits.contains(NptBits::NO_EXECUTE),
+        }
+    }
+
+    fn memory_type(&self, entry: u64) -> MemoryType {
+        if entry & NptBits::CACHE_DISABLE.bits() == 0 {
+            MemoryType::WriteBack
+        } else {
+            MemoryType::Uncacheable
+        }
+    }
+}
+
+/// Why a mapping could not be made or changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NestedError {
+    /// Something is mapped at this address already (the first such in the range).
+    AlreadyMapped {
+        /// First mapped address of the range.
+        gpa: Gpa,
+    },
+    /// Nothing is mapped at this address (the first such in the range).
+    NotMapped {
+        /// First unmapped address of the range.
+        gpa: Gpa,
+    },
+    /// An address or the length is no multiple of 4 KiB.
+    Unaligned {
+        /// Guest-physical start.
+        gpa: Gpa,
+        /// Length in bytes.
+        bytes: u64,
+    },
+    /// The range reaches beyond 48 bits of guest-physical or 52 bits of host-physical address.
+    BeyondLimit {
+        /// Guest-physical start.
+        gpa: Gpa,
+        /// Length in bytes.
+        bytes: u64,
+    },
+    /// This processor's entries can't carry these rights: write without read, execute without read, or none.
+    RightsNotSupported(Rights),
+    /// No frame left for a table.
+    OutOfFrames(OutOfFrames),
+}
+
+impl From<OutOfFrames> for NestedError {
+    fn from(e: OutOfFrames) -> Self {
+        NestedError::OutOfFrames(e)
+    }
+}
+
+impl fmt::Display for NestedError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NestedError::AlreadyMapped { gpa } => {
+                write!(f, "guest address {gpa} is mapped already")
+            }
+            NestedError::NotMapped { gpa } => write!(f, "guest address {gpa} is not mapped"),
+            NestedError::Unaligned { gpa, bytes } => write!(
+                f,
+                "{bytes:#x} bytes at guest address {gpa}: not a multiple of 4 KiB"
+            ),
+            NestedError::BeyondLimit { gpa, bytes } => write!(
+                f,
+                "{bytes:#x} bytes at guest address {gpa}: beyond what the page tables reach"
+            ),
+            NestedError::RightsNotSupported(r) => {
+                write!(f, "the processor's nested page tables can't express {r:?}")
+            }
+            NestedError::OutOfFrames(e) => e.fmt(f),
+        }
+    }
+}
+
+/// Guest-physical addresses are below this: four levels.
+const GPA_LIMIT: u64 = 1 << 48;
+/// Host-physical addresses are below this: bits 51:0.
+const HPA_LIMIT: u64 = 1 << 52;
+/// Level of the root.
+const TOP: u8 = 4;
+/// Entries in a table.
+const ENTRIES: u64 = 512;
+
+/// Bytes that one entry of a table of `level` covers.
+const fn span(level: u8) -> u64 {
+    1 << (12 + 9 * (level - 1))
+}
+
+/// Where the entry for `gpa` lies in `table`, a table of `level`.
+const fn slot(table: Hpa, level: u8, gpa: u64) -> Hpa {
+    Hpa(table.0 + (gpa / span(level)) % ENTRIES * 8)
+}
+
+/// What `map` writes into each leaf.
+#[derive(Clone, Copy)]
+struct Mapping {
+    rights: Rights,
+    memory_type: MemoryType,
+    /// Host-physical minus guest-physical address, wrapping.
+    offset: u64,
+}
+
+/// One VM's nested page tables.
+pub struct NestedTable<F: EntryFormat> {
+    format: F,
+    memory: &'static dyn HostMemory,
+    owner: Owner,
+    root: Hpa,
+    frames: u64,
+}
+
+impl<F: EntryFormat> NestedTable<F> {
+    /// Makes empty tables, whose frames are taken under `owner` (a VM's `Owner::VmTables`).
+    ///
+    /// # Errors
+    /// No frame for the root.
+    pub fn new(
+        format: F,
+        memory: &'static dyn HostMemory,
+        owner: Owner,
+    ) -> Result<Self, OutOfFrames> {
+        Ok(Self {
+            format,
+            memory,
+            owner,
+            root: memory.allocate(1, PAGE_SIZE, owner)?,
+            frames: 1,
+        })
+    }
+
+    /// The root table: the address for the EPT pointer or N_CR3.
+    pub fn root(&self) -> Hpa {
+        self.root
+    }
+
+    /// The entry format, with the processor's capabilities.
+    pub fn format(&self) -> F {
+        self.format
+    }
+
+    /// Frames that the tables take, 4 KiB each, the root included.
+    pub fn frames(&self) -> u64 {
+        self.frames
+    }
+
+    /// Maps `bytes` bytes at `gpa` to `hpa`, with the largest pages that the processor has and the
+    /// alignment of both addresses allows.
+    ///
+    /// # Errors
+    /// Every kind of [`NestedError`] but `NotMapped`. No translation has changed then.
+    pub fn map(
+        &mut self,
+        gpa: Gpa,
+        hpa: Hpa,
+        bytes: u64,
+        rights: Rights,
+        memory_type: MemoryType,
+    ) -> Result<(), NestedError> {
+        let end = Self::check_range(gpa, bytes)?;
+        if !hpa.is_aligned(PAGE_SIZE) {
+            return Err(NestedError::Unaligned { gpa, bytes });
+        }
+        if hpa.checked_add(bytes).is_none_or(|end| end.0 > HPA_LIMIT) {
+            return Err(NestedError::BeyondLimit { gpa, bytes });
+        }
+        if !self.format.can_express(rights) {
+            return Err(NestedError::RightsNotSupported(rights));
+        }
+        let mapping = Mapping {
+            rights,
+            memory_type,
+            offset: hpa.0.wrapping_sub(gpa.0),
+        };
+        self.map_in(self.root, TOP, gpa.0, end, mapping)
+            .map_err(|(error, reached)| {
+                // All of [gpa, reached) was unmapped before, and its leaves lie wholly within.
+                self.clear_in(self.root, TOP, gpa.0, reached);
+                error
+            })
+    }
+
+    /// Takes away whatever is mapped in the range; holes in it are fine. Large pages that reach
+    /// across an end of the range are split. Returns the number of bytes that were mapped.
+    ///
+    /// The caller flushes cached translations on every pCPU before it reuses the memory.
+    ///
+    /// # Errors
+    /// `Unaligned`, `BeyondLimit`, or `OutOfFrames` for a split. No translation has changed then.
+    pub fn unmap(&mut self, gpa: Gpa, bytes: u64) -> Result<u64, NestedError> {
+        let end = Self::check_range(gpa, bytes)?;
+        self.split_at(gpa.0)?;
+        self.split_at(end)?;
+        Ok(self.clear_in(self.root, TOP, gpa.0, end))
+    }
+
+    /// Changes the rights of a range that is mapped throughout. Large pages that reach across an
+    /// end of the range are split. The caller flushes cached translations if rights were taken away.
+    ///
+    /// # Errors
+    /// `NotMapped` for the first hole, or as `map`. No translation has changed then.
+    pub fn protect(&mut self, gpa: Gpa, bytes: u64, rights: Rights) -> Result<(), NestedError> {
+        let end = Self::check_range(gpa, bytes)?;
+        if !self.format.can_express(rights) {
+            return Err(NestedError::RightsNotSupported(rights));
+        }
+        let mut at = gpa.0;
+        while at < end {
+            let (level, _, entry) = self.find(at);
+            if !self.format.is_present(entry) {
+                return Err(NestedError::NotMapped { gpa: Gpa(at) });
+            }
+            at = (at & !(span(level) - 1)) + span(level);
+        }
+        self.split_at(gpa.0)?;
+        self.split_at(end)?;
+        let mut at = gpa.0;
+        while at < end {
+            let (level, slot, entry) = self.find(at);
+            if let Some(size) = PageSize::of_level(level) {
+                let (page, kind) = (self.format.address(entry), self.format.memory_type(entry));
+                self.memory
+                    .write_u64(slot, self.format.leaf(page, size, rights, kind));
+            }
+            at += span(level);
+        }
+        Ok(())
+    }
+
+    /// Where `gpa` leads: host-physical address, rights, and size of the page that maps it.
+    pub fn translate(&self, gpa: Gpa) -> Option<(Hpa, Rights, PageSize)> {
+        if gpa.0 >= GPA_LIMIT {
+            return None;
+        }
+        let (level, _, entry) = self.find(gpa.0);
+        if !self.format.is_present(entry) {
+            return None;
+        }
+        let size = PageSize::of_level(level)?;
+        Some((
+            self.format.address(entry) + (gpa.0 & (size.bytes() - 1)),
+            self.format.rights(entry),
+            size,
+        ))
+    }
+
+    /// Memory type of the page that maps `gpa`.
+    pub fn memory_type(&self, gpa: Gpa) -> Option<MemoryType> {
+        if gpa.0 >= GPA_LIMIT {
+            return None;
+        }
+        let (_, _, entry) = self.find(gpa.0);
+        self.format
+            .is_present(entry)
+            .then(|| self.format.memory_type(entry))
+    }
+
+    /// Frees the tables that hold no mapping any more. Call it only after every pCPU that ran the
+    /// VM has flushed its cached translations, or the VM is not running.
+    pub fn reclaim(&mut self) {
+        self.reclaim_in(self.root, TOP);
+    }
+
+    /// Alignment and limits of a guest-physical range; its end.
+    fn check_range(gpa: Gpa, bytes: u64) -> Result<u64, NestedError> {
+        match gpa.checked_add(bytes) {
+            Some(end) if end.0 <= GPA_LIMIT => {
+                if gpa.is_aligned(PAGE_SIZE) && end.is_aligned(PAGE_SIZE) {
+                    Ok(end.0)
+                } else {
+                    Err(NestedError::Unaligned { gpa, bytes })
+                }
+            }
+            _ => Err(NestedError::BeyondLimit { gpa, bytes }),
+        }
+    }
+
+    /// The entry that ends the walk for `gpa`: a leaf, or one that is not present. With its level and place.
+    fn find(&self, gpa: u64) -> (u8, Hpa, u64) {
+        let (mut table, mut level) = (self.root, TOP);
+        loop {
+            let slot = slot(table, level, gpa);
+            let entry = self.memory.read_u64(slot);
+            if !self.format.is_present(entry) || self.format.is_leaf(entry, level) {
+                return (level, slot, entry);
+            }
+            table = self.format.address(entry);
+            level -= 1;
+        }
+    }
+
+    fn new_table(&mut self) -> Result<Hpa, OutOfFrames> {
+        let table = self.memory.allocate(1, PAGE_SIZE, self.owner)?;
+        self.frames += 1;
+        Ok(table)
+    }
+
+    fn free_table(&mut self, table: Hpa) {
+        self.memory.free(table, 1, self.owner);
+        self.frames -= 1;
+    }
+
+    /// Maps [from, to) below `table`. On failure, also says up to where it got.
+    fn map_in(
+        &mut self,
+        table: Hpa,
+        level: u8,
+        from: u64,
+        to: u64,
+        mapping: Mapping,
+    ) -> Result<(), (NestedError, u64)> {
+        let mut at = from;
+        while at < to {
+            let next = to.min((at & !(span(level) - 1)) + span(level));
+            let slot = slot(table, level, at);
+            let entry = self.memory.read_u64(slot);
+            let page = Hpa(at.wrapping_add(mapping.offset));
+            let leaf_size = PageSize::of_level(level).filter(|size| {
+                self.format.supports(*size)
+                    && next - at == size.bytes()
+                    && page.is_aligned(size.bytes())
+            });
+            if self.format.is_present(entry) {
+                if self.format.is_leaf(entry, level) {
+                    return Err((NestedError::AlreadyMapped { gpa: Gpa(at) }, at));
+                }
+                self.map_in(self.format.address(entry), level - 1, at, next, mapping)?;
+            } else if let Some(size) = leaf_size {
+                let leaf = self
+                    .format
+                    .leaf(page, size, mapping.rights, mapping.memory_type);
+                self.memory.write_u64(slot, leaf);
+            } else {
+                let lower = self.new_table().map_err(|e| (e.into(), at))?;
+                self.memory.write_u64(slot, self.format.table(lower));
+                self.map_in(lower, level - 1, at, next, mapping)?;
+            }
+            at = next;
+        }
+        Ok(())
+    }
+
+    /// Clears every leaf in [from, to) below `table`; none reaches across an end. Bytes cleared.
+    fn clear_in(&mut self, table: Hpa, level: u8, from: u64, to: u64) -> u64 {
+        let mut cleared = 0;
+        let mut at = from;
+        while at < to {
+            let next = to.min((at & !(span(level) - 1)) + span(level));
+            let slot = slot(table, level, at);
+            let entry = self.memory.read_u64(slot);
+            if self.format.is_present(entry) {
+                if self.format.is_leaf(entry, level) {
+                    self.memory.write_u64(slot, 0);
+                    cleared += next - at;
+                } else {
+                    cleared += self.clear_in(self.format.address(entry), level - 1, at, next);
+                }
+            }
+            at = next;
+        }
+        cleared
+    }
+
+    /// Splits pages until none reaches across `boundary`. Translations stay the same.
+    fn split_at(&mut self, boundary: u64) -> Result<(), OutOfFrames> {
+        if boundary >= GPA_LIMIT {
+            return Ok(());
+        }
+        loop {
+            let (level, slot, entry) = self.find(boundary);
+            let Some(lower_size) = PageSize::of_level(level.saturating_sub(1)) else {
+                return Ok(());
+            };
+            if !self.format.is_present(entry) || boundary.is_multiple_of(span(level)) {
+                return Ok(());
+            }
+            let table = self.new_table()?;
+            let (rights, kind) = (self.format.rights(entry), self.format.memory_type(entry));
+            for i in 0..ENTRIES {
+                let page = self.format.address(entry) + i * lower_size.bytes();
+                let leaf = self.format.leaf(page, lower_size, rights, kind);
+                self.memory.write_u64(table + i * 8, leaf);
+            }
+            self.memory.write_u64(slot, self.format.table(table));
+        }
+    }
+
+    /// Frees empty tables below `table`; whether `table` itself is empty then.
+    fn reclaim_in(&mut self, table: Hpa, level: u8) -> bool {
+        let mut empty = true;
+        for i in 0..ENTRIES {
+            let slot = table + i * 8;
+            let entry = self.memory.read_u64(slot);
+            if !self.format.is_present(entry) {
+                continue;
+            }
+            let lower = self.format.address(entry);
+            if !self.format.is_leaf(entry, level) && self.reclaim_in(lower, level - 1) {
+                self.memory.write_u64(slot, 0);
+                self.free_table(lower);
+            } else {
+                empty = false;
+            }
+        }
+        empty
+    }
+
+    /// Frees `table` and all tables below it.
+    fn free_in(&mut self, table: Hpa, level: u8) {
+        if level > 1 {
+            for i in 0..ENTRIES {
+                let entry = self.memory.read_u64(table + i * 8);
+                if self.format.is_present(entry) && !self.format.is_leaf(entry, level) {
+                    self.free_in(self.format.address(entry), level - 1);
+                }
+            }
+        }
+        self.free_table(table);
+    }
+}
+
+impl<F: EntryFormat> Drop for NestedTable<F> {
+    fn drop(&mut self) {
+        self.free_in(self.root, TOP);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::FakeMemory;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    const OWNER: Owner = Owner::VmTables(1);
+    const EPT: Ept = Ept {
+        pages_2m: true,
+        pages_1g: true,
+        execute_only: false,
+        accessed_dirty: false,
+    };
+    const NPT: Npt = Npt { pages_1g: true };
+
+    fn memory(frames: u64) -> &'static FakeMemory {
+        Box::leak(Box::new(FakeMemory::new(frames * PAGE_SIZE)))
+    }
+
+    #[test]
+    fn ept_entries_are_encoded_as_the_manual_says() {
+        let page = Hpa(0x1234_5000);
+        let wb = EPT.leaf(page, PageSize::Size4K, Rights::ALL, MemoryType::WriteBack);
+        assert_eq!(wb, 0x1234_5037);
+        let page = Hpa(0x4000_0000);
+        let uc = EPT.leaf(
+            page,
+            PageSize::Size2M,
+            Rights::READ,
+            MemoryType::Uncacheable,
+        );
+        assert_eq!(uc, 0x4000_00c1);
+        assert_eq!(EPT.table(Hpa(0x7000)), 0x7007);
+        assert_eq!(EPT.pointer(Hpa(0x7000)), 0x701e);
+        let with_ad = Ept {
+            accessed_dirty: true,
+            ..EPT
+        };
+        assert_eq!(with_ad.pointer(Hpa(0x7000)), 0x705e);
+    }
+
+    #[test]
+    fn npt_entries_are_encoded_as_the_manual_says() {
+        let page = Hpa(0x1234_5000);
+        let wb = NPT.leaf(page, PageSize::Size4K, Rights::ALL, MemoryType::WriteBack);
+        assert_eq!(wb, 0x1234_5007);
+        let page = Hpa(0x4000_0000);
+        let uc = NPT.leaf(
+            page,
+            PageSize::Size1G,
+            Rights::READ,
+            MemoryType::Uncacheable,
+        );
+        assert_eq!(uc, 0x8000_0000_4000_009d);
+        assert_eq!(NPT.table(Hpa(0x7000)), 0x7007);
+    }
+
+    #[test]
+    fn rights_that_entries_cannot_carry_are_refused() {
+        let write_only = Rights {
+            read: false,
+            write: true,
+            execute: false,
+        };
+        let execute_only = Rights {
+            read: false,
+            write: false,
+            execute: true,
+        };
+        let none = Rights {
+            read: false,
+            write: false,
+            execute: false,
+        };
+        let capable = Ept {
+            execute_only: true,
+            ..EPT
+        };
+        assert!(capable.can_express(execute_only) && !EPT.can_express(execute_only));
+        for rights in [write_only, none] {
+            assert!(!capable.can_express(rights) && !NPT.can_express(rights));
+            let mut table = NestedTable::new(EPT, memory(8), OWNER).unwrap();
+            assert_eq!(
+                table.map(Gpa(0), Hpa(0), PAGE_SIZE, rights, MemoryType::WriteBack),
+                Err(NestedError::RightsNotSupported(rights))
+            );
+        }
+    }
+
+    fn largest_pages<F: EntryFormat>(format: F, largest: PageSize) {
+        let mut table = NestedTable::new(format, memory(64), OWNER).unwrap();
+        // Both addresses are 1 GiB-aligned at 1 GiB, and 2 MiB of lead-in precede that.
+        let (gpa, hpa) = (
+            Gpa(PAGE_SIZE_1G - PAGE_SIZE_2M),
+            Hpa(3 * PAGE_SIZE_1G - PAGE_SIZE_2M),
+        );
+        let bytes = PAGE_SIZE_2M + PAGE_SIZE_1G + PAGE_SIZE;
+        table
+            .map(gpa, hpa, bytes, Rights::ALL, MemoryType::WriteBack)
+            .unwrap();
+        let size = |at: Gpa| table.translate(at).map(|(to, _, size)| (to - hpa, size));
+        assert_eq!(
+            size(gpa + 0x1234),
+            Some((0x1234, PageSize::Size2M.min(largest)))
+        );
+        assert_eq!(size(Gpa(PAGE_SIZE_1G)), Some((PAGE_SIZE_2M, largest)),);
+        assert_eq!(size(gpa + (bytes - 1)), Some((bytes - 1, PageSize::Size4K)));
+        assert_eq!(size(gpa + bytes), None);
+    }
+
+    #[test]
+    fn the_largest_pages_are_used() {
+        largest_pages(EPT, PageSize::Size1G);
+        largest_pages(NPT, PageSize::Size1G);
+        largest_pages(Npt { pages_1g: false }, PageSize::Size2M);
+        largest_pages(
+            Ept {
+                pages_1g: false,
+                ..EPT
+            },
+            PageSize::Size2M,
+        );
+    }
+
+    #[test]
+    fn misaligned_addresses_get_small_pages() {
+        let mut table = NestedTable::new(NPT, memory(8), OWNER).unwrap();
+        table
+            .map(
+                Gpa(0),
+                Hpa(PAGE_SIZE),
+                PAGE_SIZE_2M,
+                Rights::ALL,
+                MemoryType::WriteBack,
+            )
+            .unwrap();
+        assert_eq!(
+            table.translate(Gpa(0)),
+            Some((Hpa(PAGE_SIZE), Rights::ALL, PageSize::Size4K))
+        );
+    }
+
+    #[test]
+    fn bad_ranges_are_refused_by_name() {
+        let mut table = NestedTable::new(NPT, memory(8), OWNER).unwrap();
+        let mut map = |gpa, hpa, bytes| {
+            table.map(
+                Gpa(gpa),
+                Hpa(hpa),
+                bytes,
+                Rights::ALL,
+                MemoryType::WriteBack,
+            )
+        };
+        for (gpa, hpa, bytes) in [(1, 0, 4096), (0, 1, 4096), (0, 0, 4095)] {
+            let gpa_typed = Gpa(gpa);
+            assert_eq!(
+                map(gpa, hpa, bytes),
+                Err(NestedError::Unaligned {
+                    gpa: gpa_typed,
+                    bytes
+                })
+            );
+        }
+        let beyond = [
+            (GPA_LIMIT, 0, 4096),
+            (GPA_LIMIT - 4096, 0, 8192),
+            (!4095, 0, 4096),
+            (0, HPA_LIMIT, 4096),
+            (0, !4095, 4096),
+        ];
+        for (gpa, hpa, bytes) in beyond {
+            let gpa_typed = Gpa(gpa);
+            assert_eq!(
+                map(gpa, hpa, bytes),
+                Err(NestedError::BeyondLimit {
+                    gpa: gpa_typed,
+                    bytes
+                })
+            );
+        }
+        assert_eq!(table.translate(Gpa(GPA_LIMIT)), None);
+        assert_eq!(table.frames(), 1);
+    }
+
+    #[test]
+    fn a_failed_map_changes_nothing() {
+        // Root and three tables fit; the second 2 MiB of small pages doesn't.
+        let host = memory(4);
+        let mut table = NestedTable::new(NPT, host, OWNER).unwrap();
+        let error = table.map(
+            Gpa(0),
+            Hpa(PAGE_SIZE),
+            2 * PAGE_SIZE_2M,
+            Rights::ALL,
+            MemoryType::WriteBack,
+        );
+        assert_eq!(
+            error,
+            Err(NestedError::OutOfFrames(OutOfFrames { frames: 1 }))
+        );
+        assert_eq!(table.unmap(Gpa(0), GPA_LIMIT), Ok(0));
+        table.reclaim();
+        assert_eq!(table.frames(), 1);
+
+        table
+            .map(
+                Gpa(0x5000),
+                Hpa(0x9000),
+                PAGE_SIZE,
+                Rights::READ,
+                MemoryType::WriteBack,
+            )
+            .unwrap();
+        let error = table.map(
+            Gpa(0x3000),
+            Hpa(0x3000),
+            4 * PAGE_SIZE,
+            Rights::ALL,
+            MemoryType::WriteBack,
+        );
+        assert_eq!(error, Err(NestedError::AlreadyMapped { gpa: Gpa(0x5000) }));
+        assert_eq!(table.translate(Gpa(0x3000)), None);
+        assert!(table.translate(Gpa(0x5000)).is_some());
+    }
+
+    #[test]
+    fn a_split_that_finds_no_frame_changes_nothing() {
+        let host = memory(3);
+        let mut table = NestedTable::new(NPT, host, OWNER).unwrap();
+        let all = (Rights::ALL, MemoryType::WriteBack);
+        table
+            .map(Gpa(0), Hpa(0), PAGE_SIZE_1G, all.0, all.1)
+            .unwrap();
+        // A 4 KiB hole takes two tables; one frame is left.
+        assert!(matches!(
+            table.unmap(Gpa(PAGE_SIZE), PAGE_SIZE),
+            Err(NestedError::OutOfFrames(_))
+        ));
+        assert!(matches!(
+            table.protect(Gpa(PAGE_SIZE), PAGE_SIZE, Rights::READ),
+            Err(NestedError::OutOfFrames(_))
+        ));
+        let (hpa, rights, _) = table.translate(Gpa(PAGE_SIZE)).unwrap();
+        assert_eq!((hpa, rights), (Hpa(PAGE_SIZE), Rights::ALL));
+    }
+
+    #[test]
+    fn protect_refuses_holes() {
+        let mut table = NestedTable::new(EPT, memory(8), OWNER).unwrap();
+        let kind = MemoryType::Uncacheable;
+        table
+            .map(Gpa(0), Hpa(0), PAGE_SIZE, Rights::ALL, kind)
+            .unwrap();
+        assert_eq!(
+            table.protect(Gpa(0), 2 * PAGE_SIZE, Rights::READ),
+            Err(NestedError::NotMapped {
+                gpa: Gpa(PAGE_SIZE)
+            })
+        );
+        assert_eq!(table.translate(Gpa(0)).unwrap().1, Rights::ALL);
+        table.protect(Gpa(0), PAGE_SIZE, Rights::READ).unwrap();
+        assert_eq!(table.translate(Gpa(0)).unwrap().1, Rights::READ);
+        assert_eq!(table.memory_type(Gpa(0)), Some(kind));
+    }
+
+    #[test]
+    fn all_frames_come_back() {
+        let host = memory(64);
+        let mut table = NestedTable::new(EPT, host, OWNER).unwrap();
+        let kind = MemoryType::WriteBack;
+        table
+            .map(Gpa(0), Hpa(0), 2 * PAGE_SIZE_1G, Rights::ALL, kind)
+            .unwrap();
+        table.unmap(Gpa(PAGE_SIZE), PAGE_SIZE).unwrap();
+        assert_eq!(host.used(OWNER), table.frames());
+        table.unmap(Gpa(0), 2 * PAGE_SIZE_1G).unwrap();
+        table.reclaim();
+        assert_eq!((table.frames(), host.used(OWNER)), (1, 1));
+        drop(table);
+        assert_eq!(host.used(OWNER), 0);
+    }
+
+    /// One operation on the tables, in units of 4 KiB from the base of the window under test.
+    #[derive(Clone, Debug)]
+    enum Op {
+        Map {
+            gpa: u64,
+            hpa: u64,
+            pages: u64,
+            rights: Rights,
+            kind: MemoryType,
+        },
+        Unmap {
+            gpa: u64,
+            pages: u64,
+        },
+        Protect {
+            gpa: u64,
+            pages: u64,
+            rights: Rights,
+        },
+        Reclaim,
+    }
+
+    /// Pages of the window: 2 GiB + 4 MiB, so that each page size occurs.
+    const WINDOW: u64 = 2 * 512 * 512 + 1024;
+
+    /// A page number, often just at or beside a multiple of a large page.
+    fn page() -> impl Strategy<Value = u64> {
+        let near = |unit: u64| {
+            (0..WINDOW / unit, 0..3u64).prop_map(move |(n, d)| (n * unit + d).saturating_sub(1))
+        };
+        prop_oneof![
+            (0..WINDOW / 512).prop_map(|n| n * 512),
+            (0..3u64).prop_map(|n| n * 512 * 512),
+            near(512),
+            near(512 * 512),
+        ]
+        .prop_map(|n| n.min(WINDOW - 1))
+    }
+
+    fn rights() -> impl Strategy<Value = Rights> {
+        prop::sample::select(vec![
+            Rights::ALL,
+            Rights::READ,
+            Rights::READ_EXECUTE,
+            Rights::READ_WRITE,
+        ])
+    }
+
+    fn length() -> impl Strategy<Value = u64> {
+        prop_oneof![
+            1..4u64,
+            Just(512),
+            Just(513),
+            Just(1024),
+            500..600u64,
+            Just(512 * 512)
+        ]
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let kind = prop::sample::select(vec![MemoryType::WriteBack, MemoryType::Uncacheable]);
+        prop_oneof![
+            4 => (page(), page(), length(), rights(), kind).prop_map(|(gpa, hpa, pages, rights, kind)| {
+                Op::Map { gpa, hpa, pages: pages.min(WINDOW - gpa), rights, kind }
+            }),
+            3 => (page(), length()).prop_map(|(gpa, pages)| Op::Unmap { gpa, pages: pages.min(WINDOW - gpa) }),
+            3 => (page(), length(), rights()).prop_map(|(gpa, pages, rights)| {
+                Op::Protect { gpa, pages: pages.min(WINDOW - gpa), rights }
+            }),
+            1 => Just(Op::Reclaim),
+        ]
+    }
+
+    /// The same by ranges: start page -> (pages, host page, rights, memory type), never overlapping.
+    #[derive(Default)]
+    struct Model(BTreeMap<u64, (u64, u64, Rights, MemoryType)>);
+
+    impl Model {
+        fn at(&self, page: u64) -> Option<(u64, Rights, MemoryType)> {
+            let (start, (pages, hpa, rights, kind)) = self.0.range(..=page).next_back()?;
+            (page < start + pages).then_some((hpa + (page - start), *rights, *kind))
+        }
+
+        /// First page in the range that is (not) mapped.
+        fn first(&self, from: u64, pages: u64, mapped: bool) -> Option<u64> {
+            let mut at = from;
+            while at < from + pages {
+                let inside = self.at(at).is_some();
+                if inside == mapped {
+                    return Some(at);
+                }
+                let next_start = self.0.range(at + 1..).next().map(|(s, _)| *s);
+                at = if inside {
+                    let (s, r) = self.0.range(..=at).next_back().unwrap();
+                    s + r.0
+                } else {
+                    next_start.unwrap_or(u64::MAX)
+                };
+            }
+            None
+        }
+
+        fn cut(&mut self, at: u64) {
+            let Some((&start, &(pages, hpa, rights, kind))) = self.0.range(..at).next_back() else {
+                return;
+            };
+            if at < start + pages {
+                let head = at - start;
+                self.0.insert(start, (head, hpa, rights, kind));
+                self.0.insert(at, (pages - head, hpa + head, rights, kind));
+            }
+        }
+
+        fn take(&mut self, from: u64, pages: u64) -> u64 {
+            self.cut(from);
+            self.cut(from + pages);
+            let keys: Vec<_> = self.0.range(from..from + pages).map(|(k, _)| *k).collect();
+            keys.iter().map(|k| self.0.remove(k).unwrap().0).sum()
+        }
+    }
+
+    fn follows_model<F: EntryFormat>(format: F, base: u64, ops: Vec<Op>, probes: Vec<u64>) {
+        let host = memory(4096);
+        let mut table = NestedTable::new(format, host, OWNER).unwrap();
+        let mut model = Model::default();
+        let gpa_of = |page: u64| Gpa(base + page * PAGE_SIZE);
+        let mut edges = probes;
+        for op in ops {
+            match op {
+                Op::Map {
+                    gpa,
+                    hpa,
+                    pages,
+                    rights,
+                    kind,
+                } => {
+                    let bytes = pages * PAGE_SIZE;
+                    let got = table.map(gpa_of(gpa), Hpa(hpa * PAGE_SIZE), bytes, rights, kind);
+                    match model.first(gpa, pages, true) {
+                        Some(page) => {
+                            assert_eq!(got, Err(NestedError::AlreadyMapped { gpa: gpa_of(page) }));
+                        }
+                        None => {
+                            assert_eq!(got, Ok(()));
+                            model.0.insert(gpa, (pages, hpa, rights, kind));
+                        }
+                    }
+                    edges.extend([gpa, gpa + pages]);
+                }
+                Op::Unmap { gpa, pages } => {
+                    let got = table.unmap(gpa_of(gpa), pages * PAGE_SIZE);
+                    assert_eq!(got, Ok(model.take(gpa, pages) * PAGE_SIZE));
+                    edges.extend([gpa, gpa + pages]);
+                }
+                Op::Protect { gpa, pages, rights } => {
+                    let got = table.protect(gpa_of(gpa), pages * PAGE_SIZE, rights);
+                    match model.first(gpa, pages, false) {
+                        Some(page) => {
+                            assert_eq!(got, Err(NestedError::NotMapped { gpa: gpa_of(page) }));
+                        }
+                        None => {
+                            assert_eq!(got, Ok(()));
+                            model.cut(gpa);
+                            model.cut(gpa + pages);
+                            for (_, range) in model.0.range_mut(gpa..gpa + pages) {
+                                range.2 = rights;
+                            }
+                        }
+                    }
+                    edges.extend([gpa, gpa + pages]);
+                }
+                Op::Reclaim => table.reclaim(),
+            }
+            assert_eq!(table.frames(), host.used(OWNER));
+            for page in edges.iter().flat_map(|e| [e.saturating_sub(1), *e, e + 1]) {
+                let at = gpa_of(page) + 0xabc;
+                let got = table
+                    .translate(at)
+                    .map(|(hpa, rights, _)| (hpa, rights, table.memory_type(at).unwrap()));
+                let want = model
+                    .at(page)
+                    .map(|(hpa, rights, kind)| (Hpa(hpa * PAGE_SIZE + 0xabc), rights, kind));
+                assert_eq!(got, want, "page {page:#x}");
+            }
+        }
+        drop(table);
+        assert_eq!(host.used(OWNER), 0);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn ept_follows_the_model(
+            ops in prop::collection::vec(op(), 1..24),
+            probes in prop::collection::vec(page(), 8),
+            pages_2m: bool,
+        ) {
+            let format = Ept { pages_2m, pages_1g: pages_2m, ..EPT };
+            follows_model(format, 0, ops, probes);
+        }
+
+        #[test]
+        fn npt_follows_the_model(
+            ops in prop::collection::vec(op(), 1..24),
+            probes in prop::collection::vec(page(), 8),
+            pages_1g: bool,
+        ) {
+            // The window lies in the last 4 GiB below the 48-bit limit.
+            follows_model(Npt { pages_1g }, GPA_LIMIT - (4 << 30), ops, probes);
+        }
+    }
 }
