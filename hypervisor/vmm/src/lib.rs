@@ -1,2 +1,10 @@
-#![no_std]
+//! A VM: its memory map and devices, its vCPUs' run loops, and what happens on every exit.
+//!
+//! Hardware-free: the world switch is `virt::VirtualCpu`, the host is [`host::Host`], so
+//! that the whole crate runs in host tests against fakes.
+#![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod cpuid;
