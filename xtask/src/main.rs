@@ -1,1 +1,53 @@
-fn main() {}
+//! Builds, runs, tests and packs Plinth: `cargo xtask ...`.
+//!
+//! Each subcommand is a module with its own `Args` and a `run` function that returns the
+//! process's exit [`Code`]. Long work shows its progress through [`progress::Step`], and
+//! everything that is made or fetched lives under `target/`.
+
+mod clean;
+mod exit;
+mod paths;
+mod progress;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use exit::Stop;
+
+/// Build, run, test and pack Plinth.
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    subcommand_required = true,
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong arguments or configuration, \
+                  3 a program is missing, 124 time limit."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Test(test::Args),
+    Clean(clean::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match &cli.command {
+        Command::Test(args) => test::run(args),
+        Command::Clean(args) => clean::run(args),
+    };
+    match result {
+        Ok(code) => code.into(),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            Stop::code_of(&error).into()
+        }
+    }
+}
