@@ -1,0 +1,49 @@
+//! Processor-wide settings and the two instructions that stop a processor.
+
+use raw_cpuid::{CpuId, CpuIdReaderNative};
+use x86_64::registers::{
+    control::{Cr0, Cr0Flags, Cr4, Cr4Flags},
+    model_specific::{Efer, EferFlags},
+};
+
+/// CPUID of the calling processor.
+pub fn cpuid() -> CpuId<CpuIdReaderNative> {
+    CpuId::with_cpuid_reader(CpuIdReaderNative)
+}
+
+/// Turns the processor's own protections on: write protection also for the kernel, no-execute,
+/// and SMEP, SMAP and UMIP where they are there (SDM vol. 3A, section 2.5).
+pub fn protect() {
+    let cpuid = cpuid();
+    let extended = cpuid.get_extended_feature_info();
+    let mut cr4 = Cr4::read();
+    if let Some(features) = extended {
+        cr4.set(
+            Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION,
+            features.has_smep(),
+        );
+        cr4.set(
+            Cr4Flags::SUPERVISOR_MODE_ACCESS_PREVENTION,
+            features.has_smap(),
+        );
+        cr4.set(
+            Cr4Flags::USER_MODE_INSTRUCTION_PREVENTION,
+            features.has_umip(),
+        );
+    }
+    // SAFETY: no page is mapped for user mode, so SMEP, SMAP and UMIP take nothing away from the
+    // kernel; with write protection only writes to read-only pages fault, and the kernel makes none.
+    unsafe {
+        Efer::update(|efer| efer.insert(EferFlags::NO_EXECUTE_ENABLE));
+        Cr0::update(|cr0| cr0.insert(Cr0Flags::WRITE_PROTECT));
+        Cr4::write(cr4);
+    }
+}
+
+/// Stops the calling processor for good.
+pub fn halt_forever() -> ! {
+    loop {
+        x86_64::instructions::interrupts::disable();
+        x86_64::instructions::hlt();
+    }
+}
