@@ -10,6 +10,7 @@
 
 extern crate alloc;
 
+pub mod cpu;
 pub mod exit;
 pub mod preflight;
 pub mod state;
@@ -23,6 +24,7 @@ pub use exit::{CrAccess, Exit, NestedPageFault, PortIo};
 pub use preflight::{Feature, Need, Preflight, Status};
 pub use state::{
     AccessRights, CpuMode, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName,
+    SoftwareEvent,
 };
 
 /// Why virtualization could not be turned on for this pCPU, or a vCPU not be made.
@@ -205,9 +207,9 @@ pub trait VirtualCpu: Send + 'static {
     fn queued(&self) -> Option<Event>;
     /// Takes back what is queued.
     fn cancel_injection(&mut self);
-    /// Asks for `Exit::InterruptWindow` as soon as an interrupt could be taken.
+    /// Asks for `Exit::InterruptWindow` as soon as an interrupt could be taken. One-shot: that exit takes the request back.
     fn request_interrupt_window(&mut self, on: bool);
-    /// Asks for `Exit::NmiWindow` as soon as an NMI could be taken.
+    /// Asks for `Exit::NmiWindow` as soon as an NMI could be taken. One-shot, like the interrupt window.
     fn request_nmi_window(&mut self, on: bool);
 
     /// Host TSC at which the guest must exit at the latest. `true`: the backend sees to it (preemption

@@ -211,6 +211,17 @@ impl CpuState {
     }
 }
 
+/// Which instruction raised a software event (SDM vol. 3C, table 25-16).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SoftwareEvent {
+    /// INT n.
+    Interrupt,
+    /// INT1.
+    Int1,
+    /// INT3 or INTO.
+    Exception,
+}
+
 /// An event to deliver at the next entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -224,5 +235,15 @@ pub enum Event {
         vector: u8,
         /// Error code, where the vector pushes one.
         error_code: Option<u32>,
+    },
+    /// An INT instruction whose delivery an exit interrupted. Only the backend makes these;
+    /// when one is cancelled, the guest executes the instruction again.
+    Software {
+        /// Vector.
+        vector: u8,
+        /// The instruction.
+        kind: SoftwareEvent,
+        /// Bytes of the instruction, 1 to 15: the guest returns behind it.
+        length: u8,
     },
 }

@@ -1,0 +1,536 @@
+//! Processor state that both backends switch by hand: FPU, debug registers, MSRs.
+//!
+//! VT-x and AMD-V switch most of a guest's state in hardware. What they leave out (FPU and
+//! extended state, DR0-DR3 and DR6, the MSRs of SYSCALL, XCR0, SPEC_CTRL) is switched here,
+//! only in `VirtualCpu::load` and `unload`: the hypervisor is compiled without SSE and uses
+//! none of these registers, so a guest's values stay in the processor across its exits.
+//!
+//! Invariants: values that reach a privileged register are checked or masked here first,
+//! so that no guest value can raise #GP in the host.
+//!
+//! Unsafe: reads and writes control registers, debug registers and MSRs.
+
+use alloc::{boxed::Box, vec};
+use core::arch::asm;
+
+use x86_64::registers::control::{Cr0, Cr0Flags, Cr4, Cr4Flags};
+
+/// Model-specific registers that the backends touch (SDM vol. 4, chapter 2).
+#[expect(missing_docs, reason = "the names are the manuals'")]
+pub mod msr {
+    pub const TSC: u32 = 0x10;
+    pub const FEATURE_CONTROL: u32 = 0x3a;
+    pub const SPEC_CTRL: u32 = 0x48;
+    pub const SYSENTER_CS: u32 = 0x174;
+    pub const SYSENTER_ESP: u32 = 0x175;
+    pub const SYSENTER_EIP: u32 = 0x176;
+    pub const DEBUGCTL: u32 = 0x1d9;
+    pub const PAT: u32 = 0x277;
+    pub const EFER: u32 = 0xc000_0080;
+    pub const STAR: u32 = 0xc000_0081;
+    pub const LSTAR: u32 = 0xc000_0082;
+    pub const CSTAR: u32 = 0xc000_0083;
+    pub const SFMASK: u32 = 0xc000_0084;
+    pub const FS_BASE: u32 = 0xc000_0100;
+    pub const GS_BASE: u32 = 0xc000_0101;
+    pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
+    pub const TSC_AUX: u32 = 0xc000_0103;
+}
+
+/// IA32_PAT after reset (SDM vol. 3A, section 12.12.4).
+pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;
+
+/// Reads a model-specific register.
+///
+/// # Safety
+/// This processor must have the register (reading another raises #GP in the host), and
+/// reading it must have no side effect.
+#[inline]
+pub unsafe fn rdmsr(number: u32) -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: the caller vouches for the register; RDMSR touches no memory.
+    unsafe {
+        asm!("rdmsr", in("ecx") number, out("eax") low, out("edx") high,
+             options(nomem, nostack, preserves_flags));
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// Writes a model-specific register.
+///
+/// # Safety
+/// This processor must have the register and accept the value, and the value must not
+/// break what the hypervisor relies on.
+#[inline]
+pub unsafe fn wrmsr(number: u32, value: u64) {
+    // SAFETY: the caller vouches for register and value. Not `nomem`: a write may order memory.
+    unsafe {
+        asm!("wrmsr", in("ecx") number, in("eax") value as u32, in("edx") (value >> 32) as u32,
+             options(nostack, preserves_flags));
+    }
+}
+
+/// The time-stamp counter.
+#[inline]
+pub fn rdtsc() -> u64 {
+    // SAFETY: RDTSC has no side effect; CR4.TSD does not matter at privilege level 0.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// Whether a linear address is canonical for 48-bit addresses (SDM vol. 1, section 3.3.7.1).
+#[inline]
+pub const fn is_canonical(address: u64) -> bool {
+    ((address << 16) as i64 >> 16) as u64 == address
+}
+
+/// Whether WRMSR of IA32_PAT takes this value: each byte one of the memory types
+/// 0, 1, 4, 5, 6, 7 (SDM vol. 3A, table 12-10).
+pub fn is_pat(value: u64) -> bool {
+    value
+        .to_le_bytes()
+        .iter()
+        .all(|t| matches!(t, 0 | 1 | 4..=7))
+}
+
+/// Feature bits of XCR0 (SDM vol. 3A, section 2.6).
+mod xcr0 {
+    pub(super) const X87: u64 = 1 << 0;
+    pub(super) const SSE: u64 = 1 << 1;
+    pub(super) const AVX: u64 = 1 << 2;
+    pub(super) const MPX: u64 = 0b11 << 3;
+    pub(super) const AVX512: u64 = 0b111 << 5;
+    pub(super) const PKRU: u64 = 1 << 9;
+    /// What Plinth switches between guests; AMX and later components stay off.
+    pub(super) const SWITCHED: u64 = X87 | SSE | AVX | MPX | AVX512 | PKRU;
+}
+
+/// How this processor saves FPU and extended state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FpuFeatures {
+    /// XSAVE is there; otherwise FXSAVE is used.
+    xsave: bool,
+    /// XCR0 bits that guests may set and that are switched.
+    mask: u64,
+    /// Bytes of the save area.
+    size: usize,
+}
+
+impl FpuFeatures {
+    /// Legacy area and XSAVE header (SDM vol. 1, sections 13.4.1 and 13.4.2).
+    const XSAVE_MIN: usize = 576;
+
+    /// Reads CPUID.
+    pub fn detect() -> Self {
+        let cpuid = raw_cpuid::CpuId::new();
+        let xsave = cpuid.get_feature_info().is_some_and(|f| f.has_xsave());
+        if !xsave {
+            return FpuFeatures {
+                xsave,
+                mask: xcr0::X87,
+                size: 512,
+            };
+        }
+        let leaf = core::arch::x86_64::__cpuid_count(0xd, 0);
+        let offered = u64::from(leaf.edx) << 32 | u64::from(leaf.eax);
+        let mut mask = (offered & xcr0::SWITCHED) | xcr0::X87;
+        for group in [xcr0::MPX, xcr0::AVX512] {
+            if mask & group != group {
+                mask &= !group;
+            }
+        }
+        // Standard format: each component has a fixed offset and size in its sub-leaf.
+        let size = (2..63)
+            .filter(|i| mask & (1 << i) != 0)
+            .map(|i| {
+                let component = core::arch::x86_64::__cpuid_count(0xd, i);
+                component.ebx as usize + component.eax as usize
+            })
+            .fold(Self::XSAVE_MIN, usize::max);
+        FpuFeatures { xsave, mask, size }
+    }
+
+    /// XCR0 bits that a guest may set, 1 when the processor has no XSAVE.
+    pub const fn xcr0_mask(&self) -> u64 {
+        self.mask
+    }
+
+    /// Whether XSETBV takes this value here (SDM vol. 3A, section 2.6; vol. 1, section 13.3).
+    pub const fn accepts_xcr0(&self, value: u64) -> bool {
+        let pairs = (value & xcr0::MPX == 0 || value & xcr0::MPX == xcr0::MPX)
+            && (value & xcr0::AVX512 == 0
+                || value & (xcr0::AVX512 | xcr0::AVX) == (xcr0::AVX512 | xcr0::AVX))
+            && (value & xcr0::AVX == 0 || value & xcr0::SSE != 0);
+        value & !self.mask == 0 && value & xcr0::X87 != 0 && pairs
+    }
+
+    /// Makes FPU instructions and XSAVE usable at privilege level 0 on the calling pCPU.
+    ///
+    /// # Safety
+    /// No code of the hypervisor relies on FPU instructions faulting (CR0.EM, CR0.TS).
+    pub unsafe fn prepare(&self) {
+        let mut cr4 = Cr4Flags::OSFXSR | Cr4Flags::OSXMMEXCPT_ENABLE;
+        cr4.set(Cr4Flags::OSXSAVE, self.xsave);
+        // SAFETY: every x86-64 processor has FXSR and SSE; OSXSAVE is set only where CPUID
+        // reports XSAVE. None of these bits affects memory safety.
+        unsafe {
+            Cr0::update(|f| {
+                f.insert(Cr0Flags::MONITOR_COPROCESSOR);
+                f.remove(Cr0Flags::EMULATE_COPROCESSOR | Cr0Flags::TASK_SWITCHED);
+            });
+            Cr4::update(|f| f.insert(cr4));
+        }
+        self.write_xcr0(self.mask);
+    }
+
+    /// Writes XCR0, if the processor has it and takes the value.
+    fn write_xcr0(&self, value: u64) {
+        if !self.xsave || !self.accepts_xcr0(value) {
+            return;
+        }
+        // SAFETY: `prepare` set CR4.OSXSAVE, and the value was just checked, so XSETBV does
+        // not fault. The hypervisor uses none of the registers that XCR0 governs.
+        unsafe {
+            asm!("xsetbv", in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32,
+                 options(nomem, nostack, preserves_flags));
+        }
+    }
+}
+
+/// A part of the save area, as aligned as XSAVE wants it (SDM vol. 1, section 13.4).
+#[derive(Clone)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+const _: () = assert!(size_of::<Line>() == 64 && align_of::<Line>() == 64);
+
+/// A guest's FPU and extended state and its XCR0, in memory while its vCPU is not loaded.
+pub struct GuestFpu {
+    features: FpuFeatures,
+    area: Box<[Line]>,
+    xcr0: u64,
+}
+
+impl GuestFpu {
+    /// Line of the legacy area with FCW (byte 0) and MXCSR (byte 24) (SDM vol. 1, table 13-1).
+    const CONTROL_LINE: usize = 0;
+
+    /// State after initialization: x87 as after FNINIT, MXCSR 0x1f80, all else zero, XCR0 = 1.
+    pub fn new(features: FpuFeatures) -> Self {
+        let mut area = vec![Line([0; 64]); features.size.div_ceil(64)].into_boxed_slice();
+        if let Some(line) = area.get_mut(Self::CONTROL_LINE) {
+            line.0[0..2].copy_from_slice(&0x037f_u16.to_le_bytes());
+            line.0[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
+        }
+        GuestFpu {
+            features,
+            area,
+            xcr0: xcr0::X87,
+        }
+    }
+
+    /// Puts the guest's state and XCR0 into the registers.
+    ///
+    /// # Safety
+    /// `FpuFeatures::prepare` ran on this pCPU, and no other guest's state is in its registers.
+    pub unsafe fn load(&self) {
+        let area = self.area.as_ptr();
+        if self.features.xsave {
+            // All components, also those off in the guest's XCR0 now: it may turn them on again.
+            self.features.write_xcr0(self.features.mask);
+            // SAFETY: the area is 64-byte aligned, as long as the components of `mask` need,
+            // and holds what `save` or `new` wrote, so nothing in it is reserved.
+            unsafe {
+                asm!("xrstor64 [{}]", in(reg) area, in("eax") self.features.mask as u32,
+                     in("edx") (self.features.mask >> 32) as u32, options(readonly, nostack, preserves_flags));
+            }
+            self.features.write_xcr0(self.xcr0);
+        } else {
+            // SAFETY: the area has 512 bytes, aligned, written by FXSAVE or `new`.
+            unsafe {
+                asm!("fxrstor64 [{}]", in(reg) area, options(readonly, nostack, preserves_flags));
+            }
+        }
+    }
+
+    /// Takes the guest's state out of the registers, and leaves XCR0 as `prepare` set it.
+    ///
+    /// # Safety
+    /// `load` of this value was called on this pCPU and its state is still in the registers.
+    pub unsafe fn save(&mut self) {
+        let area = self.area.as_mut_ptr();
+        if self.features.xsave {
+            self.features.write_xcr0(self.features.mask);
+            // SAFETY: the area is 64-byte aligned and as long as the components of `mask` need.
+            unsafe {
+                asm!("xsave64 [{}]", in(reg) area, in("eax") self.features.mask as u32,
+                     in("edx") (self.features.mask >> 32) as u32, options(nostack, preserves_flags));
+            }
+        } else {
+            // SAFETY: the area has 512 bytes and is aligned.
+            unsafe {
+                asm!("fxsave64 [{}]", in(reg) area, options(nostack, preserves_flags));
+            }
+        }
+    }
+
+    /// The guest's XCR0.
+    pub const fn xcr0(&self) -> u64 {
+        self.xcr0
+    }
+
+    /// Sets the guest's XCR0. While `loaded`, also the register. A value that the processor
+    /// would refuse (`FpuFeatures::accepts_xcr0`) changes nothing.
+    pub fn set_xcr0(&mut self, value: u64, loaded: bool) {
+        if self.features.accepts_xcr0(value) {
+            self.xcr0 = value;
+            if loaded {
+                self.features.write_xcr0(value);
+            }
+        }
+    }
+}
+
+/// DR0 to DR3 and DR6 of a guest while its vCPU is not loaded; DR7 is switched by the hardware.
+///
+/// The hypervisor itself sets no breakpoints, and both vendors clear DR7 on an exit, so a
+/// guest's addresses may stay in the registers while the host runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestDebug {
+    /// DR0 to DR3.
+    pub dr: [u64; 4],
+    /// DR6.
+    pub dr6: u64,
+}
+
+impl GuestDebug {
+    /// DR6 after reset: also its bits that always read as one (SDM vol. 3B, section 18.2.3).
+    pub const DR6_RESET: u64 = 0xffff_0ff0;
+
+    /// State after reset.
+    pub const fn new() -> Self {
+        GuestDebug {
+            dr: [0; 4],
+            dr6: Self::DR6_RESET,
+        }
+    }
+
+    /// Puts the values into the registers.
+    pub fn load(&self) {
+        let [dr0, dr1, dr2, dr3] = self.dr;
+        // SAFETY: breakpoints are off while the host runs (DR7), so any address is harmless.
+        // DR0-DR3 take any value; the upper half of DR6 is cleared as MOV to DR6 demands.
+        unsafe {
+            asm!("mov dr0, {}", in(reg) dr0, options(nomem, nostack, preserves_flags));
+            asm!("mov dr1, {}", in(reg) dr1, options(nomem, nostack, preserves_flags));
+            asm!("mov dr2, {}", in(reg) dr2, options(nomem, nostack, preserves_flags));
+            asm!("mov dr3, {}", in(reg) dr3, options(nomem, nostack, preserves_flags));
+        }
+        Self::write_dr6(self.dr6);
+    }
+
+    /// Reads the registers.
+    pub fn save() -> Self {
+        let (dr0, dr1, dr2, dr3): (u64, u64, u64, u64);
+        // SAFETY: reading debug registers at privilege level 0 has no side effect; DR7.GD is
+        // clear while the host runs.
+        unsafe {
+            asm!("mov {}, dr0", out(reg) dr0, options(nomem, nostack, preserves_flags));
+            asm!("mov {}, dr1", out(reg) dr1, options(nomem, nostack, preserves_flags));
+            asm!("mov {}, dr2", out(reg) dr2, options(nomem, nostack, preserves_flags));
+            asm!("mov {}, dr3", out(reg) dr3, options(nomem, nostack, preserves_flags));
+        }
+        GuestDebug {
+            dr: [dr0, dr1, dr2, dr3],
+            dr6: Self::read_dr6(),
+        }
+    }
+
+    /// The DR6 register.
+    pub fn read_dr6() -> u64 {
+        x86_64::registers::debug::Dr6::read_raw()
+    }
+
+    /// Writes the DR6 register; bits 63:32 are dropped.
+    pub fn write_dr6(value: u64) {
+        // SAFETY: DR6 only reports; its upper half is cleared as the instruction demands.
+        unsafe {
+            asm!("mov dr6, {}", in(reg) value & 0xffff_ffff, options(nomem, nostack, preserves_flags));
+        }
+    }
+}
+
+impl Default for GuestDebug {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// IA32_SPEC_CTRL, which guests reach by exits only: the value is checked before it is written.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestSpecCtrl {
+    /// Bits that this processor has; 0: it has no such register.
+    supported: u64,
+    guest: u64,
+    host: u64,
+}
+
+impl GuestSpecCtrl {
+    const IBRS: u64 = 1 << 0;
+    const STIBP: u64 = 1 << 1;
+    const SSBD: u64 = 1 << 2;
+
+    /// Reads CPUID; the guest's value is 0.
+    pub fn detect() -> Self {
+        let cpuid = raw_cpuid::CpuId::new();
+        let vendor = cpuid.get_vendor_info();
+        let amd = vendor
+            .as_ref()
+            .is_some_and(|v| matches!(v.as_str(), "AuthenticAMD" | "HygonGenuine"));
+        let mut supported = 0;
+        let mut add = |present: bool, bit| {
+            if present {
+                supported |= bit;
+            }
+        };
+        if amd {
+            // APM vol. 3, Fn8000_0008_EBX: IBRS, STIBP, SSBD in bits 14, 15, 24.
+            if core::arch::x86_64::__cpuid(0x8000_0000).eax >= 0x8000_0008 {
+                let ebx = core::arch::x86_64::__cpuid(0x8000_0008).ebx;
+                add(ebx & (1 << 14) != 0, Self::IBRS);
+                add(ebx & (1 << 15) != 0, Self::STIBP);
+                add(ebx & (1 << 24) != 0, Self::SSBD);
+            }
+        } else if core::arch::x86_64::__cpuid(0).eax >= 7 {
+            // SDM vol. 2A, CPUID leaf 7, EDX: IBRS and IBPB, STIBP, SSBD in bits 26, 27, 31.
+            let edx = core::arch::x86_64::__cpuid_count(7, 0).edx;
+            add(edx & (1 << 26) != 0, Self::IBRS);
+            add(edx & (1 << 27) != 0, Self::STIBP);
+            add(edx & (1 << 31) != 0, Self::SSBD);
+        }
+        GuestSpecCtrl {
+            supported,
+            guest: 0,
+            host: 0,
+        }
+    }
+
+    /// The guest's value; `None` where the processor has no such register.
+    pub const fn get(&self) -> Option<u64> {
+        if self.supported == 0 {
+            None
+        } else {
+            Some(self.guest)
+        }
+    }
+
+    /// Sets the guest's value; while `loaded`, also the register. `false`: not there, or a bit that the processor lacks.
+    pub fn set(&mut self, value: u64, loaded: bool) -> bool {
+        if self.supported == 0 || value & !self.supported != 0 {
+            return false;
+        }
+        self.guest = value;
+        if loaded {
+            // SAFETY: CPUID reports the register, and the value has only bits that it reports.
+            unsafe { wrmsr(msr::SPEC_CTRL, value) };
+        }
+        true
+    }
+
+    /// Keeps the host's value and writes the guest's.
+    pub fn load(&mut self) {
+        if self.supported != 0 {
+            // SAFETY: CPUID reports the register.
+            self.host = unsafe { rdmsr(msr::SPEC_CTRL) };
+            if self.host != self.guest {
+                // SAFETY: CPUID reports the register, and `set` checked the value.
+                unsafe { wrmsr(msr::SPEC_CTRL, self.guest) };
+            }
+        }
+    }
+
+    /// Writes the host's value back.
+    pub fn unload(&self) {
+        if self.supported != 0 && self.host != self.guest {
+            // SAFETY: the value was read from this register by `load`.
+            unsafe { wrmsr(msr::SPEC_CTRL, self.host) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn xcr0_rules_follow_the_manual() {
+        let full = FpuFeatures {
+            xsave: true,
+            mask: xcr0::SWITCHED,
+            size: 0xa80,
+        };
+        for good in [1, 3, 7, 0x1f, 0xe7, 0x2ff] {
+            assert!(full.accepts_xcr0(good), "{good:#x}");
+        }
+        for bad in [0, 2, 5, 0xb, 0xe3, 0x27, 0x107, 1 << 17 | 3] {
+            assert!(!full.accepts_xcr0(bad), "{bad:#x}");
+        }
+        let sse = FpuFeatures {
+            xsave: true,
+            mask: 3,
+            size: 576,
+        };
+        assert!(sse.accepts_xcr0(3) && !sse.accepts_xcr0(7));
+    }
+
+    #[test]
+    fn detected_area_holds_every_component() {
+        let f = FpuFeatures::detect();
+        let area = GuestFpu::new(f);
+        assert!(area.area.len() * 64 >= f.size && f.size >= 512);
+        assert!(!f.xsave || f.accepts_xcr0(f.mask));
+        assert_eq!(area.area[0].0[0..2], [0x7f, 0x03]);
+        assert_eq!(area.area[0].0[24..28], [0x80, 0x1f, 0, 0]);
+    }
+
+    #[test]
+    fn refused_xcr0_changes_nothing() {
+        let mut fpu = GuestFpu::new(FpuFeatures::detect());
+        fpu.set_xcr0(0, false);
+        assert_eq!(fpu.xcr0(), 1);
+        fpu.set_xcr0(fpu.features.mask, false);
+        assert_eq!(fpu.xcr0(), fpu.features.mask);
+    }
+
+    #[test]
+    fn canonical_addresses() {
+        for a in [0, 0x7fff_ffff_ffff, 0xffff_8000_0000_0000, u64::MAX] {
+            assert!(is_canonical(a));
+        }
+        for a in [0x8000_0000_0000, 0xffff_7fff_ffff_ffff, 1 << 63] {
+            assert!(!is_canonical(a));
+        }
+    }
+
+    #[test]
+    fn pat_values() {
+        assert!(is_pat(PAT_RESET));
+        assert!(!is_pat(2) && !is_pat(3 << 8) && !is_pat(8 << 56));
+    }
+
+    #[test]
+    fn spec_ctrl_refuses_absent_bits() {
+        let mut none = GuestSpecCtrl {
+            supported: 0,
+            guest: 0,
+            host: 0,
+        };
+        assert!(none.get().is_none() && !none.set(0, false));
+        let mut ibrs = GuestSpecCtrl {
+            supported: 1,
+            guest: 0,
+            host: 0,
+        };
+        assert!(ibrs.set(1, false) && !ibrs.set(4, false));
+        assert_eq!(ibrs.get(), Some(1));
+    }
+}
