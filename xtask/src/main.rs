@@ -6,6 +6,8 @@
 
 mod clean;
 mod exit;
+mod guests;
+mod initramfs;
 mod paths;
 mod progress;
 mod test;
