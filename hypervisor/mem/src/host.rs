@@ -5,7 +5,17 @@
 
 use crate::addr::Hpa;
 
-/// Who a frame belongs to. Freeing under another owner's name is refused.
+/// A region of physical memory, as the firmware's map gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryRegion {
+    /// First byte.
+    pub start: Hpa,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+/// Who a frame belongs to. Freeing under another owner's name is refused. VM numbers are
+/// below [`Owner::MAX_VMS`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
     /// The hypervisor itself: heap, stacks, per-CPU data, VMXON and host-save areas.
@@ -14,6 +24,11 @@ pub enum Owner {
     VmRam(u16),
     /// Nested page tables, VMCS/VMCB, bitmaps of the VM with this number.
     VmTables(u16),
+}
+
+impl Owner {
+    /// VM numbers are below this.
+    pub const MAX_VMS: u16 = 256;
 }
 
 /// No run of free frames of the wanted size and alignment is left.
@@ -56,10 +71,10 @@ pub trait HostMemory: Send + Sync {
     /// A host pointer to `hpa`, valid to the end of its frame run. Making it is safe, using it is not.
     fn pointer(&self, hpa: Hpa) -> *mut u8;
 
-    /// Copies `to.len()` bytes out of host-physical memory.
+    /// Copies `to.len()` bytes out of host-physical memory. 1, 2, 4 or 8 naturally aligned bytes are read in one access.
     fn read(&self, from: Hpa, to: &mut [u8]);
 
-    /// Copies bytes into host-physical memory.
+    /// Copies bytes into host-physical memory. 1, 2, 4 or 8 naturally aligned bytes are written in one access.
     fn write(&self, to: Hpa, from: &[u8]);
 
     /// Reads an aligned 64-bit word in one access (page-table entries).

@@ -9,11 +9,13 @@ extern crate alloc;
 
 pub mod access;
 pub mod addr;
+mod buddy;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+pub mod frames;
 pub mod host;
 pub mod nested;
 
 pub use access::{Direction, Width};
 pub use addr::{Gpa, Gva, Hpa, PAGE_SIZE, PAGE_SIZE_1G, PAGE_SIZE_2M};
-pub use host::{HostMemory, OutOfFrames, Owner};
+pub use host::{HostMemory, MemoryRegion, OutOfFrames, Owner};
