@@ -1,0 +1,16 @@
+//! What a vCPU's run loop needs of the pCPU that it runs on.
+
+use alloc::string::String;
+
+/// The pCPU under a running vCPU. The kernel implements it; tests have their own.
+pub trait Host {
+    /// Host TSC, in ticks.
+    fn now(&self) -> u64;
+    /// Has the pCPU interrupted no later than this host TSC.
+    fn arm_timer(&mut self, host_tsc: u64);
+    /// Lets pending host interrupts in. Called with interrupts disabled, returns so.
+    fn take_interrupts(&mut self);
+    /// A line for the host's log about the VM that runs: what the guest did wrong, at most a
+    /// few per VM and kind (the caller limits them).
+    fn warn(&mut self, line: String);
+}

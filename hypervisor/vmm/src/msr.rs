@@ -1,0 +1,211 @@
+//! Model-specific registers that a vCPU keeps in software, and what every MSR access gets.
+//!
+//! Three kinds: MSRs that the processor switches (`VirtualCpu::msr`), MSRs with a model here,
+//! and all others, which fault with #GP(0) as on a processor that lacks them. A fixed few
+//! read as a constant because operating systems read them without asking first.
+//!
+//! Source of numbers and layouts: SDM vol. 4; APM vol. 2, appendix A; AMD's PPRs.
+
+/// Architectural and vendor MSR numbers used by the VMM.
+#[expect(missing_docs, reason = "the names are the manuals'")]
+pub mod number {
+    pub const TSC: u32 = 0x10;
+    pub const PLATFORM_ID: u32 = 0x17;
+    pub const APIC_BASE: u32 = 0x1b;
+    pub const FEATURE_CONTROL: u32 = 0x3a;
+    pub const TSC_ADJUST: u32 = 0x3b;
+    pub const BIOS_SIGN_ID: u32 = 0x8b;
+    pub const MTRR_CAP: u32 = 0xfe;
+    pub const MCG_CAP: u32 = 0x179;
+    pub const MCG_STATUS: u32 = 0x17a;
+    pub const MISC_ENABLE: u32 = 0x1a0;
+    pub const MTRR_PHYS_BASE0: u32 = 0x200;
+    pub const MTRR_PHYS_LAST: u32 = MTRR_PHYS_BASE0 + 2 * super::VARIABLE_MTRRS as u32 - 1;
+    pub const MTRR_FIX_64K: u32 = 0x250;
+    pub const MTRR_FIX_16K_A: u32 = 0x258;
+    pub const MTRR_FIX_16K_B: u32 = 0x259;
+    pub const MTRR_FIX_4K_FIRST: u32 = 0x268;
+    pub const MTRR_FIX_4K_LAST: u32 = 0x26f;
+    pub const PAT: u32 = 0x277;
+    pub const MTRR_DEF_TYPE: u32 = 0x2ff;
+    pub const TSC_DEADLINE: u32 = 0x6e0;
+    pub const X2APIC_FIRST: u32 = 0x800;
+    pub const X2APIC_LAST: u32 = 0x8ff;
+    pub const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
+    pub const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
+    pub const EFER: u32 = 0xc000_0080;
+    pub const TSC_AUX: u32 = 0xc000_0103;
+    pub const AMD_SYSCFG: u32 = 0xc001_0010;
+    pub const AMD_HWCR: u32 = 0xc001_0015;
+    pub const AMD_TOP_MEM2: u32 = 0xc001_001d;
+    pub const AMD_NB_CFG: u32 = 0xc001_001f;
+    pub const AMD_PATCH_LOADER: u32 = 0xc001_0020;
+    pub const AMD_TSEG_ADDR: u32 = 0xc001_0112;
+    pub const AMD_TSEG_MASK: u32 = 0xc001_0113;
+    pub const AMD_BU_CFG: u32 = 0xc001_1023;
+    pub const AMD_DE_CFG: u32 = 0xc001_1029;
+}
+
+use number::*;
+
+use crate::cpuid::Vendor;
+
+/// Variable-range MTRR pairs shown.
+pub const VARIABLE_MTRRS: usize = 8;
+
+/// MTRRs of one vCPU. They are kept for the guest to read back; the memory type in effect
+/// comes from the nested page tables and the guest's PAT.
+#[derive(Clone, Debug)]
+pub struct Mtrrs {
+    variable: [u64; 2 * VARIABLE_MTRRS],
+    fixed: [u64; 11],
+    default_type: u64,
+}
+
+impl Default for Mtrrs {
+    /// As PC firmware leaves them: enabled, write-back, with the area below 1 MiB's VGA hole and
+    /// everything else left to the default type.
+    fn default() -> Self {
+        Mtrrs {
+            variable: [0; 2 * VARIABLE_MTRRS],
+            fixed: [0x0606_0606_0606_0606; 11],
+            default_type: DEF_TYPE_ENABLE | u64::from(WRITE_BACK),
+        }
+    }
+}
+
+const WRITE_BACK: u8 = 6;
+const DEF_TYPE_ENABLE: u64 = 1 << 11;
+/// Type, FE and E.
+const DEF_TYPE_BITS: u64 = 0xcff;
+/// VCNT, FIX and WC.
+const MTRR_CAPABILITIES: u64 = VARIABLE_MTRRS as u64 | (1 << 8) | (1 << 10);
+/// IA32_MISC_ENABLE: fast strings on; branch trace and PEBS unavailable.
+const MISC_ENABLE_VALUE: u64 = 1 | (1 << 11) | (1 << 12);
+
+/// Whether a byte is a memory type that MTRRs may hold (SDM vol. 3A, table 12-8).
+fn valid_type(value: u8) -> bool {
+    matches!(value, 0 | 1 | 4 | 5 | 6)
+}
+
+impl Mtrrs {
+    fn fixed_index(msr: u32) -> Option<usize> {
+        match msr {
+            MTRR_FIX_64K => Some(0),
+            MTRR_FIX_16K_A => Some(1),
+            MTRR_FIX_16K_B => Some(2),
+            MTRR_FIX_4K_FIRST..=MTRR_FIX_4K_LAST => Some(3 + (msr - MTRR_FIX_4K_FIRST) as usize),
+            _ => None,
+        }
+    }
+
+    /// Reads one; `None`: not an MTRR.
+    pub fn read(&self, msr: u32) -> Option<u64> {
+        match msr {
+            MTRR_CAP => Some(MTRR_CAPABILITIES),
+            MTRR_DEF_TYPE => Some(self.default_type),
+            MTRR_PHYS_BASE0..=MTRR_PHYS_LAST => {
+                Some(self.variable[(msr - MTRR_PHYS_BASE0) as usize])
+            }
+            _ => Self::fixed_index(msr).map(|n| self.fixed[n]),
+        }
+    }
+
+    /// Writes one; `Some(false)`: reserved bits or a bad type, #GP. `None`: not a writable MTRR.
+    pub fn write(&mut self, msr: u32, value: u64, physical_bits: u8) -> Option<bool> {
+        let reserved_high = !0 << physical_bits.min(63);
+        match msr {
+            MTRR_DEF_TYPE => {
+                let good = value & !DEF_TYPE_BITS == 0 && valid_type(value as u8);
+                if good {
+                    self.default_type = value;
+                }
+                Some(good)
+            }
+            MTRR_PHYS_BASE0..=MTRR_PHYS_LAST => {
+                let is_mask = msr & 1 == 1;
+                let good = value & reserved_high == 0
+                    && if is_mask {
+                        value & 0x7ff == 0
+                    } else {
+                        value & 0xf00 == 0 && valid_type(value as u8)
+                    };
+                if good {
+                    self.variable[(msr - MTRR_PHYS_BASE0) as usize] = value;
+                }
+                Some(good)
+            }
+            _ => {
+                let n = Self::fixed_index(msr)?;
+                let good = value.to_le_bytes().into_iter().all(valid_type);
+                if good {
+                    self.fixed[n] = value;
+                }
+                Some(good)
+            }
+        }
+    }
+}
+
+/// MSRs that read as a constant. Operating systems read these without a CPUID bit that
+/// announces them; the constant is what a processor without the feature behind it shows.
+pub fn constant(vendor: Vendor, msr: u32) -> Option<u64> {
+    match (vendor, msr) {
+        (_, MCG_CAP | MCG_STATUS) => Some(0),
+        // Microcode revision: old enough to claim nothing.
+        (_, BIOS_SIGN_ID) => Some(match vendor {
+            Vendor::Intel => 1 << 32,
+            Vendor::Amd => 0x0100_0065,
+        }),
+        (Vendor::Intel, PLATFORM_ID) => Some(0),
+        // Locked with VMX off.
+        (Vendor::Intel, FEATURE_CONTROL) => Some(1),
+        (Vendor::Intel, MISC_ENABLE) => Some(MISC_ENABLE_VALUE),
+        (
+            Vendor::Amd,
+            AMD_SYSCFG | AMD_HWCR | AMD_NB_CFG | AMD_TOP_MEM2 | AMD_TSEG_ADDR | AMD_TSEG_MASK
+            | AMD_BU_CFG,
+        ) => Some(0),
+        // LFENCE is serializing.
+        (Vendor::Amd, AMD_DE_CFG) => Some(1 << 1),
+        _ => None,
+    }
+}
+
+/// Whether a write to a constant MSR is taken and dropped; all others fault.
+pub fn write_ignored(vendor: Vendor, msr: u32) -> bool {
+    match (vendor, msr) {
+        (_, MCG_STATUS | BIOS_SIGN_ID) => true,
+        (Vendor::Intel, MISC_ENABLE) => true,
+        (
+            Vendor::Amd,
+            AMD_SYSCFG | AMD_HWCR | AMD_NB_CFG | AMD_PATCH_LOADER | AMD_BU_CFG | AMD_DE_CFG,
+        ) => true,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mtrrs_read_back_and_refuse_reserved_bits() {
+        let mut m = Mtrrs::default();
+        assert_eq!(m.write(0x200, 0x8000_0006, 40), Some(true));
+        assert_eq!(m.read(0x200), Some(0x8000_0006));
+        assert_eq!(m.write(0x200, 0x8000_0002, 40), Some(false), "type 2");
+        assert_eq!(m.write(0x201, 1 << 40, 40), Some(false), "beyond the address width");
+        assert_eq!(m.write(MTRR_DEF_TYPE, 0x1006, 40), Some(false));
+        assert_eq!(m.write(0x250, 0x0606_0606_0606_0607, 40), Some(false));
+        assert_eq!(m.write(MTRR_CAP, 0, 40), None, "read-only");
+        assert_eq!(m.read(0x210), None, "a ninth pair");
+    }
+
+    #[test]
+    fn vendor_msrs_fault_on_the_other_vendor() {
+        assert_eq!(constant(Vendor::Intel, AMD_HWCR), None);
+        assert_eq!(constant(Vendor::Amd, MISC_ENABLE), None);
+        assert!(!write_ignored(Vendor::Intel, FEATURE_CONTROL));
+    }
+}

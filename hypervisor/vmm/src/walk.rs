@@ -1,0 +1,186 @@
+//! The guest's own page tables, walked in software: guest-virtual to guest-physical.
+//!
+//! Used only to emulate an instruction: to fetch its bytes and to reach its operands. Covers
+//! no paging, 32-bit, PAE, 4-level and 5-level paging with the access checks of SDM vol. 3A,
+//! section 4.6. Entries are read once each; a table outside the guest's RAM reads as zero
+//! (not present). Accessed and dirty bits are not set: the processor's own walk has set
+//! accessed bits before the exit that leads here, and MMIO pages need no dirty bit.
+
+use mem::{Gpa, Gva, guest::GuestMemory};
+use virt::VirtualCpu;
+
+const CR0_PG: u64 = 1 << 31;
+const CR0_WP: u64 = 1 << 16;
+const CR4_PSE: u64 = 1 << 4;
+const CR4_PAE: u64 = 1 << 5;
+const CR4_LA57: u64 = 1 << 12;
+const CR4_SMEP: u64 = 1 << 20;
+const CR4_SMAP: u64 = 1 << 21;
+const EFER_LMA: u64 = 1 << 10;
+const EFER_NXE: u64 = 1 << 11;
+const RFLAGS_AC: u64 = 1 << 18;
+
+const PTE_PRESENT: u64 = 1 << 0;
+const PTE_WRITE: u64 = 1 << 1;
+const PTE_USER: u64 = 1 << 2;
+const PTE_LARGE: u64 = 1 << 7;
+const PTE_NX: u64 = 1 << 63;
+const PTE_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// What the access is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Data load.
+    Read,
+    /// Data store.
+    Write,
+    /// Instruction fetch.
+    Fetch,
+}
+
+/// A page fault that the guest must see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageFault {
+    /// For CR2.
+    pub address: Gva,
+    /// Error code (SDM vol. 3A, section 4.7).
+    pub error_code: u32,
+}
+
+/// The paging state of a vCPU at one moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Paging {
+    /// CR0.
+    pub cr0: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// IA32_EFER.
+    pub efer: u64,
+    /// RFLAGS.
+    pub rflags: u64,
+    /// Current privilege level.
+    pub cpl: u8,
+}
+
+impl Paging {
+    /// Reads it off a vCPU.
+    pub fn of<V: VirtualCpu>(cpu: &V) -> Self {
+        Paging {
+            cr0: cpu.cr0(),
+            cr3: cpu.cr3(),
+            cr4: cpu.cr4(),
+            efer: cpu.efer(),
+            rflags: cpu.rflags(),
+            cpl: cpu.cpl(),
+        }
+    }
+
+    /// Whether the guest's linear addresses are 64 bits wide.
+    fn long_mode(&self) -> bool {
+        self.efer & EFER_LMA != 0
+    }
+
+    /// Translates one linear address.
+    ///
+    /// # Errors
+    /// The page fault that the processor would raise.
+    pub fn translate(
+        &self,
+        memory: &GuestMemory,
+        gva: Gva,
+        access: Access,
+    ) -> Result<Gpa, PageFault> {
+        if self.cr0 & CR0_PG == 0 {
+            return Ok(Gpa(gva.0 & 0xffff_ffff));
+        }
+        let user = self.cpl == 3;
+        let nx = self.efer & EFER_NXE != 0;
+        let fault = |present: bool| {
+            let mut code = u32::from(present);
+            code |= u32::from(access == Access::Write) << 1;
+            code |= u32::from(user) << 2;
+            if access == Access::Fetch && (nx || self.cr4 & CR4_SMEP != 0) {
+                code |= 1 << 4;
+            }
+            PageFault { address: gva, error_code: code }
+        };
+
+        let wide = self.cr4 & CR4_PAE != 0;
+        let (levels, index_bits, mut table) = match (self.long_mode(), wide) {
+            (true, _) if self.cr4 & CR4_LA57 != 0 => (5, 9, self.cr3 & PTE_ADDRESS),
+            (true, _) => (4, 9, self.cr3 & PTE_ADDRESS),
+            (false, true) => (3, 9, self.cr3 & 0xffff_ffe0),
+            (false, false) => (2, 10, self.cr3 & 0xffff_f000),
+        };
+        let linear = if self.long_mode() { gva.0 } else { gva.0 & 0xffff_ffff };
+        let (mut writable, mut user_page, mut no_execute) = (true, true, false);
+        for level in (1..=levels).rev() {
+            let shift = 12 + index_bits * (level - 1);
+            let index = (linear >> shift) & ((1 << index_bits) - 1);
+            let entry = if wide || self.long_mode() {
+                memory.read_u64(Gpa(table + index * 8)).unwrap_or(0)
+            } else {
+                memory.read_u32(Gpa(table + index * 4)).map_or(0, u64::from)
+            };
+            if entry & PTE_PRESENT == 0 {
+                return Err(fault(false));
+            }
+            // The four PDPTEs of PAE paging have no R/W, U/S or XD bits.
+            if !(level == 3 && levels == 3) {
+                writable &= entry & PTE_WRITE != 0;
+                user_page &= entry & PTE_USER != 0;
+                no_execute |= nx && entry & PTE_NX != 0;
+            }
+            let large = match level {
+                1 => true,
+                2 => entry & PTE_LARGE != 0 && (levels > 2 || self.cr4 & CR4_PSE != 0),
+                3 => levels > 3 && entry & PTE_LARGE != 0,
+                _ => false,
+            };
+            if !large {
+                table = entry & if index_bits == 10 { 0xffff_f000 } else { PTE_ADDRESS };
+                continue;
+            }
+            if !self.permits(access, user, writable, user_page, no_execute) {
+                return Err(fault(true));
+            }
+            let page_mask = (1u64 << shift) - 1;
+            let base = if index_bits == 10 && level == 2 {
+                // PSE-36: bits 20:13 of the entry are bits 39:32 of the address.
+                (entry & 0xffc0_0000) | ((entry >> 13) & 0xff) << 32
+            } else {
+                entry & PTE_ADDRESS & !page_mask
+            };
+            return Ok(Gpa(base | (linear & page_mask)));
+        }
+        Err(fault(false))
+    }
+
+    /// The access rights of SDM vol. 3A, section 4.6.1, protection keys apart.
+    fn permits(
+        &self,
+        access: Access,
+        user: bool,
+        writable: bool,
+        user_page: bool,
+        no_execute: bool,
+    ) -> bool {
+        if user {
+            return user_page
+                && match access {
+                    Access::Read => true,
+                    Access::Write => writable,
+                    Access::Fetch => !no_execute,
+                };
+        }
+        let smap_blocks =
+            user_page && self.cr4 & CR4_SMAP != 0 && self.rflags & RFLAGS_AC == 0;
+        match access {
+            Access::Read => !smap_blocks,
+            Access::Write => (writable || self.cr0 & CR0_WP == 0) && !smap_blocks,
+            Access::Fetch => !no_execute && !(user_page && self.cr4 & CR4_SMEP != 0),
+        }
+    }
+}
