@@ -1,2 +1,7 @@
-#![no_std]
+//! What an operator says and sees: configuration, consoles, commands, metrics.
+#![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod console;

@@ -69,12 +69,19 @@ pub struct RunQueue {
 impl RunQueue {
     /// An empty queue.
     pub const fn new() -> Self {
-        RunQueue { entities: Vec::new(), queue: VecDeque::new() }
+        RunQueue {
+            entities: Vec::new(),
+            queue: VecDeque::new(),
+        }
     }
 
     /// Adds an entity, blocked without a deadline. `pinned`: the only pCPU it may run on.
     pub fn add(&mut self, pinned: Option<usize>) -> EntityId {
-        let entity = Entity { state: State::Blocked { until: None }, woken: false, pinned };
+        let entity = Entity {
+            state: State::Blocked { until: None },
+            woken: false,
+            pinned,
+        };
         let free = self.entities.iter().position(Option::is_none);
         let index = free.unwrap_or_else(|| {
             self.entities.push(None);
@@ -108,7 +115,9 @@ impl RunQueue {
 
     /// Makes a blocked entity ready.
     pub fn wake(&mut self, id: EntityId) -> Wake {
-        let Some(entity) = self.get_mut(id) else { return Wake::Nothing };
+        let Some(entity) = self.get_mut(id) else {
+            return Wake::Nothing;
+        };
         match entity.state {
             State::Blocked { .. } => {
                 entity.state = State::Waiting;
@@ -126,8 +135,10 @@ impl RunQueue {
     /// Readies every entity whose deadline has come.
     pub fn expire(&mut self, now: u64) {
         for index in 0..self.entities.len() {
-            if let Some(Entity { state: State::Blocked { until: Some(at) }, .. }) =
-                self.entities[index]
+            if let Some(Entity {
+                state: State::Blocked { until: Some(at) },
+                ..
+            }) = self.entities[index]
                 && at <= now
             {
                 self.wake(EntityId(index as u32));
@@ -184,7 +195,9 @@ impl RunQueue {
     /// A running entity blocks until a wake-up or `until` (host TSC ticks). If a wake-up
     /// came while it ran, it waits in the queue instead.
     pub fn block(&mut self, id: EntityId, until: Option<u64>) {
-        let Some(entity) = self.get_mut(id) else { return };
+        let Some(entity) = self.get_mut(id) else {
+            return;
+        };
         if !matches!(entity.state, State::Running { .. }) {
             return;
         }

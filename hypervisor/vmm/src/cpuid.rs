@@ -277,11 +277,15 @@ impl CpuidPolicy {
                     }
                 }
                 // EAX: ARAT, the APIC timer never stops.
-                6 => *entry = CpuidResult { eax: 1 << 2, ..CpuidResult::default() },
+                6 => {
+                    *entry = CpuidResult {
+                        eax: 1 << 2,
+                        ..CpuidResult::default()
+                    }
+                }
                 7 => {
                     entry.eax = 0;
-                    entry.ebx =
-                        (entry.ebx & Leaf7Ebx::all().bits()) | Leaf7Ebx::TSC_ADJUST.bits();
+                    entry.ebx = (entry.ebx & Leaf7Ebx::all().bits()) | Leaf7Ebx::TSC_ADJUST.bits();
                     entry.ecx &= Leaf7Ecx::all().bits();
                     entry.edx &= Leaf7Edx::all().bits();
                 }
@@ -300,7 +304,8 @@ impl CpuidPolicy {
                 // One thread per core: private caches below level 3, a shared one above.
                 let level = (entry.eax >> 5) & 7;
                 let sharing = if level >= 3 { self.vcpus - 1 } else { 0 };
-                entry.eax = (entry.eax & 0x3ff) | (sharing << 14) | ((self.vcpus - 1).min(63) << 26);
+                entry.eax =
+                    (entry.eax & 0x3ff) | (sharing << 14) | ((self.vcpus - 1).min(63) << 26);
                 self.cache.push(entry);
             }
         }
@@ -311,8 +316,7 @@ impl CpuidPolicy {
                 !(Leaf1Ecx::XSAVE | Leaf1Ecx::AVX | Leaf1Ecx::FMA | Leaf1Ecx::F16C).bits();
             if let Some(leaf7) = self.basic.get_mut(7) {
                 leaf7.ebx &= !Leaf7Ebx::AVX2.bits();
-                leaf7.ecx &=
-                    !(Leaf7Ecx::PKU | Leaf7Ecx::VAES | Leaf7Ecx::VPCLMULQDQ).bits();
+                leaf7.ecx &= !(Leaf7Ecx::PKU | Leaf7Ecx::VAES | Leaf7Ecx::VPCLMULQDQ).bits();
             }
             return;
         }
@@ -323,9 +327,8 @@ impl CpuidPolicy {
             self.components |= XsaveComponents::PKRU;
         }
         let main = host(0xd, 0);
-        let supported = XsaveComponents::from_bits_truncate(
-            u64::from(main.eax) | (u64::from(main.edx) << 32),
-        );
+        let supported =
+            XsaveComponents::from_bits_truncate(u64::from(main.eax) | (u64::from(main.edx) << 32));
         self.components &= supported;
         self.xsave = (0..64)
             .map(|subleaf| match subleaf {
@@ -341,7 +344,11 @@ impl CpuidPolicy {
                 },
                 n if self.components.bits() & (1 << n) != 0 => {
                     let entry = host(0xd, n);
-                    CpuidResult { ecx: entry.ecx & 2, edx: 0, ..entry }
+                    CpuidResult {
+                        ecx: entry.ecx & 2,
+                        edx: 0,
+                        ..entry
+                    }
                 }
                 _ => CpuidResult::default(),
             })
@@ -351,7 +358,9 @@ impl CpuidPolicy {
     }
 
     fn compute_extended(&mut self, host: HostCpuid<'_>) {
-        let max = host(EXTENDED_BASE, 0).eax.clamp(EXTENDED_BASE, MAX_EXTENDED);
+        let max = host(EXTENDED_BASE, 0)
+            .eax
+            .clamp(EXTENDED_BASE, MAX_EXTENDED);
         let leaf1 = self.basic.get(1).copied().unwrap_or_default();
         self.extended = (EXTENDED_BASE..=max)
             .map(|leaf| {
@@ -360,7 +369,10 @@ impl CpuidPolicy {
                     0 => {
                         entry.eax = max;
                         if self.vendor == Vendor::Intel {
-                            entry = CpuidResult { eax: max, ..CpuidResult::default() };
+                            entry = CpuidResult {
+                                eax: max,
+                                ..CpuidResult::default()
+                            };
                         }
                     }
                     1 => {
@@ -373,12 +385,21 @@ impl CpuidPolicy {
                         }
                     }
                     // EDX bit 8: the TSC is invariant, which the host's must be for that.
-                    7 => entry = CpuidResult { edx: entry.edx & (1 << 8), ..CpuidResult::default() },
+                    7 => {
+                        entry = CpuidResult {
+                            edx: entry.edx & (1 << 8),
+                            ..CpuidResult::default()
+                        }
+                    }
                     8 => {
                         // EAX: physical, linear address bits. ECX (AMD): core count less one.
                         entry.eax &= 0xffff;
                         entry.ebx = 0;
-                        entry.ecx = if self.vendor == Vendor::Amd { self.vcpus - 1 } else { 0 };
+                        entry.ecx = if self.vendor == Vendor::Amd {
+                            self.vcpus - 1
+                        } else {
+                            0
+                        };
                         entry.edx = 0;
                     }
                     // Brand string and caches, as the host has them.
@@ -399,7 +420,11 @@ impl CpuidPolicy {
                 continue;
             }
             end = if compacted {
-                let start = if entry.ecx & 2 != 0 { end.next_multiple_of(64) } else { end };
+                let start = if entry.ecx & 2 != 0 {
+                    end.next_multiple_of(64)
+                } else {
+                    end
+                };
                 start.saturating_add(entry.eax)
             } else {
                 end.max(entry.ebx.saturating_add(entry.eax))
@@ -446,32 +471,43 @@ impl CpuidPolicy {
             (ebx7.contains(Leaf7Ebx::SMAP), 1 << 21),
             (ecx7.contains(Leaf7Ecx::PKU), 1 << 22),
         ];
-        bits.iter().filter(|(on, _)| *on).fold(0, |all, (_, bit)| all | bit)
+        bits.iter()
+            .filter(|(on, _)| *on)
+            .fold(0, |all, (_, bit)| all | bit)
     }
 
     /// EFER bits that the guest may set (SDM vol. 4, IA32_EFER; APM vol. 2, section 3.1.7).
     pub fn efer_allowed(&self) -> u64 {
-        let edx = Ext1Edx::from_bits_truncate(
-            self.extended.get(1).copied().unwrap_or_default().edx,
-        );
+        let edx =
+            Ext1Edx::from_bits_truncate(self.extended.get(1).copied().unwrap_or_default().edx);
         let bits = [
             (edx.contains(Ext1Edx::SYSCALL), 1),
             (edx.contains(Ext1Edx::LM), (1 << 8) | (1 << 10)),
             (edx.contains(Ext1Edx::NX), 1 << 11),
             (edx.contains(Ext1Edx::FFXSR), 1 << 14),
         ];
-        bits.iter().filter(|(on, _)| *on).fold(0, |all, (_, bit)| all | bit)
+        bits.iter()
+            .filter(|(on, _)| *on)
+            .fold(0, |all, (_, bit)| all | bit)
     }
 
     /// Physical address bits of the guest (leaf 0x8000_0008).
     pub fn physical_bits(&self) -> u8 {
-        self.extended.get(8).map_or(36, |leaf| (leaf.eax & 0xff) as u8)
+        self.extended
+            .get(8)
+            .map_or(36, |leaf| (leaf.eax & 0xff) as u8)
     }
 
     /// Whether RDTSCP or RDPID, and with them IA32_TSC_AUX, are shown.
     pub fn has_tsc_aux(&self) -> bool {
-        let rdtscp = self.extended.get(1).is_some_and(|l| l.edx & Ext1Edx::RDTSCP.bits() != 0);
-        let rdpid = self.basic.get(7).is_some_and(|l| l.ecx & Leaf7Ecx::RDPID.bits() != 0);
+        let rdtscp = self
+            .extended
+            .get(1)
+            .is_some_and(|l| l.edx & Ext1Edx::RDTSCP.bits() != 0);
+        let rdpid = self
+            .basic
+            .get(7)
+            .is_some_and(|l| l.ecx & Leaf7Ecx::RDPID.bits() != 0);
         rdtscp || rdpid
     }
 
@@ -515,7 +551,13 @@ impl CpuidPolicy {
                     entry.edx &= !Leaf1Edx::APIC.bits();
                 }
             }
-            4 => entry = self.cache.get(subleaf as usize).copied().unwrap_or_default(),
+            4 => {
+                entry = self
+                    .cache
+                    .get(subleaf as usize)
+                    .copied()
+                    .unwrap_or_default()
+            }
             7 if subleaf != 0 => entry = CpuidResult::default(),
             7 => {
                 if state.cr4 & (1 << 22) != 0 {
@@ -528,18 +570,31 @@ impl CpuidPolicy {
                 // Level 0: one thread per core. Level 1: all cores in one package.
                 let core_bits = self.vcpus.next_power_of_two().trailing_zeros();
                 entry = match subleaf {
-                    0 => CpuidResult { eax: 0, ebx: 1, ecx: 1 << 8, edx: state.apic_id },
+                    0 => CpuidResult {
+                        eax: 0,
+                        ebx: 1,
+                        ecx: 1 << 8,
+                        edx: state.apic_id,
+                    },
                     1 => CpuidResult {
                         eax: core_bits,
                         ebx: self.vcpus,
                         ecx: (2 << 8) | 1,
                         edx: state.apic_id,
                     },
-                    n => CpuidResult { ecx: n & 0xff, edx: state.apic_id, ..Default::default() },
+                    n => CpuidResult {
+                        ecx: n & 0xff,
+                        edx: state.apic_id,
+                        ..Default::default()
+                    },
                 };
             }
             0xd => {
-                entry = self.xsave.get(subleaf as usize).copied().unwrap_or_default();
+                entry = self
+                    .xsave
+                    .get(subleaf as usize)
+                    .copied()
+                    .unwrap_or_default();
                 match subleaf {
                     0 if !self.xsave.is_empty() => entry.ebx = self.xsave_bytes(state.xcr0, false),
                     1 if entry.eax & XsaveEax::XSAVEC.bits() != 0 => {
@@ -567,16 +622,45 @@ mod tests {
     fn all_ones(vendor: &[u8; 12], leaf: u32, subleaf: u32) -> CpuidResult {
         let word = |i: usize| u32::from_le_bytes(vendor[i..i + 4].try_into().unwrap());
         match (leaf, subleaf) {
-            (0, _) => CpuidResult { eax: 0x20, ebx: word(0), ecx: word(8), edx: word(4) },
-            (0x8000_0000, _) => CpuidResult { eax: 0x8000_0021, ..Default::default() },
-            (0x8000_0008, _) => CpuidResult { eax: 0x3028, ..Default::default() },
-            (0xd, 2) => CpuidResult { eax: 256, ebx: 576, ..Default::default() },
-            (0xd, 9) => CpuidResult { eax: 8, ebx: 2688, ..Default::default() },
-            _ => CpuidResult { eax: !0, ebx: !0, ecx: !0, edx: !0 },
+            (0, _) => CpuidResult {
+                eax: 0x20,
+                ebx: word(0),
+                ecx: word(8),
+                edx: word(4),
+            },
+            (0x8000_0000, _) => CpuidResult {
+                eax: 0x8000_0021,
+                ..Default::default()
+            },
+            (0x8000_0008, _) => CpuidResult {
+                eax: 0x3028,
+                ..Default::default()
+            },
+            (0xd, 2) => CpuidResult {
+                eax: 256,
+                ebx: 576,
+                ..Default::default()
+            },
+            (0xd, 9) => CpuidResult {
+                eax: 8,
+                ebx: 2688,
+                ..Default::default()
+            },
+            _ => CpuidResult {
+                eax: !0,
+                ebx: !0,
+                ecx: !0,
+                edx: !0,
+            },
         }
     }
 
-    const STATE: CpuidState = CpuidState { apic_id: 3, apic_enabled: true, cr4: 0, xcr0: 1 };
+    const STATE: CpuidState = CpuidState {
+        apic_id: 3,
+        apic_enabled: true,
+        cr4: 0,
+        xcr0: 1,
+    };
 
     fn policy(vendor: &'static [u8; 12], vcpus: u16) -> CpuidPolicy {
         CpuidPolicy::new(&|l, s| all_ones(vendor, l, s), vcpus, 2_000_000_000)
@@ -600,14 +684,20 @@ mod tests {
     #[test]
     fn dynamic_fields_follow_the_vcpu() {
         let p = policy(b"GenuineIntel", 4);
-        let on = CpuidState { cr4: 1 << 18, ..STATE };
+        let on = CpuidState {
+            cr4: 1 << 18,
+            ..STATE
+        };
         assert_eq!(p.get(1, 0, STATE).ecx & (1 << 27), 0);
         assert_ne!(p.get(1, 0, on).ecx & (1 << 27), 0);
         assert_eq!(p.get(1, 0, STATE).ebx >> 24, 3);
         assert_eq!(p.get(1, 0, STATE).ebx >> 16 & 0xff, 4);
         assert_eq!(p.get(0xb, 1, STATE).ebx, 4);
         assert_eq!(p.get(0xb, 1, STATE).eax, 2);
-        let off = CpuidState { apic_enabled: false, ..STATE };
+        let off = CpuidState {
+            apic_enabled: false,
+            ..STATE
+        };
         assert_eq!(p.get(1, 0, off).edx & (1 << 9), 0);
     }
 
