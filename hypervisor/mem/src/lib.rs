@@ -4,7 +4,6 @@
 #![cfg_attr(not(test), no_std)]
 #![deny(unsafe_code)]
 
-#[cfg(any(test, feature = "fake"))]
 extern crate alloc;
 
 pub mod access;
@@ -13,9 +12,12 @@ mod buddy;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
 pub mod frames;
+pub mod guest;
 pub mod host;
 pub mod nested;
 
 pub use access::{Direction, Width};
 pub use addr::{Gpa, Gva, Hpa, PAGE_SIZE, PAGE_SIZE_1G, PAGE_SIZE_2M};
+pub use guest::{GuestMemory, GuestRange, NotRam};
 pub use host::{HostMemory, MemoryRegion, OutOfFrames, Owner};
+pub use nested::{EntryFormat, Ept, MemoryType, NestedError, NestedTable, Npt, PageSize, Rights};
