@@ -1,6 +1,11 @@
 //! Where things are: the workspace, and what xtask makes under `target/`.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use nix::fcntl::{Flock, FlockArg};
 
 /// The workspace's top folder.
 pub fn workspace() -> PathBuf {
@@ -28,4 +33,15 @@ pub fn shown(path: &Path) -> String {
         .unwrap_or_else(|| path.to_owned())
         .display()
         .to_string()
+}
+
+/// Keeps other xtasks of this workspace away from a thing while it is made; until dropped.
+///
+/// # Errors
+/// The lock file could not be made.
+pub fn lock(what: &str) -> anyhow::Result<Flock<File>> {
+    fs::create_dir_all(cache())?;
+    let file = File::create(cache().join(format!("{what}.lock")))?;
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, e)| anyhow::anyhow!("locking {what}: {e}"))
 }
