@@ -4,19 +4,23 @@
 //! process's exit [`Code`]. Long work shows its progress through [`progress::Step`], and
 //! everything that is made or fetched lives under `target/`.
 
+mod apt;
 mod clean;
 mod exit;
 mod guests;
 mod initramfs;
 mod paths;
+mod process;
 mod progress;
+mod terminal;
 mod test;
+mod toolchain;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use exit::Stop;
+use exit::{Code, Stop};
 
 /// Build, run, test and pack Plinth.
 #[derive(Parser)]
@@ -41,15 +45,19 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let result = match &cli.command {
-        Command::Test(args) => test::run(args),
-        Command::Clean(args) => clean::run(args),
-    };
-    match result {
+    match run(&cli.command) {
         Ok(code) => code.into(),
         Err(error) => {
             eprintln!("error: {error:#}");
             Stop::code_of(&error).into()
         }
+    }
+}
+
+fn run(command: &Command) -> anyhow::Result<Code> {
+    process::end_children_on_signals()?;
+    match command {
+        Command::Test(args) => test::run(args),
+        Command::Clean(args) => clean::run(args),
     }
 }

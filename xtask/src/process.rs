@@ -145,7 +145,11 @@ pub fn output_of(command: &mut Command) -> anyhow::Result<String> {
     let output = String::from_utf8_lossy(&output).into_owned();
     if !status.success() {
         let errors = String::from_utf8_lossy(&errors);
-        bail!("{name}: {status}\n{}{}", last_lines(&output, 15), last_lines(&errors, 30));
+        bail!(
+            "{name}: {status}\n{}{}",
+            last_lines(&output, 15),
+            last_lines(&errors, 30)
+        );
     }
     Ok(output)
 }
@@ -281,11 +285,23 @@ mod tests {
     #[test]
     fn a_guarded_child_and_its_children_end_with_the_guard() {
         let mut command = Command::new("sh");
-        command.args(["-c", "sleep 600 & echo $!; wait"]).stdout(Stdio::piped());
+        command
+            .args(["-c", "sleep 600 & echo $!; wait"])
+            .stdout(Stdio::piped());
         let mut guarded = Guarded::spawn(command).unwrap();
         let mut line = [0; 16];
-        let read = guarded.child().stdout.as_mut().unwrap().read(&mut line).unwrap();
-        let grandchild: i32 = std::str::from_utf8(&line[..read]).unwrap().trim().parse().unwrap();
+        let read = guarded
+            .child()
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read(&mut line)
+            .unwrap();
+        let grandchild: i32 = std::str::from_utf8(&line[..read])
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap();
         drop(guarded);
         let deadline = Instant::now() + Duration::from_secs(5);
         // Once killed it is a zombie of whoever inherited it, or gone.

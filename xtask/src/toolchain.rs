@@ -12,12 +12,13 @@ use std::{
     fs, io,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
 
 use anyhow::{Context, bail};
 
 use crate::{
+    apt::{self, Archive, Suite},
     exit::{Code, Stop},
     paths,
     process::{find_program, output_of},
@@ -28,7 +29,16 @@ use crate::{
 pub const BARE_METAL: &str = "x86_64-unknown-none";
 
 /// Debian suites that may carry the library source, in the order to ask them.
-const SUITES: [&str; 2] = ["trixie-backports", "sid"];
+const SUITES: [Suite; 2] = [
+    Suite {
+        archive: Archive::Main,
+        name: "trixie-backports",
+    },
+    Suite {
+        archive: Archive::Main,
+        name: "sid",
+    },
+];
 
 /// A complete toolchain.
 #[derive(Clone, Debug)]
@@ -83,7 +93,13 @@ impl Toolchain {
                 "PATH",
                 std::env::join_paths(path).expect("folders of PATH have no colon"),
             );
-        for inherited in ["CARGO", "RUSTC", "CARGO_MANIFEST_DIR", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"] {
+        for inherited in [
+            "CARGO",
+            "RUSTC",
+            "CARGO_MANIFEST_DIR",
+            "RUSTFLAGS",
+            "CARGO_ENCODED_RUSTFLAGS",
+        ] {
             command.env_remove(inherited);
         }
         command
@@ -133,7 +149,12 @@ impl Toolchain {
         ]
         .iter()
         .all(|args| {
-            output_of(Command::new("rustup").args(*args).current_dir(paths::workspace())).is_ok()
+            output_of(
+                Command::new("rustup")
+                    .args(*args)
+                    .current_dir(paths::workspace()),
+            )
+            .is_ok()
         });
         if !added {
             step.detail("not reachable");
@@ -164,12 +185,21 @@ impl Version {
     }
 
     fn of(rustc: &Path) -> anyhow::Result<Self> {
-        let ask = |args: &[&str]| output_of(Command::new(rustc).args(args).current_dir(paths::workspace()));
+        let ask = |args: &[&str]| {
+            output_of(
+                Command::new(rustc)
+                    .args(args)
+                    .current_dir(paths::workspace()),
+            )
+        };
         let verbose = ask(&["-vV"])?;
         let release = field(&verbose, "release: ").context("rustc -vV names no release")?;
         let triple = field(&verbose, "host: ").context("rustc -vV names no host")?;
         if triple != host() {
-            bail!("this workstation's rustc is for {triple}; xtask builds on {} only", host());
+            bail!(
+                "this workstation's rustc is for {triple}; xtask builds on {} only",
+                host()
+            );
         }
         Ok(Version {
             release: release.to_owned(),
@@ -183,14 +213,19 @@ fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines().find_map(|line| line.strip_prefix(name))
 }
 
-/// Makes the private toolchain at `private`, whose parent also gets the source and apt's state.
+/// Makes the private toolchain at `private`, whose parent also gets the source.
 fn make(version: &Version, private: &Path) -> anyhow::Result<()> {
     for program in ["apt-get", "dpkg-deb", "tar"] {
         if find_program(program).is_none() {
-            return Err(Stop::with(Code::MissingProgram, format!("{program} is not installed")));
+            return Err(Stop::with(
+                Code::MissingProgram,
+                format!("{program} is not installed"),
+            ));
         }
     }
-    let home = private.parent().expect("the private toolchain has a parent");
+    let home = private
+        .parent()
+        .expect("the private toolchain has a parent");
     let step = Step::start("Making a bare-metal toolchain (about a minute, once)");
     step.detail("fetching the library source");
     let source = fetch_source(version, home)?;
@@ -225,131 +260,25 @@ fn make(version: &Version, private: &Path) -> anyhow::Result<()> {
 
 /// Fetches and unpacks the library source; returns the folder that has `library/`.
 fn fetch_source(version: &Version, home: &Path) -> anyhow::Result<PathBuf> {
-    let source = home.join("src/usr/src").join(format!("rustc-{}", version.release));
+    let source = home
+        .join("src/usr/src")
+        .join(format!("rustc-{}", version.release));
     if source.join("library/core/src/lib.rs").is_file() {
         return Ok(source);
     }
-    let apt = PrivateApt::new(&home.join("apt"))?;
-    for suite in SUITES {
-        let Some(package) = apt.package(suite, "rust-src", &version.release)? else {
-            continue;
-        };
-        fs::create_dir_all(home.join("src"))?;
-        let folder = format!("./usr/src/rustc-{}", version.release);
-        let mut unpack = Command::new("dpkg-deb")
-            .arg("--fsys-tarfile")
-            .arg(&package)
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("dpkg-deb could not be started")?;
-        let files = unpack.stdout.take().expect("stdout is piped");
-        let mut tar = Command::new("tar")
-            .arg("-x")
-            .arg("-C")
-            .arg(home.join("src"))
-            .args([format!("{folder}/library"), format!("{folder}/Cargo.lock")])
-            .stdin(files)
-            .spawn()
-            .context("tar could not be started")?;
-        let (tar, unpack) = (tar.wait()?, unpack.wait()?);
-        fs::remove_file(&package)?;
-        if !tar.success() || !unpack.success() {
-            bail!("unpacking {} failed", package.display());
-        }
-        return Ok(source);
-    }
-    bail!(
-        "Debian's {} carry no rust-src {}",
-        SUITES.join(" and "),
-        version.release
-    )
-}
-
-/// apt with a state of its own below a folder: nothing under /etc or /var is touched.
-pub struct PrivateApt {
-    folder: PathBuf,
-    mirror: String,
-}
-
-impl PrivateApt {
-    /// Prepares apt's folders. The mirror is the one that this workstation uses for Debian.
-    ///
-    /// # Errors
-    /// No Debian mirror is configured.
-    pub fn new(folder: &Path) -> anyhow::Result<Self> {
-        let targets = output_of(Command::new("apt-get").args([
-            "indextargets",
-            "--format",
-            "$(REPO_URI)",
-            "Created-By: Packages",
-        ]))?;
-        let mirror = debian_mirror(&targets)
-            .context("no Debian mirror among the configured apt sources")?
-            .to_owned();
-        fs::create_dir_all(folder.join("lists/partial"))?;
-        fs::create_dir_all(folder.join("cache/archives/partial"))?;
-        Ok(PrivateApt {
-            folder: folder.to_owned(),
-            mirror,
-        })
-    }
-
-    /// Downloads the first version of a package in a suite that begins with `version`
-    /// followed by a Debian suffix. `None`: the suite has no such version.
-    ///
-    /// # Errors
-    /// The mirror could not be reached.
-    pub fn package(&self, suite: &str, name: &str, version: &str) -> anyhow::Result<Option<PathBuf>> {
-        let keyring = "/usr/share/keyrings/debian-archive-keyring.gpg";
-        fs::write(
-            self.folder.join("sources.list"),
-            format!("deb [signed-by={keyring}] {} {suite} main\n", self.mirror),
-        )?;
-        let folder = self.folder.display();
-        fs::write(
-            self.folder.join("apt.conf"),
-            format!(
-                "Dir::Etc::SourceList \"{folder}/sources.list\";\n\
-                 Dir::Etc::SourceParts \"/dev/null\";\n\
-                 Dir::State::Lists \"{folder}/lists\";\n\
-                 Dir::Cache \"{folder}/cache\";\n\
-                 APT::Sandbox::User \"\";\n\
-                 Acquire::Languages \"none\";\n"
-            ),
-        )?;
-        let apt = |program: &str, args: &[&str]| {
-            output_of(
-                Command::new(program)
-                    .args(args)
-                    .current_dir(&self.folder)
-                    .env("APT_CONFIG", self.folder.join("apt.conf")),
-            )
-        };
-        apt("apt-get", &["-qq", "update"])?;
-        let table = apt("apt-cache", &["madison", name])?;
-        let Some(full) = madison_version(&table, version) else {
-            return Ok(None);
-        };
-        apt("apt-get", &["-qq", "download", &format!("{name}={full}")])?;
-        let file = fs::read_dir(&self.folder)?
-            .filter_map(Result::ok)
-            .map(|entry| entry.path())
-            .find(|path| {
-                path.extension().is_some_and(|e| e == "deb")
-                    && path
-                        .file_name()
-                        .is_some_and(|n| n.to_string_lossy().starts_with(&format!("{name}_")))
-            });
-        Ok(Some(file.context("apt-get download left no file")?))
-    }
-}
-
-/// The first mirror whose path ends as Debian's own archive does.
-fn debian_mirror(index_targets: &str) -> Option<&str> {
-    index_targets
-        .lines()
-        .map(str::trim)
-        .find(|uri| uri.trim_end_matches('/').ends_with("/debian"))
+    let package = apt::fetch(&paths::cache(), &SUITES, |apt| {
+        let table = apt.cache(&["madison", "rust-src"])?;
+        let full = madison_version(&table, &version.release)
+            .with_context(|| format!("no rust-src {}", version.release))?;
+        Ok(format!("rust-src={full}"))
+    })
+    .context("cannot fetch the library source")?;
+    let folder = format!("./usr/src/rustc-{}", version.release);
+    package.unpack(
+        &home.join("src"),
+        &[format!("{folder}/library"), format!("{folder}/Cargo.lock")],
+    )?;
+    Ok(source)
 }
 
 /// In a table `package | version | source` the first version that is `version` with a suffix.
@@ -375,7 +304,10 @@ fn name_llvm_tools(tools: &Path) -> anyhow::Result<()> {
     // The `llvm-tools` crate finds the folder by this program and does not run it.
     let objdump = tools.join("llvm-objdump");
     if !objdump.exists() {
-        fs::write(&objdump, "#!/bin/sh\necho 'llvm-objdump is not part of this toolchain' >&2\nexit 1\n")?;
+        fs::write(
+            &objdump,
+            "#!/bin/sh\necho 'llvm-objdump is not part of this toolchain' >&2\nexit 1\n",
+        )?;
         fs::set_permissions(&objdump, fs::Permissions::from_mode(0o755))?;
     }
     Ok(())
@@ -458,16 +390,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_mirror_is_the_archive_not_security() {
-        let targets = "http://mirror.test/debian-security/\nhttp://mirror.test/debian/\n";
-        assert_eq!(debian_mirror(targets), Some("http://mirror.test/debian/"));
-        assert_eq!(debian_mirror("http://mirror.test/ubuntu\n"), None);
-    }
-
-    #[test]
     fn only_the_very_version_matches() {
         let table = " rust-src | 1.95.01-1 | x\n rust-src | 1.95.0+dfsg1-1~bpo13+1 | x\n";
-        assert_eq!(madison_version(table, "1.95.0"), Some("1.95.0+dfsg1-1~bpo13+1"));
+        assert_eq!(
+            madison_version(table, "1.95.0"),
+            Some("1.95.0+dfsg1-1~bpo13+1")
+        );
         assert_eq!(madison_version(table, "1.96.0"), None);
     }
 
