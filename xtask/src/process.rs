@@ -174,13 +174,13 @@ pub struct Guarded {
 }
 
 impl Guarded {
-    /// Starts the command.
+    /// Starts the command, best made by [`dies_with_us`].
     ///
     /// # Errors
     /// It could not be started.
-    pub fn spawn(command: Command) -> anyhow::Result<Self> {
+    pub fn spawn(mut command: Command) -> anyhow::Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
-        let child = dies_with_us(command)
+        let child = command
             .process_group(0)
             .spawn()
             .with_context(|| format!("{name} could not be started"))?;
@@ -237,26 +237,15 @@ impl Drop for Guarded {
     }
 }
 
-/// The same command under `setpriv`, by which the system kills it should xtask be killed.
-fn dies_with_us(command: Command) -> Command {
+/// A command that the system kills should xtask be killed, where `setpriv` is there to ask
+/// for it. For [`Guarded::spawn`].
+pub fn dies_with_us(program: &str) -> Command {
     let Some(setpriv) = find_program("setpriv") else {
-        return command;
+        return Command::new(program);
     };
-    let mut wrapped = Command::new(setpriv);
-    wrapped
-        .args(["--pdeathsig", "KILL", "--"])
-        .arg(command.get_program())
-        .args(command.get_args());
-    for (key, value) in command.get_envs() {
-        match value {
-            Some(value) => wrapped.env(key, value),
-            None => wrapped.env_remove(key),
-        };
-    }
-    if let Some(dir) = command.get_current_dir() {
-        wrapped.current_dir(dir);
-    }
-    wrapped
+    let mut command = Command::new(setpriv);
+    command.args(["--pdeathsig", "KILL", "--", program]);
+    command
 }
 
 fn pid_of(child: &Child) -> Pid {
@@ -284,7 +273,7 @@ mod tests {
 
     #[test]
     fn a_guarded_child_and_its_children_end_with_the_guard() {
-        let mut command = Command::new("sh");
+        let mut command = dies_with_us("sh");
         command
             .args(["-c", "sleep 600 & echo $!; wait"])
             .stdout(Stdio::piped());
