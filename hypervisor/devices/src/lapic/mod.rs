@@ -1,0 +1,27 @@
+//! The local APIC: xAPIC and x2APIC, its timer, and messages between processors.
+//!
+//! Three parts, after who may touch them (SDM vol. 3A, chapter 11):
+//! - [`LocalApic`] is the register file. Its vCPU owns it; no lock, no sharing.
+//! - [`ApicInbox`] is what others may do to it: post interrupts and signals, and match its
+//!   identity. Atomics only.
+//! - [`ApicBus`] routes a [`Message`] to the inboxes it names and kicks their vCPUs.
+//!
+//! The vCPU's run loop, before each entry: if [`ApicInbox::has_pending`], call
+//! [`LocalApic::take_signals`] for NMI, INIT and start-up; ask [`LocalApic::interrupt`] for
+//! the vector to inject; once injected, [`LocalApic::accept`] it.
+
+mod bus;
+mod inbox;
+mod local;
+mod message;
+mod registers;
+#[cfg(test)]
+mod tests;
+
+pub use bus::{ApicBus, IntrPin, MessageSink, VcpuKick};
+pub use inbox::{ApicInbox, Identity, Signals};
+pub use local::{ApicEffect, LocalApic, LocalApicConfig, MsrFault};
+pub use message::{DeliveryMode, Destination, Message, Trigger};
+pub use registers::{
+    ApicBase, MSR_APIC_BASE, MSR_TSC_DEADLINE, X2APIC_MSRS, XAPIC_BASE, XAPIC_LEN,
+};
