@@ -10,6 +10,8 @@ pub trait Host {
     fn arm_timer(&mut self, host_tsc: u64);
     /// Lets pending host interrupts in. Called with interrupts disabled, returns so.
     fn take_interrupts(&mut self);
+    /// An NMI made the guest exit: handles it as if it had come in host code.
+    fn take_nmi(&mut self);
     /// A line for the host's log about the VM that runs: what the guest did wrong, at most a
     /// few per VM and kind (the caller limits them).
     fn warn(&mut self, line: String);

@@ -1,0 +1,743 @@
+//! One vCPU: its run loop, and what happens on every exit.
+//!
+//! A [`Vcpu`] belongs to the pCPU that runs it and takes no lock of its own; other
+//! processors reach it through its APIC's inbox and through [`Vm::stop`]. Each turn of the
+//! loop delivers what is due, enters the guest, and handles the exit.
+//!
+//! Invariants: whatever the guest does, an exit is handled in bounded time; what cannot be
+//! handled ends this VM with a named reason and a register dump, and only this VM.
+
+use alloc::{boxed::Box, format, string::String, sync::Arc};
+
+use devices::{
+    VcpuId,
+    lapic::{ApicEffect, LocalApic, LocalApicConfig},
+    time::{Clock, earliest},
+};
+use mem::{Direction, Gpa, Width};
+use virt::{
+    CpuState, CrAccess, Event, Exit, Gpr, NestedPageFault, PortIo, SegmentName, VirtualCpu,
+};
+
+use crate::{
+    clock,
+    control,
+    cpuid::CpuidState,
+    emulate::{self, Exception, Outcome, Platform},
+    host::Host,
+    msr::{self, Mtrrs, number},
+    vm::{EndReason, Vm},
+};
+
+/// Why [`Vcpu::run`] came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pause {
+    /// The time slice is over.
+    SliceOver,
+    /// Nothing to do before a kick, or before this host TSC.
+    Idle {
+        /// Host TSC of the next timer, if one is armed.
+        until: Option<u64>,
+    },
+    /// The VM has ended, or was stopped; [`Vm::end_reason`] says why.
+    Ended,
+}
+
+/// What a vCPU is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Activity {
+    Running,
+    /// In HLT, until an interrupt, an NMI or INIT.
+    Halted,
+    /// An application processor before its start-up IPI.
+    WaitForStartup,
+}
+
+/// What a handled exit asks of the loop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    /// Enter again at once: no interrupt or timer state can have changed.
+    Enter,
+    /// Look at interrupts and timers first.
+    Check,
+}
+
+/// RFLAGS.TF.
+const RFLAGS_TF: u64 = 1 << 8;
+/// RFLAGS.IF.
+const RFLAGS_IF: u64 = 1 << 9;
+/// DR6.BS.
+const DR6_SINGLE_STEP: u64 = 1 << 14;
+/// Lines that one vCPU may have written to the host's log about unknown MSRs.
+const MAX_MSR_WARNINGS: u32 = 16;
+/// Bit 0 of the paravirtual clock MSR: enable.
+const TIME_INFO_ENABLE: u64 = 1;
+/// The result of a hypercall that does not exist (Linux uapi kvm_para.h, KVM_ENOSYS).
+const HYPERCALL_UNKNOWN: u64 = 1000u64.wrapping_neg();
+
+/// MSRs that live with the vCPU.
+#[derive(Debug, Default)]
+struct Msrs {
+    mtrrs: Mtrrs,
+    /// Guest TSC minus the VM's clock, wrapping: IA32_TSC_ADJUST.
+    tsc_adjust: u64,
+    system_time: u64,
+    wall_clock: u64,
+    warnings: u32,
+}
+
+/// Number of exits by kind.
+pub type ExitCounters = [u64; Exit::KINDS];
+
+/// A virtual processor.
+pub struct Vcpu<V> {
+    hw: V,
+    rest: Rest,
+    activity: Activity,
+    counters: ExitCounters,
+}
+
+/// All but the hardware half, so that both can be borrowed at once.
+struct Rest {
+    id: VcpuId,
+    vm: Arc<Vm>,
+    apic: LocalApic,
+    msrs: Msrs,
+    nmi_pending: bool,
+}
+
+impl<V: VirtualCpu> Vcpu<V> {
+    /// A vCPU of `vm` in the state `start`; `None` (an application processor): it waits for a
+    /// start-up IPI. `hw` must not be loaded.
+    ///
+    /// Returns `None` if the VM has no vCPU of this number.
+    pub fn new(vm: Arc<Vm>, id: VcpuId, mut hw: V, start: Option<&CpuState>, pcpu: usize) -> Option<Self> {
+        let config = LocalApicConfig {
+            physical_bits: vm.cpuid.physical_bits(),
+            ..LocalApicConfig::new(id.0)
+        };
+        let clock: Arc<dyn Clock> = vm.clock.clone();
+        let mut apic = LocalApic::new(id, config, vm.apic_bus.clone(), clock)?;
+        if id == VcpuId(0) {
+            apic.set_virtual_wire();
+        }
+        hw.load(pcpu);
+        hw.set_tsc_offset(vm.clock.tsc_offset());
+        hw.set_state(start.unwrap_or(&CpuState::reset()));
+        hw.unload();
+        let activity =
+            if start.is_some() { Activity::Running } else { Activity::WaitForStartup };
+        let rest = Rest { id, vm, apic, msrs: Msrs::default(), nmi_pending: false };
+        Some(Vcpu { hw, rest, activity, counters: [0; Exit::KINDS] })
+    }
+
+    /// Its number within the VM.
+    pub fn id(&self) -> VcpuId {
+        self.rest.id
+    }
+
+    /// Its VM.
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.rest.vm
+    }
+
+    /// Exits so far, by [`Exit::index`].
+    pub fn counters(&self) -> &ExitCounters {
+        &self.counters
+    }
+
+    /// Loads the vCPU on pCPU `pcpu`; before `run`.
+    pub fn load(&mut self, pcpu: usize) {
+        self.hw.load(pcpu);
+    }
+
+    /// Takes the vCPU off its pCPU; after `run`.
+    pub fn unload(&mut self) {
+        self.hw.unload();
+    }
+
+    /// Runs the vCPU until its slice ends (at host TSC `slice_end`), it idles, or its VM ends.
+    pub fn run<H: Host>(&mut self, host: &mut H, slice_end: u64) -> Pause {
+        let mut next = Next::Check;
+        loop {
+            if self.rest.vm.is_ended() {
+                return Pause::Ended;
+            }
+            if (next == Next::Check || self.rest.apic.inbox().has_pending())
+                && let Some(pause) = self.check(host, slice_end)
+            {
+                return pause;
+            }
+            let exit = self.hw.enter();
+            self.counters[exit.index()] += 1;
+            next = self.dispatch(exit, host);
+        }
+    }
+
+    /// Everything that may have become due: timers, signals, interrupts. Says when to pause.
+    fn check<H: Host>(&mut self, host: &mut H, slice_end: u64) -> Option<Pause> {
+        let vm = &self.rest.vm;
+        let now = vm.clock.now();
+        self.rest.apic.poll(now);
+        vm.poll_timers(now);
+        self.take_signals();
+        if self.activity != Activity::WaitForStartup {
+            self.deliver();
+        }
+        let timer = earliest(self.rest.apic.deadline(), self.rest.vm.timer_deadline())
+            .map(|ticks| self.rest.vm.clock.to_host(ticks));
+        if self.activity != Activity::Running {
+            return Some(Pause::Idle { until: timer });
+        }
+        if host.now() >= slice_end {
+            return Some(Pause::SliceOver);
+        }
+        let deadline = timer.map_or(slice_end, |t| t.min(slice_end));
+        if !self.hw.set_deadline(deadline) {
+            host.arm_timer(deadline);
+        }
+        None
+    }
+
+    /// Acts on NMI, INIT and start-up IPIs (SDM vol. 3A, section 9.4).
+    fn take_signals(&mut self) {
+        let signals = self.rest.apic.take_signals();
+        if signals.init {
+            self.rest.apic.init();
+            self.rest.nmi_pending = false;
+            self.hw.cancel_injection();
+            // INIT keeps the FPU, MSRs such as the MTRRs, and the TSC; only the core state goes.
+            let mut state = CpuState::reset();
+            state.xcr0 = self.hw.xcr0();
+            self.hw.set_state(&state);
+            self.activity = if self.rest.id == VcpuId(0) {
+                Activity::Running
+            } else {
+                Activity::WaitForStartup
+            };
+        }
+        if let Some(page) = signals.startup
+            && self.activity == Activity::WaitForStartup
+        {
+            let mut cs = self.hw.segment(SegmentName::Cs);
+            cs.selector = u16::from(page) << 8;
+            cs.base = u64::from(page) << 12;
+            self.hw.set_segment(SegmentName::Cs, cs);
+            self.hw.set_rip(0);
+            self.activity = Activity::Running;
+        }
+        if signals.nmi {
+            self.rest.nmi_pending = true;
+        }
+    }
+
+    /// Injects the most urgent event that the vCPU can take, or asks to be told when it can.
+    fn deliver(&mut self) {
+        let rest = &mut self.rest;
+        if self.hw.queued().is_none() && rest.nmi_pending {
+            if self.hw.nmi_ready() {
+                rest.nmi_pending = false;
+                self.hw.inject(Event::Nmi);
+                self.activity = Activity::Running;
+            } else {
+                self.hw.request_nmi_window(true);
+            }
+        }
+        let vector = rest.apic.interrupt();
+        let external = rest.apic.extint_enabled() && rest.vm.pic.pending();
+        if vector.is_none() && !external {
+            return;
+        }
+        if !self.hw.interrupt_ready() {
+            // In HLT with interrupts off nothing but an NMI or INIT helps: keep sleeping.
+            if self.activity == Activity::Running || self.hw.rflags() & RFLAGS_IF != 0 {
+                self.activity = Activity::Running;
+                self.hw.request_interrupt_window(true);
+            }
+            return;
+        }
+        // The 8259A's interrupts come before the APIC's own (SDM vol. 3A, section 11.8.4).
+        let vector = match vector {
+            _ if external => rest.vm.pic.acknowledge(),
+            Some(vector) => {
+                rest.apic.accept(vector);
+                vector
+            }
+            None => return,
+        };
+        self.hw.inject(Event::Interrupt(vector));
+        self.activity = Activity::Running;
+        if rest.apic.extint_enabled() && rest.vm.pic.pending() {
+            self.hw.request_interrupt_window(true);
+        }
+    }
+
+    fn dispatch<H: Host>(&mut self, exit: Exit, host: &mut H) -> Next {
+        match exit {
+            Exit::Cpuid => {
+                self.cpuid();
+                return self.step_over();
+            }
+            Exit::Hypercall => {
+                self.hw.set_gpr(Gpr::Rax, HYPERCALL_UNKNOWN);
+                return self.step_over();
+            }
+            Exit::PortIo(io) if !io.string => return self.port_io(io),
+            Exit::PortIo(_) | Exit::CrAccess(None) => self.emulate(),
+            Exit::MsrRead => return self.rdmsr(host),
+            Exit::MsrWrite => self.wrmsr(host),
+            Exit::NestedPageFault(fault) => self.nested_page_fault(fault),
+            Exit::CrAccess(Some(access)) => self.cr_access(access),
+            Exit::Halt => {
+                self.step_over();
+                self.activity = Activity::Halted;
+            }
+            Exit::Xsetbv => self.xsetbv(),
+            // Nested page tables map RAM write-back and the guest has no device memory of
+            // the host's: there is nothing that a flush could make visible.
+            Exit::Wbinvd | Exit::Invd | Exit::Pause => {
+                self.step_over();
+            }
+            // Not shown in CPUID.
+            Exit::Monitor | Exit::Mwait | Exit::VirtualizationInstruction => {
+                self.raise(Exception::UNDEFINED_OPCODE);
+            }
+            // There is no PMU: every counter number is out of range.
+            Exit::Rdpmc => self.raise(Exception::GENERAL_PROTECTION),
+            Exit::Exception { vector, error_code } => {
+                self.hw.inject(Event::Exception { vector, error_code });
+            }
+            Exit::ExternalInterrupt => host.take_interrupts(),
+            Exit::Nmi => host.take_nmi(),
+            Exit::InterruptWindow | Exit::NmiWindow | Exit::Deadline | Exit::Init => {}
+            Exit::TripleFault => self.end(EndKind::TripleFault),
+            Exit::TaskSwitch => self.end(EndKind::Unsupported("a hardware task switch")),
+            Exit::Random => self.end(EndKind::Unsupported("an intercepted RDRAND or RDSEED")),
+            Exit::NestedMisconfiguration(gpa) => self.end(EndKind::Misconfiguration(gpa)),
+            Exit::EntryFailure { code } => {
+                let why = self.hw.explain_entry_failure();
+                self.end(EndKind::EntryFailure { code, why });
+            }
+            Exit::Unknown { code, info } => self.end(EndKind::UnknownExit { code, info }),
+        }
+        Next::Check
+    }
+
+    /// Steps over the instruction of this exit; with RFLAGS.TF set the guest then traps.
+    fn step_over(&mut self) -> Next {
+        self.finish_instruction(None)
+    }
+
+    fn finish_instruction(&mut self, length: Option<u8>) -> Next {
+        let single_step = self.hw.rflags() & RFLAGS_TF != 0;
+        self.hw.skip_instruction(length);
+        if single_step {
+            let dr6 = self.hw.dr6();
+            self.hw.set_dr6(dr6 | DR6_SINGLE_STEP);
+            self.hw.inject(Event::Exception { vector: 1, error_code: None });
+            return Next::Check;
+        }
+        Next::Enter
+    }
+
+    fn raise(&mut self, exception: Exception) {
+        if let Some(cr2) = exception.cr2 {
+            self.hw.set_cr2(cr2);
+        }
+        // Pushed error codes do not exist in real mode (SDM vol. 3A, section 21.1.4).
+        let protected = self.hw.cr0() & 1 != 0;
+        self.hw.inject(Event::Exception {
+            vector: exception.vector,
+            error_code: exception.error_code.filter(|_| protected),
+        });
+    }
+
+    fn complete(&mut self, result: Result<(), Exception>) {
+        match result {
+            Ok(()) => {
+                self.step_over();
+            }
+            Err(exception) => self.raise(exception),
+        }
+    }
+
+    fn cpuid(&mut self) {
+        let leaf = self.hw.gpr(Gpr::Rax) as u32;
+        let subleaf = self.hw.gpr(Gpr::Rcx) as u32;
+        let state = CpuidState {
+            apic_id: self.rest.id.0,
+            apic_enabled: self.rest.apic.base().enabled(),
+            cr4: self.hw.cr4(),
+            xcr0: self.hw.xcr0(),
+        };
+        let result = self.rest.vm.cpuid.get(leaf, subleaf, state);
+        self.hw.set_gpr(Gpr::Rax, u64::from(result.eax));
+        self.hw.set_gpr(Gpr::Rbx, u64::from(result.ebx));
+        self.hw.set_gpr(Gpr::Rcx, u64::from(result.ecx));
+        self.hw.set_gpr(Gpr::Rdx, u64::from(result.edx));
+    }
+
+    fn port_io(&mut self, io: PortIo) -> Next {
+        let vm = &self.rest.vm;
+        let rax = self.hw.gpr(Gpr::Rax);
+        match io.direction {
+            Direction::Write => {
+                vm.ports.write(io.port, io.width, (rax & io.width.mask()) as u32);
+                vm.timers_changed();
+                self.step_over();
+                Next::Check
+            }
+            Direction::Read => {
+                let value = u64::from(vm.ports.read(io.port, io.width));
+                // A 32-bit IN clears the upper half of RAX, narrower ones keep the rest.
+                let kept = if io.width == Width::Dword { 0 } else { rax & !io.width.mask() };
+                self.hw.set_gpr(Gpr::Rax, kept | (value & io.width.mask()));
+                // Reading may acknowledge an interrupt; that only ever lowers a line.
+                self.step_over()
+            }
+        }
+    }
+
+    fn cr_access(&mut self, access: CrAccess) {
+        let Vcpu { hw, rest, .. } = self;
+        let result = match access {
+            CrAccess::MovTo { cr, gpr } => {
+                let long = hw.mode() == virt::CpuMode::Long64;
+                let value = hw.gpr(gpr);
+                rest.control_write(hw, cr, if long { value } else { value & 0xffff_ffff })
+            }
+            CrAccess::MovFrom { cr, gpr } => {
+                let value = rest.control_read(hw, cr);
+                hw.set_gpr(gpr, value);
+                Ok(())
+            }
+            CrAccess::Clts => {
+                let cr0 = hw.cr0();
+                control::write_cr0(hw, cr0 & !(1 << 3))
+            }
+            CrAccess::Lmsw(operand) => {
+                let cr0 = hw.cr0();
+                control::write_cr0(hw, emulate::load_msw(cr0, operand))
+            }
+        };
+        self.complete(result);
+    }
+
+    fn xsetbv(&mut self) {
+        let index = self.hw.gpr(Gpr::Rcx) as u32;
+        let value = self.edx_eax();
+        let result = if index == 0 && self.hw.cpl() == 0 {
+            control::write_xcr0(&mut self.hw, &self.rest.vm.cpuid, value)
+        } else {
+            Err(Exception::GENERAL_PROTECTION)
+        };
+        self.complete(result);
+    }
+
+    fn edx_eax(&self) -> u64 {
+        (self.hw.gpr(Gpr::Rdx) << 32) | (self.hw.gpr(Gpr::Rax) & 0xffff_ffff)
+    }
+
+    fn rdmsr<H: Host>(&mut self, host: &mut H) -> Next {
+        let msr = self.hw.gpr(Gpr::Rcx) as u32;
+        match self.read_msr(msr) {
+            Some(value) => {
+                self.hw.set_gpr(Gpr::Rax, value & 0xffff_ffff);
+                self.hw.set_gpr(Gpr::Rdx, value >> 32);
+                self.step_over()
+            }
+            None => {
+                self.rest.warn_msr(host, "read of", msr);
+                self.raise(Exception::GENERAL_PROTECTION);
+                Next::Check
+            }
+        }
+    }
+
+    fn wrmsr<H: Host>(&mut self, host: &mut H) {
+        let msr = self.hw.gpr(Gpr::Rcx) as u32;
+        let value = self.edx_eax();
+        let known = self.read_msr(msr).is_some() || msr::write_ignored(self.rest.vm.cpuid.vendor(), msr);
+        let result = self.write_msr(msr, value);
+        if result.is_err() && !known && !LocalApic::owns_msr(msr) {
+            self.rest.warn_msr(host, "write to", msr);
+        }
+        self.complete(result);
+    }
+
+    fn read_msr(&mut self, msr: u32) -> Option<u64> {
+        let Vcpu { hw, rest, .. } = self;
+        if LocalApic::owns_msr(msr) {
+            return rest.apic.read_msr(msr).ok();
+        }
+        match msr {
+            number::TSC => Some(rest.vm.clock.now().wrapping_add(rest.msrs.tsc_adjust)),
+            number::TSC_ADJUST => Some(rest.msrs.tsc_adjust),
+            number::EFER => Some(hw.efer()),
+            number::KVM_SYSTEM_TIME => Some(rest.msrs.system_time),
+            number::KVM_WALL_CLOCK => Some(rest.msrs.wall_clock),
+            number::TSC_AUX if !rest.vm.cpuid.has_tsc_aux() => None,
+            _ => hw
+                .msr(msr)
+                .or_else(|| rest.msrs.mtrrs.read(msr))
+                .or_else(|| msr::constant(rest.vm.cpuid.vendor(), msr)),
+        }
+    }
+
+    fn write_msr(&mut self, msr: u32, value: u64) -> Result<(), Exception> {
+        const GP: Exception = Exception::GENERAL_PROTECTION;
+        let Vcpu { hw, rest, .. } = self;
+        if LocalApic::owns_msr(msr) {
+            let effect = rest.apic.write_msr(msr, value).map_err(|_| GP)?;
+            rest.apic_effect(effect);
+            return Ok(());
+        }
+        match msr {
+            number::TSC => {
+                let adjust = value.wrapping_sub(rest.vm.clock.now());
+                rest.set_tsc_adjust(hw, adjust);
+                Ok(())
+            }
+            number::TSC_ADJUST => {
+                rest.set_tsc_adjust(hw, value);
+                Ok(())
+            }
+            number::EFER => control::write_efer(hw, &rest.vm.cpuid, value),
+            number::KVM_SYSTEM_TIME => {
+                rest.msrs.system_time = value;
+                rest.write_time_info()
+            }
+            number::KVM_WALL_CLOCK => {
+                rest.msrs.wall_clock = value;
+                let written = clock::write_wall_clock(&rest.vm.memory, Gpa(value), rest.vm.epoch);
+                if written { Ok(()) } else { Err(GP) }
+            }
+            number::TSC_AUX if !rest.vm.cpuid.has_tsc_aux() => Err(GP),
+            _ => {
+                let bits = rest.vm.cpuid.physical_bits();
+                if let Some(good) = rest.msrs.mtrrs.write(msr, value, bits) {
+                    return if good { Ok(()) } else { Err(GP) };
+                }
+                if hw.msr(msr).is_some() {
+                    return if hw.set_msr(msr, value) { Ok(()) } else { Err(GP) };
+                }
+                if msr::write_ignored(rest.vm.cpuid.vendor(), msr) { Ok(()) } else { Err(GP) }
+            }
+        }
+    }
+
+    fn nested_page_fault(&mut self, fault: NestedPageFault) {
+        if self.rest.vm.memory.contains(fault.gpa, 1) {
+            // RAM is mapped with all rights from the start, so this cannot be the guest's doing.
+            self.end(EndKind::Misconfiguration(fault.gpa));
+            return;
+        }
+        if fault.page_walk {
+            // Page tables in device memory: a PC reads all-ones there, so every walk ends in a
+            // reserved-bit fault; no system does this on purpose.
+            self.end(EndKind::Unsupported("page tables outside RAM"));
+            return;
+        }
+        if fault.fetch {
+            self.end(EndKind::Unsupported("execution outside RAM"));
+            return;
+        }
+        self.emulate();
+    }
+
+    fn emulate(&mut self) {
+        let Vcpu { hw, rest, .. } = self;
+        let vm = rest.vm.clone();
+        match emulate::emulate(hw, &vm.memory, rest) {
+            Outcome::Done(length) => {
+                self.finish_instruction(Some(length));
+            }
+            Outcome::Again => {}
+            Outcome::Fault(exception) => self.raise(exception),
+            Outcome::Unsupported(bytes) => self.end(EndKind::Instruction(bytes)),
+        }
+        self.rest.vm.timers_changed();
+    }
+
+    fn end(&mut self, kind: EndKind) {
+        let dump = Box::new(Dump { vcpu: self.rest.id, state: self.hw.state(), counters: self.counters });
+        let reason = match kind {
+            EndKind::TripleFault => EndReason::TripleFault(dump),
+            kind => EndReason::Failure { what: kind.describe(), dump },
+        };
+        self.rest.vm.end(reason);
+    }
+}
+
+/// Why this vCPU must end its VM.
+enum EndKind {
+    TripleFault,
+    Unsupported(&'static str),
+    Misconfiguration(Gpa),
+    EntryFailure { code: u64, why: String },
+    UnknownExit { code: u64, info: u64 },
+    Instruction(emulate::Bytes),
+}
+
+impl EndKind {
+    fn describe(&self) -> String {
+        match self {
+            EndKind::TripleFault => String::from("triple fault"),
+            EndKind::Unsupported(what) => format!("{what}, which Plinth does not emulate"),
+            EndKind::Misconfiguration(gpa) => {
+                format!("nested page tables are wrong for guest-physical {gpa}: a defect of Plinth")
+            }
+            EndKind::EntryFailure { code, why } => {
+                format!("VM entry refused (code {code:#x}): a defect of Plinth\n{why}")
+            }
+            EndKind::UnknownExit { code, info } => {
+                format!("unknown exit (code {code:#x}, information {info:#x})")
+            }
+            EndKind::Instruction(bytes) => format!(
+                "an instruction on device memory that Plinth does not emulate: {:02x?}",
+                bytes.as_slice()
+            ),
+        }
+    }
+}
+
+/// The last state of the vCPU that ended its VM.
+#[derive(Debug)]
+pub struct Dump {
+    /// Which vCPU.
+    pub vcpu: VcpuId,
+    /// Its registers.
+    pub state: CpuState,
+    /// Its exits so far.
+    pub counters: ExitCounters,
+}
+
+impl core::fmt::Display for Dump {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let s = &self.state;
+        let cs = s.segments[SegmentName::Cs as usize];
+        let ss = s.segments[SegmentName::Ss as usize];
+        writeln!(f, "vCPU {}: RIP {:04x}:{:016x}  RFLAGS {:08x}", self.vcpu.0, cs.selector, s.rip, s.rflags)?;
+        const NAMES: [&str; 16] = [
+            "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8 ", "R9 ", "R10", "R11",
+            "R12", "R13", "R14", "R15",
+        ];
+        for row in 0..4 {
+            for column in 0..4 {
+                let n = row * 4 + column;
+                write!(f, "  {} {:016x}", NAMES[n], s.gprs[n])?;
+            }
+            writeln!(f)?;
+        }
+        writeln!(f, "  CR0 {:08x}  CR2 {:016x}  CR3 {:016x}  CR4 {:08x}  EFER {:04x}", s.cr0, s.cr2, s.cr3, s.cr4, s.efer)?;
+        writeln!(f, "  CS base {:x} limit {:x} rights {:05x}  SS {:04x} base {:x}  GDT {:x}+{:x}  IDT {:x}+{:x}",
+            cs.base, cs.limit, cs.rights.into_bits(), ss.selector, ss.base,
+            s.gdtr.base, s.gdtr.limit, s.idtr.base, s.idtr.limit)?;
+        write!(f, "  exits:")?;
+        for (name, count) in Exit::NAMES.iter().zip(self.counters).filter(|(_, n)| *n > 0) {
+            write!(f, " {name} {count}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Rest {
+    fn apic_effect(&mut self, effect: ApicEffect) {
+        match effect {
+            ApicEffect::None => {}
+            ApicEffect::EoiBroadcast(vector) => self.vm.ioapic.eoi(vector),
+            // The APIC page is never mapped, so every mode change takes effect by itself.
+            ApicEffect::BaseChanged => {}
+        }
+    }
+
+    fn set_tsc_adjust<V: VirtualCpu>(&mut self, hw: &mut V, adjust: u64) {
+        self.msrs.tsc_adjust = adjust;
+        hw.set_tsc_offset(self.vm.clock.tsc_offset().wrapping_add(adjust));
+        self.apic.set_tsc_adjust(adjust);
+        // The page relates the TSC to time, so it changes with the TSC. The guest enabled it
+        // at an address that was good then; RAM does not go away.
+        let _still_there = self.write_time_info();
+    }
+
+    fn write_time_info(&mut self) -> Result<(), Exception> {
+        if self.msrs.system_time & TIME_INFO_ENABLE == 0 {
+            return Ok(());
+        }
+        let at = Gpa(self.msrs.system_time & !TIME_INFO_ENABLE);
+        let hz = self.vm.clock.hz();
+        if clock::write_time_info(&self.vm.memory, at, hz, self.msrs.tsc_adjust) {
+            Ok(())
+        } else {
+            self.msrs.system_time = 0;
+            Err(Exception::GENERAL_PROTECTION)
+        }
+    }
+
+    fn warn_msr<H: Host>(&mut self, host: &mut H, what: &str, msr: u32) {
+        if self.msrs.warnings >= MAX_MSR_WARNINGS {
+            return;
+        }
+        self.msrs.warnings += 1;
+        let last = if self.msrs.warnings == MAX_MSR_WARNINGS { "; no more such lines" } else { "" };
+        host.warn(format!("{}: {what} unknown MSR {msr:#x} gives #GP{last}", self.vm.name));
+    }
+
+    /// Offset in the xAPIC page, if the address lies there and the APIC answers there.
+    fn xapic_offset(&self, gpa: Gpa) -> Option<u64> {
+        let page = self.apic.xapic_page()?;
+        (gpa.0 & !0xfff == page).then_some(gpa.0 & 0xfff)
+    }
+}
+
+impl<V: VirtualCpu> Platform<V> for Rest {
+    fn mmio_read(&mut self, _cpu: &mut V, gpa: Gpa, width: Width) -> u64 {
+        match self.xapic_offset(gpa) {
+            Some(offset) => self.apic.read_mmio(offset, width).map_or(width.mask(), u64::from),
+            None => self.vm.mmio.read(gpa, width),
+        }
+    }
+
+    fn mmio_write(&mut self, _cpu: &mut V, gpa: Gpa, width: Width, value: u64) {
+        match self.xapic_offset(gpa) {
+            Some(offset) => {
+                if let Ok(effect) = self.apic.write_mmio(offset, width, value as u32) {
+                    self.apic_effect(effect);
+                }
+            }
+            None => self.vm.mmio.write(gpa, width, value),
+        }
+    }
+
+    fn port_read(&mut self, port: u16, width: Width) -> u32 {
+        self.vm.ports.read(port, width)
+    }
+
+    fn port_write(&mut self, port: u16, width: Width, value: u32) {
+        self.vm.ports.write(port, width, value);
+    }
+
+    fn control_read(&mut self, cpu: &mut V, cr: u8) -> u64 {
+        match cr {
+            0 => cpu.cr0(),
+            2 => cpu.cr2(),
+            3 => cpu.cr3(),
+            4 => cpu.cr4(),
+            _ => self.apic.cr8(),
+        }
+    }
+
+    fn control_write(&mut self, cpu: &mut V, cr: u8, value: u64) -> Result<(), Exception> {
+        match cr {
+            0 => control::write_cr0(cpu, value),
+            2 => {
+                cpu.set_cr2(value);
+                Ok(())
+            }
+            3 => control::write_cr3(cpu, &self.vm.cpuid, value),
+            4 => control::write_cr4(cpu, &self.vm.cpuid, value),
+            8 => self.apic.set_cr8(value).map_err(|_| Exception::GENERAL_PROTECTION),
+            _ => Err(Exception::UNDEFINED_OPCODE),
+        }
+    }
+}
