@@ -27,7 +27,10 @@ pub struct VmClock {
 impl VmClock {
     /// A clock that shows zero now.
     pub fn start(source: TimeSource) -> Self {
-        VmClock { source, start: (source.read)() }
+        VmClock {
+            source,
+            start: (source.read)(),
+        }
     }
 
     /// Guest TSC of an unadjusted vCPU minus host TSC, wrapping.

@@ -40,17 +40,32 @@ pub struct Exception {
 
 impl Exception {
     /// #UD.
-    pub const UNDEFINED_OPCODE: Self = Exception { vector: 6, error_code: None, cr2: None };
+    pub const UNDEFINED_OPCODE: Self = Exception {
+        vector: 6,
+        error_code: None,
+        cr2: None,
+    };
     /// #GP(0).
-    pub const GENERAL_PROTECTION: Self =
-        Exception { vector: 13, error_code: Some(0), cr2: None };
+    pub const GENERAL_PROTECTION: Self = Exception {
+        vector: 13,
+        error_code: Some(0),
+        cr2: None,
+    };
     /// #SS(0).
-    pub const STACK_FAULT: Self = Exception { vector: 12, error_code: Some(0), cr2: None };
+    pub const STACK_FAULT: Self = Exception {
+        vector: 12,
+        error_code: Some(0),
+        cr2: None,
+    };
 }
 
 impl From<PageFault> for Exception {
     fn from(fault: PageFault) -> Self {
-        Exception { vector: 14, error_code: Some(fault.error_code), cr2: Some(fault.address.0) }
+        Exception {
+            vector: 14,
+            error_code: Some(fault.error_code),
+            cr2: Some(fault.address.0),
+        }
     }
 }
 
@@ -117,8 +132,7 @@ pub fn emulate<V: VirtualCpu, P: Platform<V>>(
         CpuMode::Protected32 | CpuMode::Compatibility32 => 32,
         _ => 16,
     };
-    let mut decoder =
-        Decoder::with_ip(bitness, bytes.as_slice(), cpu.rip(), DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(bitness, bytes.as_slice(), cpu.rip(), DecoderOptions::NONE);
     let instruction = decoder.decode();
     if instruction.code() == Code::INVALID {
         // Bytes that ran out at a page that cannot be fetched fault there; all others are undefined.
@@ -131,14 +145,22 @@ pub fn emulate<V: VirtualCpu, P: Platform<V>>(
         }
         return Outcome::Fault(Exception::UNDEFINED_OPCODE);
     }
-    let mut run = Run { cpu, memory, platform, paging, mode, instruction: &instruction };
+    let mut run = Run {
+        cpu,
+        memory,
+        platform,
+        paging,
+        mode,
+        instruction: &instruction,
+    };
     match run.execute() {
         Ok(Step::Done) => Outcome::Done(instruction.len() as u8),
         Ok(Step::Again) => Outcome::Again,
         Err(Stop::Fault(exception)) => Outcome::Fault(exception),
-        Err(Stop::Unsupported) => {
-            Outcome::Unsupported(Bytes { length: instruction.len() as u8, ..bytes })
-        }
+        Err(Stop::Unsupported) => Outcome::Unsupported(Bytes {
+            length: instruction.len() as u8,
+            ..bytes
+        }),
     }
 }
 
@@ -164,7 +186,10 @@ fn fetch<V: VirtualCpu>(
     paging: &Paging,
     mode: CpuMode,
 ) -> Result<Bytes, Exception> {
-    let mut out = Bytes { bytes: [0; 15], length: 0 };
+    let mut out = Bytes {
+        bytes: [0; 15],
+        length: 0,
+    };
     let assisted = cpu.instruction_bytes();
     if !assisted.is_empty() {
         let length = assisted.len().min(15);
@@ -250,20 +275,35 @@ fn compute(operation: Alu, a: u64, b: u64, carry: bool, width: Width) -> (u64, u
         Alu::Or => (a | b, 0),
         Alu::Xor => (a ^ b, 0),
         Alu::Add | Alu::Adc => {
-            let carry = if matches!(operation, Alu::Adc) { carry } else { 0 };
+            let carry = if matches!(operation, Alu::Adc) {
+                carry
+            } else {
+                0
+            };
             let wide = u128::from(a) + u128::from(b) + carry;
             let result = wide as u64 & mask;
-            let mut flags = if wide > u128::from(mask) { RFLAGS_CF } else { 0 };
+            let mut flags = if wide > u128::from(mask) {
+                RFLAGS_CF
+            } else {
+                0
+            };
             if (a ^ result) & (b ^ result) & sign_bit(width) != 0 {
                 flags |= RFLAGS_OF;
             }
             (result, flags | ((a ^ b ^ result) & RFLAGS_AF))
         }
         Alu::Sub | Alu::Sbb => {
-            let borrow = if matches!(operation, Alu::Sbb) { carry } else { 0 };
+            let borrow = if matches!(operation, Alu::Sbb) {
+                carry
+            } else {
+                0
+            };
             let result = a.wrapping_sub(b).wrapping_sub(borrow as u64) & mask;
-            let mut flags =
-                if u128::from(a) < u128::from(b) + borrow { RFLAGS_CF } else { 0 };
+            let mut flags = if u128::from(a) < u128::from(b) + borrow {
+                RFLAGS_CF
+            } else {
+                0
+            };
             if (a ^ b) & (a ^ result) & sign_bit(width) != 0 {
                 flags |= RFLAGS_OF;
             }
@@ -351,16 +391,38 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             Mnemonic::Bts => self.bit(|value, bit| Some(value | bit))?,
             Mnemonic::Btr => self.bit(|value, bit| Some(value & !bit))?,
             Mnemonic::Btc => self.bit(|value, bit| Some(value ^ bit))?,
-            Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq
-            | Mnemonic::Stosb | Mnemonic::Stosw | Mnemonic::Stosd | Mnemonic::Stosq
-            | Mnemonic::Lodsb | Mnemonic::Lodsw | Mnemonic::Lodsd | Mnemonic::Lodsq
-            | Mnemonic::Scasb | Mnemonic::Scasw | Mnemonic::Scasd | Mnemonic::Scasq
-            | Mnemonic::Cmpsb | Mnemonic::Cmpsw | Mnemonic::Cmpsd | Mnemonic::Cmpsq
-            | Mnemonic::Insb | Mnemonic::Insw | Mnemonic::Insd
-            | Mnemonic::Outsb | Mnemonic::Outsw | Mnemonic::Outsd
+            Mnemonic::Movsb
+            | Mnemonic::Movsw
+            | Mnemonic::Movsd
+            | Mnemonic::Movsq
+            | Mnemonic::Stosb
+            | Mnemonic::Stosw
+            | Mnemonic::Stosd
+            | Mnemonic::Stosq
+            | Mnemonic::Lodsb
+            | Mnemonic::Lodsw
+            | Mnemonic::Lodsd
+            | Mnemonic::Lodsq
+            | Mnemonic::Scasb
+            | Mnemonic::Scasw
+            | Mnemonic::Scasd
+            | Mnemonic::Scasq
+            | Mnemonic::Cmpsb
+            | Mnemonic::Cmpsw
+            | Mnemonic::Cmpsd
+            | Mnemonic::Cmpsq
+            | Mnemonic::Insb
+            | Mnemonic::Insw
+            | Mnemonic::Insd
+            | Mnemonic::Outsb
+            | Mnemonic::Outsw
+            | Mnemonic::Outsd
                 if self.instruction.is_string_instruction() =>
             {
                 return self.string();
+            }
+            Mnemonic::Ud0 | Mnemonic::Ud1 | Mnemonic::Ud2 => {
+                return Err(Stop::Fault(Exception::UNDEFINED_OPCODE));
             }
             Mnemonic::Clts => {
                 let cr0 = self.platform.control_read(self.cpu, 0);
@@ -369,7 +431,8 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             Mnemonic::Lmsw => {
                 let value = self.get(0)?;
                 let cr0 = self.platform.control_read(self.cpu, 0);
-                self.platform.control_write(self.cpu, 0, load_msw(cr0, value as u16))?;
+                self.platform
+                    .control_write(self.cpu, 0, load_msw(cr0, value as u16))?;
             }
             Mnemonic::Smsw => {
                 let cr0 = self.platform.control_read(self.cpu, 0);
@@ -381,10 +444,15 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     fn mov(&mut self) -> Result<(), Stop> {
-        let (to, from) = (self.instruction.op0_register(), self.instruction.op1_register());
+        let (to, from) = (
+            self.instruction.op0_register(),
+            self.instruction.op1_register(),
+        );
         if to.is_cr() {
             let value = self.read_register(from)?;
-            return Ok(self.platform.control_write(self.cpu, to.number() as u8, value)?);
+            return Ok(self
+                .platform
+                .control_write(self.cpu, to.number() as u8, value)?);
         }
         if from.is_cr() {
             let value = self.platform.control_read(self.cpu, from.number() as u8);
@@ -512,8 +580,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             }
             M::Scasb | M::Scasw | M::Scasd | M::Scasq => {
                 let value = self.load(self.operand_address(1)?, width)?;
-                let (_, flags) =
-                    compute(Alu::Sub, self.cpu.gpr(Gpr::Rax), value, false, width);
+                let (_, flags) = compute(Alu::Sub, self.cpu.gpr(Gpr::Rax), value, false, width);
                 self.set_flags(ARITHMETIC, flags);
                 (destination, compares) = (true, true);
             }
@@ -546,7 +613,11 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         for (used, gpr) in [(source, Gpr::Rsi), (destination, Gpr::Rdi)] {
             if used {
                 let old = self.cpu.gpr(gpr);
-                let new = if back { old.wrapping_sub(step) } else { old.wrapping_add(step) };
+                let new = if back {
+                    old.wrapping_sub(step)
+                } else {
+                    old.wrapping_add(step)
+                };
                 self.write_address_register(gpr, address_width, new);
             }
         }
@@ -616,7 +687,8 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         let (gpr, shift) = general(register).ok_or(Stop::Unsupported)?;
         if shift == 8 {
             let old = self.cpu.gpr(gpr);
-            self.cpu.set_gpr(gpr, (old & !0xff00) | ((value & 0xff) << 8));
+            self.cpu
+                .set_gpr(gpr, (old & !0xff00) | ((value & 0xff) << 8));
             return Ok(());
         }
         let width = Width::from_bytes(register.size()).ok_or(Stop::Unsupported)?;
@@ -675,16 +747,28 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
                 _ => 0,
             };
             let address = base.wrapping_add(offset);
-            let top = if self.paging.cr4 & (1 << 12) != 0 { 57 } else { 48 };
+            let top = if self.paging.cr4 & (1 << 12) != 0 {
+                57
+            } else {
+                48
+            };
             let canonical = ((address << (64 - top)) as i64 >> (64 - top)) as u64 == address;
-            return if canonical { Ok(Gva(address)) } else { Err(Stop::Fault(fault)) };
+            return if canonical {
+                Ok(Gva(address))
+            } else {
+                Err(Stop::Fault(fault))
+            };
         }
         let size = self.instruction.memory_size().size().max(1) as u64;
         let last = offset.wrapping_add(size - 1);
         let limit = u64::from(hidden.limit);
         // Expand-down data segments hold the offsets above the limit (SDM vol. 3A, 5.3).
         let expand_down = hidden.rights.kind() & 0b1100 == 0b0100;
-        let upper = if hidden.rights.default_big() { 0xffff_ffff } else { 0xffff };
+        let upper = if hidden.rights.default_big() {
+            0xffff_ffff
+        } else {
+            0xffff
+        };
         let inside = if expand_down {
             offset > limit && last <= upper
         } else {
@@ -732,15 +816,25 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     fn store(&mut self, at: Gva, width: Width, value: u64) -> Result<(), Stop> {
         if Self::split(at, width).is_some() {
             self.probe(at, width, Access::Write)?;
-            for (n, byte) in value.to_le_bytes().into_iter().take(width.bytes()).enumerate() {
-                self.store(Gva(at.0.wrapping_add(n as u64)), Width::Byte, u64::from(byte))?;
+            for (n, byte) in value
+                .to_le_bytes()
+                .into_iter()
+                .take(width.bytes())
+                .enumerate()
+            {
+                self.store(
+                    Gva(at.0.wrapping_add(n as u64)),
+                    Width::Byte,
+                    u64::from(byte),
+                )?;
             }
             return Ok(());
         }
         let gpa = self.paging.translate(self.memory, at, Access::Write)?;
         let bytes = value.to_le_bytes();
         if self.memory.write(gpa, &bytes[..width.bytes()]).is_err() {
-            self.platform.mmio_write(self.cpu, gpa, width, value & width.mask());
+            self.platform
+                .mmio_write(self.cpu, gpa, width, value & width.mask());
         }
         Ok(())
     }
@@ -775,3 +869,7 @@ fn general(register: Register) -> Option<(Gpr, u32)> {
     };
     Some((Gpr::ALL[register.full_register().number()], shift))
 }
+
+#[cfg(test)]
+#[path = "emulate_tests.rs"]
+mod tests;

@@ -7,4 +7,13 @@
 
 extern crate alloc;
 
+pub mod clock;
+pub mod control;
 pub mod cpuid;
+pub mod emulate;
+pub mod host;
+pub mod msr;
+pub mod walk;
+
+#[cfg(test)]
+mod fake;

@@ -195,7 +195,11 @@ mod tests {
         assert_eq!(m.write(0x200, 0x8000_0006, 40), Some(true));
         assert_eq!(m.read(0x200), Some(0x8000_0006));
         assert_eq!(m.write(0x200, 0x8000_0002, 40), Some(false), "type 2");
-        assert_eq!(m.write(0x201, 1 << 40, 40), Some(false), "beyond the address width");
+        assert_eq!(
+            m.write(0x201, 1 << 40, 40),
+            Some(false),
+            "beyond the address width"
+        );
         assert_eq!(m.write(MTRR_DEF_TYPE, 0x1006, 40), Some(false));
         assert_eq!(m.write(0x250, 0x0606_0606_0606_0607, 40), Some(false));
         assert_eq!(m.write(MTRR_CAP, 0, 40), None, "read-only");

@@ -104,7 +104,10 @@ impl Paging {
             if access == Access::Fetch && (nx || self.cr4 & CR4_SMEP != 0) {
                 code |= 1 << 4;
             }
-            PageFault { address: gva, error_code: code }
+            PageFault {
+                address: gva,
+                error_code: code,
+            }
         };
 
         let wide = self.cr4 & CR4_PAE != 0;
@@ -114,7 +117,11 @@ impl Paging {
             (false, true) => (3, 9, self.cr3 & 0xffff_ffe0),
             (false, false) => (2, 10, self.cr3 & 0xffff_f000),
         };
-        let linear = if self.long_mode() { gva.0 } else { gva.0 & 0xffff_ffff };
+        let linear = if self.long_mode() {
+            gva.0
+        } else {
+            gva.0 & 0xffff_ffff
+        };
         let (mut writable, mut user_page, mut no_execute) = (true, true, false);
         for level in (1..=levels).rev() {
             let shift = 12 + index_bits * (level - 1);
@@ -140,7 +147,12 @@ impl Paging {
                 _ => false,
             };
             if !large {
-                table = entry & if index_bits == 10 { 0xffff_f000 } else { PTE_ADDRESS };
+                table = entry
+                    & if index_bits == 10 {
+                        0xffff_f000
+                    } else {
+                        PTE_ADDRESS
+                    };
                 continue;
             }
             if !self.permits(access, user, writable, user_page, no_execute) {
@@ -175,8 +187,7 @@ impl Paging {
                     Access::Fetch => !no_execute,
                 };
         }
-        let smap_blocks =
-            user_page && self.cr4 & CR4_SMAP != 0 && self.rflags & RFLAGS_AC == 0;
+        let smap_blocks = user_page && self.cr4 & CR4_SMAP != 0 && self.rflags & RFLAGS_AC == 0;
         match access {
             Access::Read => !smap_blocks,
             Access::Write => (writable || self.cr0 & CR0_WP == 0) && !smap_blocks,

@@ -1,0 +1,320 @@
+//! Tests of the instruction emulator: each instruction on device memory, and its faults.
+
+use alloc::{boxed::Box, vec, vec::Vec};
+
+use mem::{
+    Gpa, Width,
+    fake::FakeMemory,
+    guest::{GuestMemory, pc_layout},
+};
+use proptest::prelude::*;
+use virt::{CpuState, Gpr, SegmentName, VirtualCpu};
+
+use super::*;
+use crate::fake::FakeCpu;
+
+const CODE: u64 = 0x10_0000;
+const TABLES: u64 = 0x20_0000;
+const DATA: u64 = 0x30_0000;
+/// Linear and physical address of a device register file.
+const DEVICE: u64 = 0xfec0_0000;
+
+/// A device of 4 KiB of plain registers, and ports that count up.
+struct Device {
+    bytes: Vec<u8>,
+    log: Vec<(bool, u64, Width, u64)>,
+    next_port_value: u32,
+}
+
+impl Platform<FakeCpu> for Device {
+    fn mmio_read(&mut self, _: &mut FakeCpu, gpa: Gpa, width: Width) -> u64 {
+        let at = (gpa.0 & 0xff8) as usize + (gpa.0 & 7) as usize;
+        let mut value = [0; 8];
+        let end = (at + width.bytes()).min(self.bytes.len());
+        value[..end - at].copy_from_slice(&self.bytes[at..end]);
+        self.log.push((false, gpa.0, width, 0));
+        u64::from_le_bytes(value)
+    }
+    fn mmio_write(&mut self, _: &mut FakeCpu, gpa: Gpa, width: Width, value: u64) {
+        let at = (gpa.0 & 0xfff) as usize;
+        let end = (at + width.bytes()).min(self.bytes.len());
+        self.bytes[at..end].copy_from_slice(&value.to_le_bytes()[..end - at]);
+        self.log.push((true, gpa.0, width, value));
+    }
+    fn port_read(&mut self, _port: u16, _width: Width) -> u32 {
+        self.next_port_value += 1;
+        self.next_port_value
+    }
+    fn port_write(&mut self, port: u16, width: Width, value: u32) {
+        self.log
+            .push((true, u64::from(port), width, u64::from(value)));
+    }
+    fn control_read(&mut self, cpu: &mut FakeCpu, cr: u8) -> u64 {
+        if cr == 0 { cpu.cr0() } else { 0x55 }
+    }
+    fn control_write(&mut self, cpu: &mut FakeCpu, cr: u8, value: u64) -> Result<(), Exception> {
+        match cr {
+            0 => cpu.set_cr0(value),
+            4 => return Err(Exception::GENERAL_PROTECTION),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+struct Bench {
+    cpu: FakeCpu,
+    memory: GuestMemory,
+    device: Device,
+}
+
+impl Bench {
+    /// 64-bit mode, the first 4 GiB mapped one to one by 1 GiB pages, RAM of 16 MiB.
+    fn new() -> Self {
+        let host: &'static FakeMemory = Box::leak(Box::new(FakeMemory::new(64 << 20)));
+        let memory = GuestMemory::allocate(host, 1, &pc_layout(16 << 20)).unwrap();
+        memory
+            .write_u64(Gpa(TABLES), (TABLES + 0x1000) | 7)
+            .unwrap();
+        for n in 0..4u64 {
+            memory
+                .write_u64(Gpa(TABLES + 0x1000 + n * 8), (n << 30) | 0x87)
+                .unwrap();
+        }
+        let device = Device {
+            bytes: vec![0; 4096],
+            log: Vec::new(),
+            next_port_value: 0,
+        };
+        Bench {
+            cpu: FakeCpu::long_mode(CODE, TABLES),
+            memory,
+            device,
+        }
+    }
+
+    fn run(&mut self, code: &[u8]) -> Outcome {
+        self.memory.write(Gpa(self.cpu.rip()), code).unwrap();
+        emulate(&mut self.cpu, &self.memory, &mut self.device)
+    }
+
+    fn device_u64(&self, at: usize) -> u64 {
+        u64::from_le_bytes(self.device.bytes[at..at + 8].try_into().unwrap())
+    }
+
+    fn set_device(&mut self, at: usize, value: u64) {
+        self.device.bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+const DONE: fn(&[u8]) -> Outcome = |code| Outcome::Done(code.len() as u8);
+
+#[test]
+fn mov_in_all_widths() {
+    let mut b = Bench::new();
+    b.cpu.set_gpr(Gpr::Rbx, DEVICE);
+    b.cpu.set_gpr(Gpr::Rax, 0x1122_3344_5566_7788);
+    for (code, expected) in [
+        (&[0x88, 0x03][..], 0x88),                         // mov [rbx], al
+        (&[0x66, 0x89, 0x03], 0x7788),                     // mov [rbx], ax
+        (&[0x89, 0x03], 0x5566_7788),                      // mov [rbx], eax
+        (&[0x48, 0x89, 0x03], 0x1122_3344_5566_7788),      // mov [rbx], rax
+        (&[0x88, 0x23], 0x77),                             // mov [rbx], ah
+        (&[0xc7, 0x03, 1, 2, 3, 4], 0x0403_0201),          // mov dword [rbx], imm
+        (&[0x48, 0xc7, 0x03, 0xff, 0xff, 0xff, 0xff], !0), // mov qword [rbx], -1
+    ] {
+        b.set_device(0, 0);
+        assert_eq!(b.run(code), DONE(code));
+        assert_eq!(b.device_u64(0), expected, "{code:x?}");
+    }
+    b.set_device(0, 0xffee_ddcc_bbaa_9988);
+    for (code, expected) in [
+        (&[0x8a, 0x03][..], 0x1122_3344_5566_7788), // mov al, [rbx]
+        (&[0x8b, 0x03], 0xbbaa_9988),               // mov eax, [rbx]
+        (&[0x0f, 0xb6, 0x03], 0x88),                // movzx eax, byte [rbx]
+        (&[0x48, 0x0f, 0xbe, 0x03], 0xffff_ffff_ffff_ff88), // movsx rax, byte [rbx]
+        (&[0x48, 0x63, 0x03], 0xffff_ffff_bbaa_9988), // movsxd rax, dword [rbx]
+    ] {
+        assert_eq!(b.run(code), DONE(code));
+        assert_eq!(b.cpu.gpr(Gpr::Rax), expected, "{code:x?}");
+    }
+}
+
+#[test]
+fn read_modify_write_sets_flags() {
+    let mut b = Bench::new();
+    b.cpu.set_gpr(Gpr::Rbx, DEVICE);
+    b.set_device(0, 0xff);
+    assert_eq!(b.run(&[0x80, 0x03, 0x01]), Outcome::Done(3)); // add byte [rbx], 1
+    assert_eq!(b.device_u64(0), 0);
+    assert_eq!(b.cpu.rflags() & 0x8d5, 0x55, "ZF, PF, AF, CF");
+    b.set_device(0, 0x80);
+    b.run(&[0x80, 0x2b, 0x01]); // sub byte [rbx], 1
+    assert_eq!(b.cpu.rflags() & 0x8d5, 0x810, "OF, AF");
+    b.run(&[0xf6, 0x03, 0x80]); // test byte [rbx], 0x80
+    assert_eq!(b.cpu.rflags() & 0x8d5, 0x44, "0x7f & 0x80: ZF, PF");
+    b.cpu.set_gpr(Gpr::Rcx, 3);
+    b.set_device(8, 0);
+    b.run(&[0x48, 0x0f, 0xab, 0x4b, 0x08]); // bts qword [rbx+8], rcx
+    assert_eq!(b.device_u64(8), 8);
+    b.cpu.set_gpr(Gpr::Rax, 8);
+    b.cpu.set_gpr(Gpr::Rdx, 0x77);
+    b.run(&[0x48, 0x0f, 0xb1, 0x53, 0x08]); // cmpxchg [rbx+8], rdx
+    assert_eq!(b.device_u64(8), 0x77);
+    b.run(&[0x87, 0x53, 0x08]); // xchg edx, [rbx+8]
+    assert_eq!(b.cpu.gpr(Gpr::Rdx), 0x77);
+}
+
+#[test]
+fn rep_string_to_and_from_device() {
+    let mut b = Bench::new();
+    b.memory.write(Gpa(DATA), b"plinth!!").unwrap();
+    b.cpu.set_gpr(Gpr::Rsi, DATA);
+    b.cpu.set_gpr(Gpr::Rdi, DEVICE);
+    b.cpu.set_gpr(Gpr::Rcx, 2);
+    assert_eq!(b.run(&[0xf3, 0xa5]), Outcome::Done(2)); // rep movsd
+    assert_eq!(&b.device.bytes[..8], b"plinth!!");
+    assert_eq!((b.cpu.gpr(Gpr::Rcx), b.cpu.gpr(Gpr::Rdi)), (0, DEVICE + 8));
+    b.cpu.set_gpr(Gpr::Rcx, u64::from(MAX_ITERATIONS) + 1);
+    b.cpu.set_gpr(Gpr::Rdi, DATA);
+    assert_eq!(b.run(&[0xf3, 0x6c]), Outcome::Again); // rep insb
+    assert_eq!(b.cpu.gpr(Gpr::Rcx), 1);
+    assert_eq!(b.run(&[0xf3, 0x6c]), Outcome::Done(2));
+    assert_eq!(
+        b.memory.read_u8(Gpa(DATA + 256)).unwrap(),
+        1,
+        "the 257th value, 0x101"
+    );
+    b.cpu.set_gpr(Gpr::Rcx, 0);
+    assert_eq!(b.run(&[0xf3, 0xa4]), Outcome::Done(2), "nothing to do");
+}
+
+#[test]
+fn faults_leave_registers_alone() {
+    let mut b = Bench::new();
+    b.cpu.set_gpr(Gpr::Rbx, 5 << 30); // not mapped
+    b.cpu.set_gpr(Gpr::Rax, 7);
+    let fault = Exception {
+        vector: 14,
+        error_code: Some(0),
+        cr2: Some(5 << 30),
+    };
+    assert_eq!(b.run(&[0x8b, 0x03]), Outcome::Fault(fault));
+    let fault = Exception {
+        error_code: Some(2),
+        ..fault
+    };
+    assert_eq!(
+        b.run(&[0x87, 0x03]),
+        Outcome::Fault(Exception {
+            error_code: Some(0),
+            ..fault
+        })
+    );
+    assert_eq!(b.run(&[0x89, 0x03]), Outcome::Fault(fault));
+    assert_eq!(b.cpu.gpr(Gpr::Rax), 7);
+    b.cpu.set_gpr(Gpr::Rbx, 1 << 60); // not canonical
+    assert_eq!(
+        b.run(&[0x8b, 0x03]),
+        Outcome::Fault(Exception::GENERAL_PROTECTION)
+    );
+    assert_eq!(
+        b.run(&[0x0f, 0xff]),
+        Outcome::Fault(Exception::UNDEFINED_OPCODE)
+    );
+    // xchg eax, [rbx] on an address that faults only for the write keeps eax.
+    assert!(matches!(
+        b.run(&[0x0f, 0x28, 0x03]),
+        Outcome::Fault(_) | Outcome::Unsupported(_)
+    ));
+}
+
+#[test]
+fn accesses_across_pages_check_both() {
+    let mut b = Bench::new();
+    // The last four bytes of mapped space, and four beyond.
+    b.cpu.set_gpr(Gpr::Rbx, (4 << 30) - 4);
+    let fault = Exception {
+        vector: 14,
+        error_code: Some(2),
+        cr2: Some((4 << 30) + 3),
+    };
+    assert_eq!(b.run(&[0x48, 0x89, 0x03]), Outcome::Fault(fault));
+    assert!(b.device.log.is_empty(), "nothing was written");
+}
+
+#[test]
+fn control_registers() {
+    let mut b = Bench::new();
+    b.cpu.set_gpr(Gpr::Rax, 0x8000_0013);
+    assert_eq!(b.run(&[0x0f, 0x22, 0xc0]), Outcome::Done(3)); // mov cr0, rax
+    assert_eq!(b.cpu.cr0(), 0x8000_0013);
+    assert_eq!(
+        b.run(&[0x0f, 0x22, 0xe0]),
+        Outcome::Fault(Exception::GENERAL_PROTECTION)
+    );
+    assert_eq!(b.run(&[0x44, 0x0f, 0x20, 0xc1]), Outcome::Done(4)); // mov rcx, cr8
+    assert_eq!(b.cpu.gpr(Gpr::Rcx), 0x55);
+    assert_eq!(load_msw(0x8000_0011, 0xfffe), 0x8000_001f, "PE stays");
+}
+
+#[test]
+fn real_mode_segments_and_limits() {
+    let mut b = Bench::new();
+    let mut state = CpuState::reset();
+    state.rip = 0x100;
+    state.segments[SegmentName::Cs as usize].base = CODE;
+    state.segments[SegmentName::Es as usize].base = 0xb_8000;
+    b.cpu = FakeCpu::new(state);
+    b.cpu.set_gpr(Gpr::Rdi, 0xffff_0004);
+    b.cpu.set_gpr(Gpr::Rax, 0xaabb_ccdd_eeff_0741);
+    b.memory.write(Gpa(CODE + 0x100), &[0xab]).unwrap(); // stosw
+    assert_eq!(
+        emulate(&mut b.cpu, &b.memory, &mut b.device),
+        Outcome::Done(1)
+    );
+    assert_eq!(b.memory.read_u16(Gpa(0xb_8004)).unwrap(), 0x0741);
+    assert_eq!(b.cpu.gpr(Gpr::Rdi), 0xffff_0006, "only DI moves");
+    b.cpu.set_gpr(Gpr::Rbx, 0xffff);
+    b.memory.write(Gpa(CODE + 0x100), &[0x8b, 0x07]).unwrap(); // mov ax, [bx]
+    assert_eq!(
+        emulate(&mut b.cpu, &b.memory, &mut b.device),
+        Outcome::Fault(Exception::GENERAL_PROTECTION),
+        "a word at the limit"
+    );
+}
+
+proptest! {
+    /// Whatever bytes stand at RIP and whatever is in the registers: no panic, and RIP is not touched.
+    #[test]
+    fn any_bytes_are_harmless(
+        code in proptest::collection::vec(any::<u8>(), 15),
+        gprs in proptest::array::uniform16(prop_oneof![any::<u64>(), Just(DEVICE), Just(DATA)]),
+        long in any::<bool>(),
+    ) {
+        let mut b = Bench::new();
+        if !long {
+            b.cpu.state.segments[SegmentName::Cs as usize].rights.set_long(false);
+        }
+        b.cpu.state.gprs = gprs;
+        b.run(&code);
+        prop_assert_eq!(b.cpu.rip(), CODE);
+    }
+
+    /// ADD, SUB, ADC, SBB, AND against the processor's definition in 128-bit arithmetic.
+    #[test]
+    fn alu_matches_wide_arithmetic(a in any::<u32>(), c in any::<u32>(), carry in any::<bool>()) {
+        let (w, mask) = (Width::Dword, 0xffff_ffffu64);
+        let (a64, c64) = (u64::from(a), u64::from(c));
+        let (sum, flags) = compute(Alu::Adc, a64, c64, carry, w);
+        prop_assert_eq!(sum, (a64 + c64 + u64::from(carry)) & mask);
+        prop_assert_eq!(flags & RFLAGS_CF != 0, a64 + c64 + u64::from(carry) > mask);
+        let signed = i64::from(a as i32) + i64::from(c as i32) + i64::from(carry);
+        prop_assert_eq!(flags & RFLAGS_OF != 0, i32::try_from(signed).is_err());
+        let (difference, flags) = compute(Alu::Sbb, a64, c64, carry, w);
+        prop_assert_eq!(difference, a64.wrapping_sub(c64).wrapping_sub(u64::from(carry)) & mask);
+        prop_assert_eq!(flags & RFLAGS_CF != 0, a64 < c64 + u64::from(carry));
+        let signed = i64::from(a as i32) - i64::from(c as i32) - i64::from(carry);
+        prop_assert_eq!(flags & RFLAGS_OF != 0, i32::try_from(signed).is_err());
+    }
+}

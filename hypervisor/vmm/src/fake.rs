@@ -1,0 +1,191 @@
+//! A vCPU without hardware, for host tests: plain registers and a script of exits.
+
+use alloc::{collections::VecDeque, string::String, vec::Vec};
+
+use virt::{CpuState, DescriptorTable, Event, Exit, Gpr, Segment, SegmentName, VirtualCpu};
+
+/// Registers, the exits to give, and what was asked of it.
+pub(crate) struct FakeCpu {
+    pub state: CpuState,
+    pub exits: VecDeque<Exit>,
+    /// Length that `skip_instruction(None)` steps over.
+    pub length: u8,
+    pub injected: Vec<Event>,
+    pub queued: Option<Event>,
+    pub window: bool,
+    pub tsc_offset: u64,
+    pub shadow: bool,
+}
+
+impl FakeCpu {
+    pub fn new(state: CpuState) -> Self {
+        FakeCpu {
+            state,
+            exits: VecDeque::new(),
+            length: 2,
+            injected: Vec::new(),
+            queued: None,
+            window: false,
+            tsc_offset: 0,
+            shadow: false,
+        }
+    }
+
+    /// A vCPU in 64-bit mode with paging as given by `cr3`.
+    pub fn long_mode(rip: u64, cr3: u64) -> Self {
+        let mut state = CpuState::reset();
+        state.rip = rip;
+        state.cr0 = 0x8000_0011;
+        state.cr3 = cr3;
+        state.cr4 = 1 << 5;
+        state.efer = (1 << 8) | (1 << 10);
+        state.segments = [Segment {
+            base: 0,
+            limit: u32::MAX,
+            ..state.segments[0]
+        }; 8];
+        let cs = &mut state.segments[SegmentName::Cs as usize];
+        cs.rights = cs.rights.with_kind(0xb).with_long(true);
+        FakeCpu::new(state)
+    }
+}
+
+impl VirtualCpu for FakeCpu {
+    fn load(&mut self, _cpu: usize) {}
+    fn unload(&mut self) {}
+    fn enter(&mut self) -> Exit {
+        if let Some(event) = self.queued.take() {
+            self.injected.push(event);
+        }
+        self.exits
+            .pop_front()
+            .expect("the script has no more exits")
+    }
+    fn gpr(&self, gpr: Gpr) -> u64 {
+        self.state.gprs[gpr as usize]
+    }
+    fn set_gpr(&mut self, gpr: Gpr, value: u64) {
+        self.state.gprs[gpr as usize] = value;
+    }
+    fn rip(&self) -> u64 {
+        self.state.rip
+    }
+    fn set_rip(&mut self, rip: u64) {
+        self.state.rip = rip;
+    }
+    fn rflags(&self) -> u64 {
+        self.state.rflags
+    }
+    fn set_rflags(&mut self, rflags: u64) {
+        self.state.rflags = rflags;
+    }
+    fn segment(&self, name: SegmentName) -> Segment {
+        self.state.segments[name as usize]
+    }
+    fn set_segment(&mut self, name: SegmentName, segment: Segment) {
+        self.state.segments[name as usize] = segment;
+    }
+    fn cr0(&self) -> u64 {
+        self.state.cr0
+    }
+    fn set_cr0(&mut self, value: u64) {
+        self.state.cr0 = value;
+        if value & self.state.efer << 23 & (1 << 31) != 0 {
+            self.state.efer |= 1 << 10;
+        } else {
+            self.state.efer &= !(1 << 10);
+        }
+    }
+    fn cr2(&self) -> u64 {
+        self.state.cr2
+    }
+    fn set_cr2(&mut self, value: u64) {
+        self.state.cr2 = value;
+    }
+    fn cr3(&self) -> u64 {
+        self.state.cr3
+    }
+    fn set_cr3(&mut self, value: u64) {
+        self.state.cr3 = value;
+    }
+    fn cr4(&self) -> u64 {
+        self.state.cr4
+    }
+    fn set_cr4(&mut self, value: u64) {
+        self.state.cr4 = value;
+    }
+    fn efer(&self) -> u64 {
+        self.state.efer
+    }
+    fn set_efer(&mut self, value: u64) {
+        self.state.efer = value;
+    }
+    fn dr6(&self) -> u64 {
+        self.state.dr6
+    }
+    fn set_dr6(&mut self, value: u64) {
+        self.state.dr6 = value;
+    }
+    fn xcr0(&self) -> u64 {
+        self.state.xcr0
+    }
+    fn set_xcr0(&mut self, value: u64) {
+        self.state.xcr0 = value;
+    }
+    fn state(&self) -> CpuState {
+        self.state.clone()
+    }
+    fn set_state(&mut self, state: &CpuState) {
+        self.state = state.clone();
+    }
+    fn msr(&self, _number: u32) -> Option<u64> {
+        None
+    }
+    fn set_msr(&mut self, _number: u32, _value: u64) -> bool {
+        false
+    }
+    fn set_tsc_offset(&mut self, offset: u64) {
+        self.tsc_offset = offset;
+    }
+    fn skip_instruction(&mut self, length: Option<u8>) {
+        self.state.rip += u64::from(length.unwrap_or(self.length));
+        self.shadow = false;
+    }
+    fn instruction_bytes(&self) -> &[u8] {
+        &[]
+    }
+    fn interrupt_ready(&self) -> bool {
+        self.state.rflags & (1 << 9) != 0 && !self.shadow && self.queued.is_none()
+    }
+    fn nmi_ready(&self) -> bool {
+        self.queued.is_none()
+    }
+    fn inject(&mut self, event: Event) {
+        self.queued = Some(event);
+    }
+    fn queued(&self) -> Option<Event> {
+        self.queued
+    }
+    fn cancel_injection(&mut self) {
+        self.queued = None;
+    }
+    fn request_interrupt_window(&mut self, on: bool) {
+        self.window = on;
+    }
+    fn request_nmi_window(&mut self, _on: bool) {}
+    fn set_deadline(&mut self, _host_tsc: u64) -> bool {
+        true
+    }
+    fn flush_guest_tlb(&mut self) {}
+    fn explain_entry_failure(&self) -> String {
+        String::from("a fake has no entry checks")
+    }
+}
+
+impl Default for FakeCpu {
+    fn default() -> Self {
+        let mut state = CpuState::reset();
+        state.gdtr = DescriptorTable::default();
+        FakeCpu::new(state)
+    }
+}
