@@ -6,6 +6,8 @@
 
 mod apt;
 mod clean;
+mod deps;
+mod emulator;
 mod exit;
 mod guests;
 mod initramfs;

@@ -1,0 +1,174 @@
+//! Bochs: its configuration, a screen for it to draw on, and why it ended.
+//!
+//! Distributions build Bochs with its debugger, which waits at a prompt unless a file of
+//! commands says `c`. It exits with 1 whatever happened, so its log tells the end.
+
+use std::{fmt::Write, fs, path::Path};
+
+use super::{
+    End, EndSource, Machine,
+    pty::{Pty, Screen},
+};
+use crate::{
+    deps::{self, Program},
+    process::{Guarded, dies_with_us, last_lines},
+};
+
+/// Beyond this Bochs takes long to start, or shows less than asked for.
+pub const MAX_MEMORY_MIB: u32 = 2048;
+
+/// The processor with VT-x, EPT, VPID, unrestricted guest and APIC virtualization.
+const MODEL: &str = "corei7_haswell_4770";
+
+/// Instructions per second that emulated time assumes.
+const INSTRUCTIONS_PER_SECOND: u32 = 50_000_000;
+
+/// Seconds since 1970 that the emulated clock starts with.
+const START_TIME: u32 = 1_700_000_000;
+
+/// Starts Bochs on a machine whose files go to `folder`, with COM1 on `device`.
+pub fn start(
+    machine: &Machine,
+    folder: &Path,
+    device: &Path,
+) -> anyhow::Result<(Guarded, EndSource)> {
+    deps::require(&[Program::Bochs])?;
+    let log = machine
+        .trace
+        .clone()
+        .unwrap_or_else(|| folder.join("bochs.log"));
+    let configuration = folder.join("bochsrc");
+    fs::write(&configuration, configure(machine, folder, device, &log))?;
+    let commands = folder.join("commands");
+    fs::write(&commands, "c\n")?;
+    // Its screen is text on a terminal that somebody must read, or it stands still.
+    let terminal = Pty::open()?;
+    let mut command = dies_with_us("bochs");
+    command
+        .args(["-q", "-unlock", "-f"])
+        .arg(&configuration)
+        .arg("-rc")
+        .arg(&commands)
+        .env("TERM", "xterm")
+        .env("LINES", "25")
+        .env("COLUMNS", "80")
+        .stdin(terminal.slave.try_clone()?)
+        .stdout(terminal.slave.try_clone()?)
+        .stderr(terminal.slave);
+    let child = Guarded::spawn(command)?;
+    let screen = Screen::drain(terminal.master);
+    Ok((child, EndSource::Log { log, screen }))
+}
+
+/// The text of Bochs' configuration file.
+fn configure(machine: &Machine, folder: &Path, device: &Path, log: &Path) -> String {
+    let (cpus, memory) = (machine.cpus, machine.memory_mib);
+    let model = machine.cpu_model.as_deref().unwrap_or(MODEL);
+    let chatter = if machine.trace.is_some() {
+        "report"
+    } else {
+        "ignore"
+    };
+    let (image, folder) = (machine.image.display(), folder.display());
+    let (device, log) = (device.display(), log.display());
+    let mut text = format!(
+        "config_interface: textconfig\n\
+         display_library: term\n\
+         cpu: model={model}, count={cpus}, ips={INSTRUCTIONS_PER_SECOND}, \
+         reset_on_triple_fault=0, ignore_bad_msrs=0\n\
+         memory: guest={memory}, host={memory}\n\
+         romimage: file=/usr/share/bochs/BIOS-bochs-latest\n\
+         vgaromimage: file=/usr/share/vgabios/vgabios.bin\n\
+         vga: extension=vbe, update_freq=1\n\
+         pci: enabled=1, chipset=i440fx\n\
+         ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14\n\
+         ata1: enabled=0\n\
+         ata0-master: type=disk, path=\"{image}\", mode=volatile, journal=\"{folder}/journal\"\n\
+         boot: disk\n\
+         clock: sync=none, time0={START_TIME}\n\
+         com1: enabled=1, mode=term, dev={device}\n\
+         port_e9_hack: enabled=0\n\
+         log: {log}\n\
+         logprefix: %t%e%d\n\
+         panic: action=fatal\n\
+         error: action=report\n\
+         info: action={chatter}\n\
+         debug: action=ignore\n"
+    );
+    for line in &machine.extra {
+        writeln!(text, "{line}").expect("a String takes any text");
+    }
+    text
+}
+
+/// Why Bochs ended: by its log, or, when it did not get that far, by its screen.
+pub fn end(log: &str, screen: &str) -> End {
+    let panic = log
+        .lines()
+        .find_map(|line| line.split_once(">>PANIC<<").map(|(_, words)| words.trim()));
+    match panic {
+        Some(words) if words.contains("soft power off") || words.contains("shutdown requested") => {
+            End::PoweredOff
+        }
+        Some(words) => End::Emulator(words.to_owned()),
+        None => End::Emulator(format!(
+            "no reason in its log; on its screen: {}",
+            last_lines(&without_controls(screen), 5).trim()
+        )),
+    }
+}
+
+/// A terminal's output without control sequences.
+fn without_controls(text: &str) -> String {
+    let sequences =
+        regex::Regex::new(r"\x1b(\[[0-9;?]*[A-Za-z]|[()].|[=>78])|[\x00-\x09\x0b-\x1f]")
+            .expect("the pattern is well-formed");
+    sequences.replace_all(text, "").into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::emulator::Emulator;
+
+    #[test]
+    fn the_configuration_says_what_the_machine_is() {
+        let mut machine = Machine::new(Emulator::Bochs, Path::new("/x/plinth.img"));
+        machine.cpus = 4;
+        machine.memory_mib = 512;
+        machine.extra.push("com2: enabled=0".into());
+        let text = configure(
+            &machine,
+            Path::new("/r"),
+            Path::new("/dev/pts/3"),
+            Path::new("/r/log"),
+        );
+        let has = |line: &str| text.lines().any(|l| l.starts_with(line));
+        assert!(has("cpu: model=corei7_haswell_4770, count=4,"), "{text}");
+        assert!(has("memory: guest=512, host=512"));
+        assert!(has(
+            "ata0-master: type=disk, path=\"/x/plinth.img\", mode=volatile"
+        ));
+        assert!(has("com1: enabled=1, mode=term, dev=/dev/pts/3"));
+        assert!(has("com2: enabled=0"));
+    }
+
+    #[test]
+    fn a_power_off_is_no_failure() {
+        let log = "000p[ACPI  ] >>PANIC<< ACPI control: soft power off\n";
+        assert_eq!(end(log, ""), End::PoweredOff);
+        let log = "000p[CPU0  ] >>PANIC<< exception(): 3rd (8) exception with no resolution\n";
+        assert_eq!(
+            end(log, ""),
+            End::Emulator("exception(): 3rd (8) exception with no resolution".into())
+        );
+    }
+
+    #[test]
+    fn a_bad_start_is_told_by_the_screen() {
+        let End::Emulator(words) = end("", "\x1b[2Jno such model\r\n") else {
+            panic!("not the emulator's end");
+        };
+        assert!(words.ends_with("no such model"), "{words}");
+    }
+}

@@ -1,0 +1,395 @@
+//! A PC in an emulator: one description for QEMU and Bochs, its first serial port as text.
+//!
+//! A [`Machine`] says what to start; [`Machine::start`] gives a [`Running`] one, which ends
+//! with its value, at the latest. The serial port is a pseudo-terminal in both emulators.
+//! QEMU tells by its monitor why it ended, Bochs by its log.
+//!
+//! Start a machine on the thread that keeps it: where the system kills children with their
+//! parent it goes by the parent's thread.
+
+mod bochs;
+pub mod kvm;
+mod pty;
+mod qemu;
+mod serial;
+
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+pub use regex::bytes::Regex;
+
+use crate::{
+    exit::{Code, Stop},
+    paths,
+    process::Guarded,
+};
+use serial::Serial;
+pub use serial::{Keyboard, Watch};
+
+/// Which emulator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Emulator {
+    /// QEMU: AMD-V, emulated or the workstation's own.
+    Qemu,
+    /// Bochs: VT-x, emulated.
+    Bochs,
+}
+
+/// What the emulated PC starts with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Firmware {
+    /// UEFI firmware (OVMF).
+    Uefi,
+    /// A legacy BIOS.
+    Bios,
+}
+
+/// How instructions are run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acceleration {
+    /// By the emulator.
+    Emulated,
+    /// By the workstation's processor (KVM), with virtualization for the guest.
+    Kvm,
+}
+
+/// A PC to emulate.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Which emulator.
+    pub emulator: Emulator,
+    /// What it starts with. Bochs: BIOS only.
+    pub firmware: Firmware,
+    /// How instructions are run. Bochs: emulated only.
+    pub acceleration: Acceleration,
+    /// The boot disk. It is not changed.
+    pub image: PathBuf,
+    /// Processors.
+    pub cpus: u32,
+    /// Memory, in MiB. Bochs: at most 2048.
+    pub memory_mib: u32,
+    /// Processor model in the emulator's words; `None`: all that it can do.
+    pub cpu_model: Option<String>,
+    /// QEMU without KVM: the time-stamp counter counts instructions, and runs repeat exactly.
+    pub count_instructions: bool,
+    /// A detailed log of what the processor does goes here.
+    pub trace: Option<PathBuf>,
+    /// QEMU: wait for a debugger on this TCP port of the workstation before the first instruction.
+    pub debugger_port: Option<u16>,
+    /// More arguments for QEMU, or lines for Bochs' configuration.
+    pub extra: Vec<String>,
+}
+
+impl Machine {
+    /// A PC with 2 processors and 1 GiB that boots this image, emulated; by BIOS in Bochs, by
+    /// UEFI in QEMU.
+    pub fn new(emulator: Emulator, image: &Path) -> Self {
+        Machine {
+            emulator,
+            firmware: match emulator {
+                Emulator::Qemu => Firmware::Uefi,
+                Emulator::Bochs => Firmware::Bios,
+            },
+            acceleration: Acceleration::Emulated,
+            image: image.to_owned(),
+            cpus: 2,
+            memory_mib: 1024,
+            cpu_model: None,
+            count_instructions: false,
+            trace: None,
+            debugger_port: None,
+            extra: Vec::new(),
+        }
+    }
+
+    /// Whether the emulator can be this machine.
+    ///
+    /// # Errors
+    /// It cannot, with the reason.
+    pub fn check(&self) -> anyhow::Result<()> {
+        let refuse = |why: &str| Err(Stop::with(Code::Usage, why));
+        if self.cpus == 0 {
+            return refuse("a machine has at least one processor");
+        }
+        if self.emulator == Emulator::Bochs {
+            if self.firmware == Firmware::Uefi {
+                return refuse("Bochs has no UEFI firmware; use --firmware bios");
+            }
+            if self.acceleration == Acceleration::Kvm {
+                return refuse("Bochs emulates every instruction; --accel kvm is for QEMU");
+            }
+            if self.memory_mib > bochs::MAX_MEMORY_MIB {
+                return refuse("Bochs has at most 2048 MiB of memory here");
+            }
+            if self.debugger_port.is_some() {
+                return refuse(
+                    "the Bochs of distributions has no port for gdb; use --emulator qemu, or \
+                     Bochs' own debugger in a terminal",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts it.
+    ///
+    /// # Errors
+    /// The emulator is missing or cannot be this machine.
+    pub fn start(&self) -> anyhow::Result<Running> {
+        self.start_watched(None)
+    }
+
+    /// Starts it; `watch` is called with what the serial port puts out, on another thread.
+    ///
+    /// # Errors
+    /// As `start`.
+    pub fn start_watched(&self, watch: Option<Watch>) -> anyhow::Result<Running> {
+        self.check()?;
+        let folder = Folder::new()?;
+        let serial = Serial::open(watch)?;
+        let (child, source) = match self.emulator {
+            Emulator::Qemu => qemu::start(self, &folder.0, serial.device())?,
+            Emulator::Bochs => bochs::start(self, &folder.0, serial.device())?,
+        };
+        Ok(Running {
+            child,
+            serial,
+            source,
+            end: None,
+            _folder: folder,
+        })
+    }
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It was switched off by what ran on it.
+    PoweredOff,
+    /// What ran on it restarted it, or its processor shut down (triple fault); a machine is
+    /// not started again.
+    Reset,
+    /// The emulator gave up or was ended from outside; in its words.
+    Emulator(String),
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            End::PoweredOff => f.write_str("the machine powered off"),
+            End::Reset => f.write_str("the machine was reset"),
+            End::Emulator(words) => write!(f, "the emulator ended: {words}"),
+        }
+    }
+}
+
+/// A line that was waited for and came.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The match, then its groups; empty where a group took no part.
+    pub groups: Vec<String>,
+}
+
+/// Why what was waited for did not come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Missed {
+    /// The time limit passed.
+    Timeout,
+    /// The machine ended first.
+    Ended(End),
+}
+
+impl fmt::Display for Missed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Missed::Timeout => f.write_str("the time limit passed"),
+            Missed::Ended(end) => end.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for Missed {}
+
+/// Where an emulator says why it ended.
+enum EndSource {
+    /// QEMU's monitor: the reason it gave, once it did.
+    Monitor {
+        reason: Arc<Mutex<Option<String>>>,
+        errors: PathBuf,
+    },
+    /// Bochs' log, and its screen.
+    Log { log: PathBuf, screen: pty::Screen },
+}
+
+impl EndSource {
+    fn read(&self, status: std::process::ExitStatus) -> End {
+        match self {
+            EndSource::Monitor { reason, errors } => {
+                let reason = reason
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .clone();
+                qemu::end(reason.as_deref(), &read_lossy(errors), status)
+            }
+            EndSource::Log { log, screen } => bochs::end(&read_lossy(log), &screen.text()),
+        }
+    }
+}
+
+fn read_lossy(path: &Path) -> String {
+    // A log that was never begun says as much as an empty one.
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}
+
+/// A machine that was started. Dropping it ends it.
+pub struct Running {
+    child: Guarded,
+    serial: Serial,
+    source: EndSource,
+    end: Option<End>,
+    _folder: Folder,
+}
+
+impl Running {
+    /// Waits until the serial port's output, from where the last wait left off, matches.
+    /// Output is bytes as the guest sent them: lines end with `\r\n`.
+    ///
+    /// # Errors
+    /// The time passed or the machine ended without it.
+    pub fn read_until(&mut self, pattern: &Regex, timeout: Duration) -> Result<Found, Missed> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            // The end is looked at before the output, so that the last words are not missed.
+            let ended = self.ended();
+            if let Some(found) = self.serial.search(pattern) {
+                return Ok(found);
+            }
+            if let Some(end) = ended {
+                return Err(Missed::Ended(end));
+            }
+            if Instant::now() >= deadline {
+                return Err(Missed::Timeout);
+            }
+            self.serial.wait_for_more(deadline);
+        }
+    }
+
+    /// Types on the serial port. Never blocks.
+    pub fn send(&self, bytes: impl Into<Vec<u8>>) {
+        self.serial.keyboard().send(bytes);
+    }
+
+    /// A handle to type with from other threads.
+    pub fn keyboard(&self) -> Keyboard {
+        self.serial.keyboard()
+    }
+
+    /// Waits for the machine's end.
+    ///
+    /// # Errors
+    /// [`Missed::Timeout`].
+    pub fn wait_exit(&mut self, timeout: Duration) -> Result<End, Missed> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(end) = self.ended() {
+                return Ok(end);
+            }
+            if Instant::now() >= deadline {
+                return Err(Missed::Timeout);
+            }
+            self.serial.wait_for_more(deadline);
+        }
+    }
+
+    /// How it ended, if it has. All output is in the log then.
+    pub fn ended(&mut self) -> Option<End> {
+        if self.end.is_none() {
+            let status = match self.child.ended() {
+                Ok(status) => status?,
+                Err(error) => {
+                    self.end = Some(End::Emulator(error.to_string()));
+                    return self.end.clone();
+                }
+            };
+            self.serial.finish();
+            self.end = Some(self.source.read(status));
+        }
+        self.end.clone()
+    }
+
+    /// Ends it at once, like pulling the plug.
+    pub fn kill(&mut self) {
+        self.child.kill();
+        self.serial.finish();
+    }
+
+    /// All that the serial port has put out, `\r` removed. The beginning is cut off beyond
+    /// 32 MiB.
+    pub fn log(&self) -> String {
+        self.serial.text()
+    }
+}
+
+/// A folder for one machine's files, removed with it.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> anyhow::Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!(
+            "{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
+        let folder = paths::target().join("run").join(name);
+        fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        Ok(Folder(folder))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // What cannot be removed is small, and below target/.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bochs_refuses_what_it_cannot_be() {
+        let bochs = Machine::new(Emulator::Bochs, Path::new("x.img"));
+        assert!(bochs.check().is_ok());
+        for wrong in [
+            Machine {
+                firmware: Firmware::Uefi,
+                ..bochs.clone()
+            },
+            Machine {
+                acceleration: Acceleration::Kvm,
+                ..bochs.clone()
+            },
+            Machine {
+                memory_mib: 4096,
+                ..bochs.clone()
+            },
+            Machine {
+                debugger_port: Some(1234),
+                ..bochs.clone()
+            },
+            Machine { cpus: 0, ..bochs },
+        ] {
+            assert_eq!(Stop::code_of(&wrong.check().unwrap_err()), Code::Usage);
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! QEMU: arguments, its machine monitor, and why it ended.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{ChildStdin, ChildStdout, ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+};
+
+use anyhow::Context;
+
+use super::{Acceleration, End, EndSource, Firmware, Machine};
+use crate::{
+    deps::{self, Program},
+    process::{Guarded, dies_with_us, last_lines},
+};
+
+/// Date of a machine whose runs repeat exactly.
+const FIXED_DATE: &str = "2024-01-01T00:00:00";
+
+/// Starts QEMU on a machine whose files go to `folder`, with its first serial port on `device`.
+pub fn start(
+    machine: &Machine,
+    folder: &Path,
+    device: &Path,
+) -> anyhow::Result<(Guarded, EndSource)> {
+    deps::require(&[Program::Qemu])?;
+    let firmware = match machine.firmware {
+        Firmware::Bios => None,
+        Firmware::Uefi => {
+            deps::require(&[Program::Ovmf])?;
+            let files = deps::ovmf_files().context("OVMF's files were not found")?;
+            // The firmware writes its settings; each machine has its own.
+            let variables = folder.join("variables.fd");
+            fs::copy(&files.variables, &variables)?;
+            Some((files.code, variables))
+        }
+    };
+    let errors = folder.join("errors");
+    let mut command = dies_with_us("qemu-system-x86_64");
+    command
+        .args(arguments(machine, firmware.as_ref(), device))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(File::create(&errors)?);
+    let mut child = Guarded::spawn(command)?;
+    let to = child.child().stdin.take().expect("stdin is piped");
+    let from = child.child().stdout.take().expect("stdout is piped");
+    let reason = Arc::new(Mutex::new(None));
+    follow_monitor(to, from, Arc::clone(&reason));
+    Ok((child, EndSource::Monitor { reason, errors }))
+}
+
+/// QEMU's arguments for a machine. `firmware`: code and variables of the UEFI firmware.
+fn arguments(
+    machine: &Machine,
+    firmware: Option<&(PathBuf, PathBuf)>,
+    device: &Path,
+) -> Vec<String> {
+    let mut args: Vec<String> = Vec::new();
+    let mut add = |parts: &[&str]| args.extend(parts.iter().map(ToString::to_string));
+    add(&["-nodefaults", "-no-user-config", "-display", "none"]);
+    add(&["-machine", "q35", "-no-reboot"]);
+    add(&["-smp", &machine.cpus.to_string()]);
+    add(&["-m", &format!("{}M", machine.memory_mib)]);
+    let (accelerator, model) = match machine.acceleration {
+        Acceleration::Kvm => ("kvm", "host"),
+        Acceleration::Emulated => ("tcg", "max"),
+    };
+    add(&["-accel", accelerator]);
+    let model = machine.cpu_model.as_deref().unwrap_or(model);
+    if machine.count_instructions && machine.acceleration == Acceleration::Emulated {
+        // No random numbers from outside, and time that passes with instructions only.
+        add(&["-cpu", &format!("{model},-rdrand,-rdseed")]);
+        add(&["-icount", "shift=0,sleep=off", "-seed", "1"]);
+        add(&["-rtc", &format!("base={FIXED_DATE},clock=vm")]);
+    } else {
+        add(&["-cpu", model]);
+    }
+    if let Some((code, variables)) = firmware {
+        let drive =
+            |path: &Path, more: &str| format!("if=pflash,format=raw,{more}file={}", escaped(path));
+        add(&["-drive", &drive(code, "readonly=on,")]);
+        add(&["-drive", &drive(variables, "")]);
+    }
+    let image = escaped(&machine.image);
+    add(&[
+        "-drive",
+        &format!("if=none,id=boot,format=raw,snapshot=on,file={image}"),
+    ]);
+    add(&["-device", "ide-hd,drive=boot,bootindex=0"]);
+    // The boot loader needs a screen to draw on.
+    add(&["-device", "VGA"]);
+    add(&[
+        "-chardev",
+        &format!("serial,id=com1,path={}", escaped(device)),
+    ]);
+    add(&["-serial", "chardev:com1"]);
+    add(&["-chardev", "stdio,id=monitor,signal=off"]);
+    add(&["-mon", "chardev=monitor,mode=control"]);
+    add(&["-nic", "none"]);
+    if let Some(trace) = &machine.trace {
+        add(&[
+            "-d",
+            "int,cpu_reset,guest_errors",
+            "-D",
+            &trace.display().to_string(),
+        ]);
+    }
+    if let Some(port) = machine.debugger_port {
+        add(&["-S", "-gdb", &format!("tcp:127.0.0.1:{port}")]);
+    }
+    args.extend(machine.extra.iter().cloned());
+    args
+}
+
+/// A file's name inside an option, where a comma ends the value unless doubled.
+fn escaped(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+/// Speaks to QEMU's monitor: notes why the machine ended, and ends QEMU when it would only
+/// stand still after an error of its own.
+fn follow_monitor(mut to: ChildStdin, from: ChildStdout, reason: Arc<Mutex<Option<String>>>) {
+    thread::spawn(move || {
+        // Should QEMU be gone already, its error text tells why.
+        let _ = to.write_all(b"{\"execute\":\"qmp_capabilities\"}\n");
+        for line in BufReader::new(from).lines().map_while(Result::ok) {
+            let found = match string_field(&line, "event") {
+                Some("SHUTDOWN") => string_field(&line, "reason").map(str::to_owned),
+                Some("STOP" | "GUEST_PANICKED") => {
+                    let _ = to.write_all(b"{\"execute\":\"query-status\"}\n");
+                    None
+                }
+                _ if string_field(&line, "status") == Some("internal-error") => {
+                    let _ = to.write_all(b"{\"execute\":\"quit\"}\n");
+                    Some("internal-error".to_owned())
+                }
+                _ => None,
+            };
+            if let Some(found) = found {
+                reason
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .get_or_insert(found);
+            }
+        }
+    });
+}
+
+/// The value of a string field in a line of the monitor, which writes `"name": "value"`.
+fn string_field<'a>(line: &'a str, name: &str) -> Option<&'a str> {
+    let after = line.split_once(&format!("\"{name}\": \""))?.1;
+    after.split_once('"').map(|(value, _)| value)
+}
+
+/// Why QEMU ended: the monitor's reason, what it wrote as errors, its status.
+pub fn end(reason: Option<&str>, errors: &str, status: ExitStatus) -> End {
+    match reason {
+        Some("guest-shutdown") => End::PoweredOff,
+        Some("guest-reset") => End::Reset,
+        Some(reason) => End::Emulator(format!("{reason} {}", last_lines(errors, 5)).trim().into()),
+        None => End::Emulator(format!("{status} {}", last_lines(errors, 5)).trim().into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::emulator::Emulator;
+    use std::os::unix::process::ExitStatusExt;
+
+    fn machine() -> Machine {
+        Machine::new(Emulator::Qemu, Path::new("a,b.img"))
+    }
+
+    fn after<'a>(args: &'a [String], name: &str) -> Vec<&'a str> {
+        let pairs = args.windows(2).filter(|pair| pair[0] == name);
+        pairs.map(|pair| pair[1].as_str()).collect()
+    }
+
+    #[test]
+    fn arguments_say_what_the_machine_is() {
+        let args = arguments(&machine(), None, Path::new("/dev/pts/9"));
+        assert_eq!(after(&args, "-smp"), ["2"]);
+        assert_eq!(after(&args, "-m"), ["1024M"]);
+        assert_eq!(after(&args, "-accel"), ["tcg"]);
+        assert_eq!(after(&args, "-cpu"), ["max"]);
+        assert!(after(&args, "-drive")[0].ends_with("file=a,,b.img"));
+        assert!(after(&args, "-chardev")[0].ends_with("path=/dev/pts/9"));
+        assert!(
+            !args
+                .iter()
+                .any(|a| a == "-S" || a == "-icount" || a == "-d")
+        );
+    }
+
+    #[test]
+    fn counting_instructions_takes_randomness_away() {
+        let counting = Machine {
+            count_instructions: true,
+            ..machine()
+        };
+        let args = arguments(&counting, None, Path::new("x"));
+        assert_eq!(after(&args, "-cpu"), ["max,-rdrand,-rdseed"]);
+        assert_eq!(after(&args, "-icount"), ["shift=0,sleep=off"]);
+    }
+
+    #[test]
+    fn the_firmware_comes_before_the_disk() {
+        let firmware = (PathBuf::from("code.fd"), PathBuf::from("variables.fd"));
+        let args = arguments(&machine(), Some(&firmware), Path::new("x"));
+        let drives = after(&args, "-drive");
+        assert_eq!(drives.len(), 3);
+        assert!(drives[0].contains("readonly=on") && drives[0].ends_with("code.fd"));
+        assert!(!drives[1].contains("readonly=on"));
+    }
+
+    #[test]
+    fn the_end_is_told_by_the_monitor() {
+        let line = r#"{"timestamp": {"seconds": 1}, "event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-reset"}}"#;
+        assert_eq!(string_field(line, "event"), Some("SHUTDOWN"));
+        let reason = string_field(line, "reason");
+        let ok = ExitStatus::from_raw(0);
+        assert_eq!(end(reason, "", ok), End::Reset);
+        assert_eq!(end(Some("guest-shutdown"), "", ok), End::PoweredOff);
+        let failed = end(None, "no such device\n", ExitStatus::from_raw(256));
+        assert_eq!(
+            failed,
+            End::Emulator("exit status: 1 no such device".into())
+        );
+    }
+}
