@@ -12,3 +12,4 @@ extern crate alloc;
 
 pub mod ring;
 pub mod serial;
+pub mod wall_clock;
