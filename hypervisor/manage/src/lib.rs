@@ -4,4 +4,6 @@
 
 extern crate alloc;
 
+pub mod bundle;
+pub mod config;
 pub mod console;

@@ -1,0 +1,928 @@
+//! `plinth.toml`: which VMs there are, what each gets, and how the host behaves.
+//!
+//! The same code runs on the workstation (`cargo xtask check-config`, when an image is made)
+//! and in the kernel at boot. [`parse`] reads the text; [`check`] compares the result
+//! with what is there: host memory, files. Both note every problem with its file, line,
+//! column and key, and what is allowed instead.
+//!
+//! Invariants: a VM in [`Config::vms`] has only valid values; a VM with an error is left out and
+//! named in [`Config::disabled`], and the others are unaffected. A bad value for the host is
+//! replaced by its default. A file that is no TOML yields one error and no VMs. The size of the
+//! file, the number of VMs and the number of problems kept are limited, so that no file exhausts memory.
+
+mod check;
+
+use alloc::{
+    borrow::ToOwned,
+    format,
+    string::{String, ToString},
+    vec::Vec,
+};
+use core::fmt;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+pub use check::{Environment, FileFacts, FileKind, check};
+
+use crate::console::DEFAULT_ESCAPE;
+
+/// Largest configuration file, in bytes.
+pub const MAX_FILE_BYTES: usize = 64 * 1024;
+/// Most VMs in a file.
+pub const MAX_VMS: usize = 64;
+/// Most virtual processors of a VM.
+pub const MAX_VCPUS: u16 = 16;
+/// Least memory of a VM, in bytes.
+pub const MIN_MEMORY: u64 = 4 << 20;
+/// Most memory of a VM, in bytes.
+pub const MAX_MEMORY: u64 = 1 << 40;
+/// A VM's memory is a multiple of this, in bytes, so that large pages map all of it.
+pub const MEMORY_STEP: u64 = 2 << 20;
+/// Longest VM name, in characters.
+pub const MAX_NAME: usize = 32;
+/// Longest kernel command line, in bytes: what Linux has room for, less its terminator.
+pub const MAX_CMDLINE: usize = 2047;
+/// Longest path of a file, in bytes.
+pub const MAX_PATH: usize = 180;
+/// Problems kept; further ones are only counted.
+const MAX_PROBLEMS: usize = 64;
+
+/// What the host does after a fault of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OnFault {
+    /// Stops, with the report on the screen.
+    #[default]
+    Halt,
+    /// Restarts the machine.
+    Reset,
+}
+
+/// What the host does when the last VM has ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AfterLastVm {
+    /// Powers the machine off.
+    #[default]
+    PowerOff,
+    /// Stops and leaves the screen as it is.
+    Halt,
+}
+
+/// Least important messages that are logged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[expect(missing_docs, reason = "the names are the levels'")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+/// `[host]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostConfig {
+    /// `on-fault`.
+    pub on_fault: OnFault,
+    /// `after-last-vm`.
+    pub after_last_vm: AfterLastVm,
+    /// `log-level`.
+    pub log_level: LogLevel,
+    /// `console-escape`: the byte that the escape key sends.
+    pub console_escape: u8,
+}
+
+impl Default for HostConfig {
+    fn default() -> Self {
+        Self {
+            on_fault: OnFault::default(),
+            after_last_vm: AfterLastVm::default(),
+            log_level: LogLevel::default(),
+            console_escape: DEFAULT_ESCAPE,
+        }
+    }
+}
+
+/// Whether a VM starts again after it has ended. A guest that resets its machine always does;
+/// this is for the other ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Restart {
+    /// It stays ended.
+    #[default]
+    Never,
+    /// It starts again if it was stopped for something that it did: a triple fault, an exit
+    /// that Plinth does not know. Not after it has powered itself off.
+    OnFailure,
+    /// It starts again, also after it has powered itself off.
+    Always,
+}
+
+/// What a VM boots: a kernel file (bzImage, or ELF with a multiboot or PVH header; the loader finds out).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Boot {
+    /// Path as written, relative to the configuration file.
+    pub kernel: String,
+    /// Path as written.
+    pub initrd: Option<String>,
+    /// Kernel command line, may be empty.
+    pub cmdline: String,
+}
+
+/// One `[[vm]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmConfig {
+    /// `name`, unique.
+    pub name: String,
+    /// `vcpus`.
+    pub vcpus: u16,
+    /// `memory`, in bytes.
+    pub memory: u64,
+    /// `boot`.
+    pub boot: Boot,
+    /// `restart`.
+    pub restart: Restart,
+    /// `console`: the VM's first serial port is a console on the host's terminal.
+    pub console: bool,
+    /// `focus`: the terminal shows this VM first. At most one VM has it.
+    pub focus: bool,
+    places: Places,
+}
+
+/// Where a VM's values stand in the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Places {
+    vcpus: Location,
+    memory: Location,
+    kernel: Location,
+    initrd: Location,
+}
+
+/// A place in the file. Both count from 1; a column is a character. Line 0: the file as a whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Location {
+    /// Line.
+    pub line: usize,
+    /// Column.
+    pub column: usize,
+}
+
+/// How bad a problem is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// Something does not happen as written: a VM is disabled, a host value is replaced by its default.
+    Error,
+    /// Everything happens as written, but perhaps not as meant.
+    Warning,
+}
+
+/// Something wrong with the configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// How bad.
+    pub severity: Severity,
+    /// Name of the file.
+    pub file: String,
+    /// Where in the file.
+    pub location: Location,
+    /// The VM concerned: its name, or "#2" for the second `[[vm]]` when that has no usable name.
+    /// With [`Severity::Error`], that VM is disabled.
+    pub vm: Option<String>,
+    /// Key with its sections: `vm.boot.kernel`. Empty: the file, or a section as a whole.
+    pub key: String,
+    /// What is wrong, and what is allowed.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:", self.file)?;
+        if self.location.line > 0 {
+            write!(f, "{}:{}:", self.location.line, self.location.column)?;
+        }
+        match self.severity {
+            Severity::Error => write!(f, " error: ")?,
+            Severity::Warning => write!(f, " warning: ")?,
+        }
+        if let Some(vm) = &self.vm {
+            write!(f, "VM {vm}: ")?;
+        }
+        if !self.key.is_empty() {
+            write!(f, "{}: ", self.key)?;
+        }
+        f.write_str(&self.message)
+    }
+}
+
+/// The configuration as far as it is usable, and what is wrong with the rest.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// `[host]`.
+    pub host: HostConfig,
+    /// The VMs that can start, in the order of the file.
+    pub vms: Vec<VmConfig>,
+    /// The VMs that can't, by name, or "#2" for the second `[[vm]]` when that has no usable name.
+    pub disabled: Vec<String>,
+    /// Everything that is wrong, in the order found.
+    pub problems: Vec<Problem>,
+    file: String,
+    /// Problems that found no room.
+    dropped: usize,
+}
+
+impl Config {
+    /// Whether there is any error. Warnings don't count.
+    pub fn has_errors(&self) -> bool {
+        self.dropped > 0 || self.problems.iter().any(|p| p.severity == Severity::Error)
+    }
+
+    /// All problems, one a line, and a last line with the outcome: what `check-config` prints.
+    pub fn report(&self) -> String {
+        let mut text = String::new();
+        for problem in &self.problems {
+            text += &format!("{problem}\n");
+        }
+        if self.dropped > 0 {
+            text += &format!("{}: {} further problems\n", self.file, self.dropped);
+        }
+        text += &format!("{}: {} can start", self.file, vms(self.vms.len()));
+        if !self.disabled.is_empty() {
+            text += &format!(", disabled: {}", self.disabled.join(", "));
+        }
+        text.push('\n');
+        text
+    }
+
+    /// Notes a problem; an error that names a VM disables it.
+    fn note(
+        &mut self,
+        severity: Severity,
+        at: Location,
+        vm: Option<&str>,
+        key: &str,
+        text: String,
+    ) {
+        if let (Severity::Error, Some(vm)) = (severity, vm)
+            && !self.disabled.iter().any(|d| d == vm)
+        {
+            self.disabled.push(vm.to_owned());
+        }
+        if self.problems.len() == MAX_PROBLEMS {
+            self.dropped += 1;
+            return;
+        }
+        self.problems.push(Problem {
+            severity,
+            file: self.file.clone(),
+            location: at,
+            vm: vm.map(ToOwned::to_owned),
+            key: key.to_owned(),
+            message: text,
+        });
+    }
+}
+
+fn vms(count: usize) -> String {
+    match count {
+        0 => "no VM".to_owned(),
+        1 => "1 VM".to_owned(),
+        n => format!("{n} VMs"),
+    }
+}
+
+/// Memory size in the largest unit that suits.
+fn size(bytes: u64) -> String {
+    const UNITS: [(u64, &str); 4] = [
+        (1 << 40, "TiB"),
+        (1 << 30, "GiB"),
+        (1 << 20, "MiB"),
+        (1 << 10, "KiB"),
+    ];
+    let unit = UNITS.iter().find(|(unit, _)| bytes >= *unit);
+    match unit {
+        None => format!("{bytes} bytes"),
+        Some((unit, name)) if bytes.is_multiple_of(*unit) => format!("{} {name}", bytes / unit),
+        Some((unit, name)) => {
+            // One decimal, rounded down.
+            let tenths = bytes % unit * 10 / unit;
+            format!("{}.{tenths} {name}", bytes / unit)
+        }
+    }
+}
+
+/// Reads a configuration. `file` is its name, for the problems.
+pub fn parse(file: &str, text: &[u8]) -> Config {
+    let mut parser = Parser {
+        text: "",
+        config: Config {
+            file: file.to_owned(),
+            ..Config::default()
+        },
+    };
+    parser.parse(text);
+    parser.config
+}
+
+/// A section of the file that is being read.
+struct Section<'t> {
+    table: &'t DeTable<'t>,
+    /// `host`, `vm`, `vm.boot`.
+    path: &'static str,
+    at: Location,
+    vm: Option<String>,
+}
+
+struct Parser<'t> {
+    text: &'t str,
+    config: Config,
+}
+
+impl<'t> Parser<'t> {
+    fn parse(&mut self, bytes: &'t [u8]) {
+        if bytes.len() > MAX_FILE_BYTES {
+            let text = format!(
+                "the file has {} bytes; allowed: up to {MAX_FILE_BYTES}",
+                bytes.len()
+            );
+            return self.file_error(Location::default(), text);
+        }
+        self.text = match core::str::from_utf8(bytes) {
+            Ok(text) => text,
+            Err(e) => {
+                self.text = core::str::from_utf8(&bytes[..e.valid_up_to()]).unwrap_or_default();
+                let at = self.location(self.text.len());
+                return self.file_error(at, "the file is not UTF-8 text from here on".to_owned());
+            }
+        };
+        let document = match DeTable::parse(self.text) {
+            Ok(document) => document,
+            Err(e) => {
+                let at = e.span().map_or(0, |span| span.start);
+                return self.file_error(self.location(at), e.message().replace('\n', "; "));
+            }
+        };
+        let root = Section {
+            table: document.get_ref(),
+            path: "",
+            at: Location::default(),
+            vm: None,
+        };
+        self.check_keys(&root, &["host", "vm"]);
+        if let Some((table, at)) = self.table(&root, "host") {
+            self.host(&Section {
+                table,
+                path: "host",
+                at,
+                vm: None,
+            });
+        }
+        self.vms(&root);
+    }
+
+    fn file_error(&mut self, at: Location, text: String) {
+        self.config.note(Severity::Error, at, None, "", text);
+    }
+
+    fn host(&mut self, s: &Section<'_>) {
+        self.check_keys(
+            s,
+            &["on-fault", "after-last-vm", "log-level", "console-escape"],
+        );
+        let default = HostConfig::default();
+        self.config.host = HostConfig {
+            on_fault: self
+                .choice(
+                    s,
+                    "on-fault",
+                    &[("halt", OnFault::Halt), ("reset", OnFault::Reset)],
+                )
+                .unwrap_or(default.on_fault),
+            after_last_vm: self
+                .choice(
+                    s,
+                    "after-last-vm",
+                    &[
+                        ("power-off", AfterLastVm::PowerOff),
+                        ("halt", AfterLastVm::Halt),
+                    ],
+                )
+                .unwrap_or(default.after_last_vm),
+            log_level: self
+                .choice(
+                    s,
+                    "log-level",
+                    &[
+                        ("error", LogLevel::Error),
+                        ("warn", LogLevel::Warn),
+                        ("info", LogLevel::Info),
+                        ("debug", LogLevel::Debug),
+                        ("trace", LogLevel::Trace),
+                    ],
+                )
+                .unwrap_or(default.log_level),
+            console_escape: self.escape(s).unwrap_or(default.console_escape),
+        };
+    }
+
+    fn escape(&mut self, s: &Section<'_>) -> Option<u8> {
+        let (text, at) = self.string(s, "console-escape")?;
+        let key = match text.strip_prefix("ctrl-").map(str::as_bytes) {
+            // Ctrl-I, -J and -M are Tab and Enter; Ctrl-[ is Esc.
+            Some([key @ (b'a'..=b'z' | b'\\' | b']' | b'^' | b'_')]) => {
+                (!matches!(key, b'i' | b'j' | b'm')).then_some(*key)
+            }
+            _ => None,
+        };
+        let Some(key) = key else {
+            let message = format!(
+                "{} is not a key that can be used; allowed: \"ctrl-a\" to \"ctrl-z\" but i, j and m, \"ctrl-\\\", \
+                 \"ctrl-]\", \"ctrl-^\", \"ctrl-_\"",
+                quote(text)
+            );
+            self.bad(s, at, "console-escape", message);
+            return None;
+        };
+        Some(key.to_ascii_uppercase() & 0x1f)
+    }
+
+    fn vms(&mut self, root: &Section<'_>) {
+        let list = match find(root.table, "vm") {
+            Some((_, value)) => match value.get_ref() {
+                DeValue::Array(list) => Some(list),
+                other => {
+                    let text = format!("must be [[vm]] sections; found {}", kind(other));
+                    let at = self.location(value.span().start);
+                    self.bad(root, at, "vm", text);
+                    return;
+                }
+            },
+            None => None,
+        };
+        let Some(list) = list.filter(|list| !list.is_empty()) else {
+            self.file_error(
+                Location::default(),
+                "no VM is defined; add a [[vm]] section with name, memory and boot".to_owned(),
+            );
+            return;
+        };
+        let mut names: Vec<(String, Location)> = Vec::new();
+        for (number, value) in list.iter().enumerate() {
+            let at = self.location(value.span().start);
+            let label = format!("#{}", number + 1);
+            if number >= MAX_VMS {
+                let text = format!("there are {} VMs; allowed: up to {MAX_VMS}", list.len());
+                let note = &mut self.config;
+                note.note(Severity::Error, at, Some(&label), "vm", text);
+                return;
+            }
+            let DeValue::Table(table) = value.get_ref() else {
+                let text = format!("must be a [[vm]] section; found {}", kind(value.get_ref()));
+                self.config
+                    .note(Severity::Error, at, Some(&label), "vm", text);
+                continue;
+            };
+            let section = Section {
+                table,
+                path: "vm",
+                at,
+                vm: Some(label),
+            };
+            self.vm(section, &mut names);
+        }
+    }
+
+    fn vm(&mut self, mut s: Section<'_>, names: &mut Vec<(String, Location)>) {
+        let name = self.name(&s, names);
+        if let Some(name) = &name {
+            s.vm = Some(name.clone());
+        }
+        self.check_keys(
+            &s,
+            &[
+                "name", "vcpus", "memory", "boot", "restart", "console", "focus",
+            ],
+        );
+        let (vcpus, vcpus_at) = self.vcpus(&s);
+        let memory = self.memory(&s);
+        let boot = self.boot(&s);
+        let restart = self.choice(
+            &s,
+            "restart",
+            &[
+                ("never", Restart::Never),
+                ("on-failure", Restart::OnFailure),
+                ("always", Restart::Always),
+            ],
+        );
+        let console = self.boolean(&s, "console").is_none_or(|(value, _)| value);
+        let focus = self.boolean(&s, "focus");
+        let focus = match focus {
+            Some((true, at)) if !console => {
+                let text = "a VM with console = false can't be shown; remove one of the two";
+                self.bad(&s, at, "focus", text.to_owned());
+                true
+            }
+            Some((true, at)) if self.config.vms.iter().any(|vm| vm.focus) => {
+                let text = "another VM has it already; that one is shown first";
+                let config = &mut self.config;
+                let vm = s.vm.as_deref();
+                config.note(Severity::Warning, at, vm, "vm.focus", text.to_owned());
+                false
+            }
+            other => other.is_some_and(|(value, _)| value),
+        };
+        let ok =
+            s.vm.as_ref()
+                .is_none_or(|vm| !self.config.disabled.contains(vm));
+        if let (Some(name), Some((memory, memory_at)), Some(boot), true) = (name, memory, boot, ok)
+        {
+            let (boot, kernel_at, initrd_at) = boot;
+            self.config.vms.push(VmConfig {
+                name,
+                vcpus,
+                memory,
+                boot,
+                restart: restart.unwrap_or_default(),
+                console,
+                focus,
+                places: Places {
+                    vcpus: vcpus_at,
+                    memory: memory_at,
+                    kernel: kernel_at,
+                    initrd: initrd_at,
+                },
+            });
+        }
+    }
+
+    fn name(&mut self, s: &Section<'_>, names: &mut Vec<(String, Location)>) -> Option<String> {
+        let (text, at) = self.required(s, "name")?;
+        let letters = text
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        if !letters || text.is_empty() || text.len() > MAX_NAME {
+            let message = format!(
+                "{} is not a name; allowed: 1 to {MAX_NAME} of a to z, 0 to 9 and -",
+                quote(text)
+            );
+            self.bad(s, at, "name", message);
+            return None;
+        }
+        if let Some((_, first)) = names.iter().find(|(name, _)| name == text) {
+            let message = format!(
+                "\"{text}\" is the name of the VM at line {} already",
+                first.line
+            );
+            self.bad(s, at, "name", message);
+            return None;
+        }
+        names.push((text.to_owned(), at));
+        Some(text.to_owned())
+    }
+
+    fn vcpus(&mut self, s: &Section<'_>) -> (u16, Location) {
+        let Some((value, at)) = self.value(s, "vcpus") else {
+            return (1, s.at);
+        };
+        let number = match value {
+            DeValue::Integer(n) => u16::from_str_radix(n.as_str(), n.radix()).ok(),
+            other => {
+                self.wrong_type(s, at, "vcpus", "a whole number", other);
+                return (1, at);
+            }
+        };
+        match number {
+            Some(n @ 1..=MAX_VCPUS) => (n, at),
+            _ => {
+                let text = format!(
+                    "{} is out of range; allowed: 1 to {MAX_VCPUS}",
+                    shown(value)
+                );
+                self.bad(s, at, "vcpus", text);
+                (1, at)
+            }
+        }
+    }
+
+    fn memory(&mut self, s: &Section<'_>) -> Option<(u64, Location)> {
+        let Some((value, at)) = self.value(s, "memory") else {
+            let text = "missing; write for example memory = \"256M\"".to_owned();
+            self.bad(s, s.at, "memory", text);
+            return None;
+        };
+        let allowed = format!(
+            "allowed: {} to {}, in steps of {}",
+            size(MIN_MEMORY),
+            size(MAX_MEMORY),
+            size(MEMORY_STEP)
+        );
+        let bytes = match value {
+            // A number too large for the type is too much memory, too.
+            DeValue::Integer(n) if n.as_str().starts_with('-') => 0,
+            DeValue::Integer(n) => u64::from_str_radix(n.as_str(), n.radix())
+                .unwrap_or(u64::MAX)
+                .saturating_mul(1 << 20),
+            DeValue::String(text) => match memory_size(text) {
+                Some(bytes) => bytes,
+                None => {
+                    let message = format!(
+                        "{} is not a size: write a number with M, G or T, like \"256M\"; {allowed}",
+                        quote(text)
+                    );
+                    self.bad(s, at, "memory", message);
+                    return None;
+                }
+            },
+            other => {
+                self.wrong_type(
+                    s,
+                    at,
+                    "memory",
+                    "a size like \"256M\", or a number of MiB",
+                    other,
+                );
+                return None;
+            }
+        };
+        let problem = match bytes {
+            _ if bytes < MIN_MEMORY => "too little",
+            _ if bytes > MAX_MEMORY => "too much",
+            _ if !bytes.is_multiple_of(MEMORY_STEP) => "not a whole number of steps",
+            _ => return Some((bytes, at)),
+        };
+        self.bad(
+            s,
+            at,
+            "memory",
+            format!("{} is {problem}; {allowed}", shown(value)),
+        );
+        None
+    }
+
+    fn boot(&mut self, vm: &Section<'_>) -> Option<(Boot, Location, Location)> {
+        let Some((table, at)) = self.table(vm, "boot") else {
+            if find(vm.table, "boot").is_none() {
+                let text = "missing; write for example boot = { kernel = \"vmlinuz\" }".to_owned();
+                self.bad(vm, vm.at, "boot", text);
+            }
+            return None;
+        };
+        let s = &Section {
+            table,
+            path: "vm.boot",
+            at,
+            vm: vm.vm.clone(),
+        };
+        self.check_keys(s, &["kernel", "initrd", "cmdline"]);
+        let kernel = self
+            .required(s, "kernel")
+            .and_then(|(text, at)| self.path(s, "kernel", text, at));
+        let initrd = self
+            .string(s, "initrd")
+            .and_then(|(text, at)| self.path(s, "initrd", text, at));
+        let cmdline = match self.string(s, "cmdline") {
+            Some((text, at)) if text.len() > MAX_CMDLINE => {
+                let length = text.len();
+                let text = format!("has {length} bytes; allowed: up to {MAX_CMDLINE}");
+                self.bad(s, at, "cmdline", text);
+                None
+            }
+            Some((text, at)) if text.contains(char::is_control) => {
+                let text = "has a control character; allowed: one line of text".to_owned();
+                self.bad(s, at, "cmdline", text);
+                None
+            }
+            Some((text, _)) => Some(text),
+            None => Some(""),
+        };
+        let (kernel, kernel_at) = kernel?;
+        let initrd_at = initrd.as_ref().map_or(kernel_at, |(_, at)| *at);
+        let boot = Boot {
+            kernel,
+            initrd: initrd.map(|(path, _)| path),
+            cmdline: cmdline?.to_owned(),
+        };
+        Some((boot, kernel_at, initrd_at))
+    }
+
+    fn path(
+        &mut self,
+        s: &Section<'_>,
+        key: &'static str,
+        text: &str,
+        at: Location,
+    ) -> Option<(String, Location)> {
+        let fine = !text.is_empty() && text.len() <= MAX_PATH && !text.contains(char::is_control);
+        if !fine || text.ends_with('/') {
+            let message = format!(
+                "{} is not a file's path; allowed: 1 to {MAX_PATH} bytes without control characters",
+                quote(text)
+            );
+            self.bad(s, at, key, message);
+            return None;
+        }
+        Some((text.to_owned(), at))
+    }
+
+    /// Line and column of a byte of the text.
+    fn location(&self, offset: usize) -> Location {
+        let before = self.text.get(..offset).unwrap_or(self.text);
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        Location {
+            line: before.bytes().filter(|b| *b == b'\n').count() + 1,
+            column: before[line_start..].chars().count() + 1,
+        }
+    }
+
+    /// An error at a key of a section.
+    fn bad(&mut self, s: &Section<'_>, at: Location, key: &str, text: String) {
+        let separator = if s.path.is_empty() { "" } else { "." };
+        let key = format!("{}{separator}{key}", s.path);
+        self.config
+            .note(Severity::Error, at, s.vm.as_deref(), &key, text);
+    }
+
+    fn wrong_type(
+        &mut self,
+        s: &Section<'_>,
+        at: Location,
+        key: &str,
+        want: &str,
+        found: &DeValue<'_>,
+    ) {
+        self.bad(s, at, key, format!("must be {want}; found {}", kind(found)));
+    }
+
+    /// Notes every key that is not among the allowed ones.
+    fn check_keys(&mut self, s: &Section<'_>, allowed: &[&str]) {
+        for (key, _) in s.table {
+            let name = key.get_ref();
+            if allowed.contains(&name.as_ref()) {
+                continue;
+            }
+            let near = allowed
+                .iter()
+                .map(|candidate| (distance(name, candidate), candidate))
+                .filter(|(d, _)| *d <= 1 + name.len() / 4)
+                .min();
+            let text = match near {
+                Some((_, near)) => format!("unknown key; did you mean {near}?"),
+                None => format!("unknown key; allowed: {}", allowed.join(", ")),
+            };
+            let at = self.location(key.span().start);
+            self.bad(s, at, &printable(name), text);
+        }
+    }
+
+    fn value<'s>(&self, s: &Section<'s>, key: &str) -> Option<(&'s DeValue<'s>, Location)> {
+        let (_, value) = find(s.table, key)?;
+        Some((value.get_ref(), self.location(value.span().start)))
+    }
+
+    fn string<'s>(&mut self, s: &Section<'s>, key: &'static str) -> Option<(&'s str, Location)> {
+        match self.value(s, key)? {
+            (DeValue::String(text), at) => Some((text, at)),
+            (other, at) => {
+                self.wrong_type(s, at, key, "a string", other);
+                None
+            }
+        }
+    }
+
+    fn required<'s>(&mut self, s: &Section<'s>, key: &'static str) -> Option<(&'s str, Location)> {
+        if find(s.table, key).is_none() {
+            self.bad(s, s.at, key, "missing".to_owned());
+        }
+        self.string(s, key)
+    }
+
+    fn boolean(&mut self, s: &Section<'_>, key: &'static str) -> Option<(bool, Location)> {
+        match self.value(s, key)? {
+            (DeValue::Boolean(value), at) => Some((*value, at)),
+            (other, at) => {
+                self.wrong_type(s, at, key, "true or false", other);
+                None
+            }
+        }
+    }
+
+    fn table<'s>(
+        &mut self,
+        s: &Section<'s>,
+        key: &'static str,
+    ) -> Option<(&'s DeTable<'s>, Location)> {
+        match self.value(s, key)? {
+            (DeValue::Table(table), at) => Some((table, at)),
+            (other, at) => {
+                self.wrong_type(s, at, key, "a table", other);
+                None
+            }
+        }
+    }
+
+    fn choice<T: Copy>(
+        &mut self,
+        s: &Section<'_>,
+        key: &'static str,
+        allowed: &[(&str, T)],
+    ) -> Option<T> {
+        let (text, at) = self.string(s, key)?;
+        let found = allowed.iter().find(|(name, _)| *name == text);
+        if found.is_none() {
+            let names: Vec<_> = allowed.iter().map(|(name, _)| quote(name)).collect();
+            let message = format!("{} is unknown; allowed: {}", quote(text), names.join(", "));
+            self.bad(s, at, key, message);
+        }
+        found.map(|(_, value)| *value)
+    }
+}
+
+fn find<'s>(
+    table: &'s DeTable<'s>,
+    key: &str,
+) -> Option<(
+    &'s Spanned<toml::de::DeString<'s>>,
+    &'s Spanned<DeValue<'s>>,
+)> {
+    table.iter().find(|(k, _)| k.get_ref() == key)
+}
+
+/// The type of a value, in words.
+fn kind(value: &DeValue<'_>) -> &'static str {
+    match value {
+        DeValue::String(_) => "a string",
+        DeValue::Integer(_) => "a whole number",
+        DeValue::Float(_) => "a number with a point",
+        DeValue::Boolean(_) => "true or false",
+        DeValue::Datetime(_) => "a date or time",
+        DeValue::Array(_) => "a list",
+        DeValue::Table(_) => "a table",
+    }
+}
+
+/// A string or number as written.
+fn shown(value: &DeValue<'_>) -> String {
+    match value {
+        DeValue::String(text) => quote(text),
+        DeValue::Integer(n) => printable(&n.to_string()),
+        other => kind(other).to_owned(),
+    }
+}
+
+/// Text of the file, fit for one line of a terminal.
+fn printable(text: &str) -> String {
+    const SHOWN: usize = 40;
+    let mut out: String = text
+        .chars()
+        .take(SHOWN)
+        .flat_map(char::escape_debug)
+        .collect();
+    if text.chars().nth(SHOWN).is_some() {
+        out += "..";
+    }
+    out
+}
+
+fn quote(text: &str) -> String {
+    format!("\"{}\"", printable(text))
+}
+
+/// "256M", "1G", "2T": bytes, saturating. `None`: not of this form.
+fn memory_size(text: &str) -> Option<u64> {
+    let unit: u64 = match text.bytes().last()?.to_ascii_uppercase() {
+        b'M' => 1 << 20,
+        b'G' => 1 << 30,
+        b'T' => 1 << 40,
+        _ => return None,
+    };
+    let digits = &text[..text.len() - 1];
+    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    // All digits, so the only failure is too large a number.
+    Some(digits.parse().unwrap_or(u64::MAX).saturating_mul(unit))
+}
+
+/// Letters to insert, delete or replace to get from one word to the other (Levenshtein).
+/// Long words are not looked at: they are far from every key.
+fn distance(from: &str, to: &str) -> usize {
+    const LONGEST: usize = 32;
+    if from.len() > LONGEST {
+        return from.len();
+    }
+    let to: Vec<char> = to.chars().collect();
+    let mut row: Vec<usize> = (0..=to.len()).collect();
+    for (i, a) in from.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, b) in to.iter().enumerate() {
+            let replaced = diagonal + usize::from(a != *b);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[to.len()]
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,162 @@
+//! Whether what a configuration asks for is there: memory, processors, files.
+
+use alloc::{
+    format,
+    string::{String, ToString},
+};
+
+use super::{Config, Location, Severity, VmConfig, size};
+
+/// What the checks need to know of the place where they run.
+pub trait Environment {
+    /// Bytes of host memory that VMs can have. `None`: not known here (a workstation).
+    fn memory_bytes(&self) -> Option<u64>;
+    /// Host processors that run VMs. `None`: not known here.
+    fn processors(&self) -> Option<usize>;
+    /// Looks at a file, by its path as written in the configuration.
+    ///
+    /// # Errors
+    /// Why it can't be read, in words: "no such file".
+    fn file(&self, path: &str) -> Result<FileFacts, String>;
+}
+
+/// What is known of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileFacts {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// What it looks like.
+    pub kind: FileKind,
+}
+
+/// What a file looks like from its beginning. The loaders look closer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileKind {
+    /// A Linux kernel with a setup header.
+    BzImage,
+    /// An ELF file.
+    Elf,
+    /// Compressed by this program.
+    Compressed(&'static str),
+    /// A PE executable without Linux' setup header: an EFI application.
+    EfiApplication,
+    /// Something else.
+    Other,
+}
+
+impl FileKind {
+    /// Bytes of a file's beginning that [`FileKind::sniff`] wants, if it has that many.
+    pub const SNIFF_BYTES: usize = 1024;
+
+    /// Judges by the first bytes of a file.
+    pub fn sniff(head: &[u8]) -> Self {
+        // Linux' setup header (Documentation/arch/x86/boot.rst): "HdrS" at 0x202, boot flag 0xAA55 at 0x1fe.
+        if head.get(0x1fe..0x200) == Some(&[0x55, 0xaa]) && head.get(0x202..0x206) == Some(b"HdrS")
+        {
+            return FileKind::BzImage;
+        }
+        const MAGIC: [(&[u8], FileKind); 7] = [
+            (b"\x7fELF", FileKind::Elf),
+            (b"MZ", FileKind::EfiApplication),
+            (b"\x1f\x8b", FileKind::Compressed("gzip")),
+            (b"\xfd7zXZ\0", FileKind::Compressed("xz")),
+            (b"\x28\xb5\x2f\xfd", FileKind::Compressed("zstd")),
+            (b"\x02\x21\x4c\x18", FileKind::Compressed("lz4")),
+            (b"BZh", FileKind::Compressed("bzip2")),
+        ];
+        MAGIC
+            .iter()
+            .find(|(magic, _)| head.starts_with(magic))
+            .map_or(FileKind::Other, |(_, kind)| *kind)
+    }
+}
+
+/// Compares a configuration with what is there. A VM that asks for what isn't is disabled; host
+/// memory is given out in the order of the file.
+pub fn check(config: &mut Config, environment: &dyn Environment) {
+    let total = environment.memory_bytes();
+    let processors = environment.processors();
+    let mut given = 0;
+    for vm in core::mem::take(&mut config.vms) {
+        let mut fine = check_files(config, &vm, environment);
+        if let Some(total) = total
+            && vm.memory > total.saturating_sub(given)
+        {
+            let text = if given == 0 {
+                format!(
+                    "{} is more than the host has for VMs; allowed: up to {}",
+                    size(vm.memory),
+                    size(total)
+                )
+            } else {
+                format!(
+                    "{} is more than the {} that the VMs before it leave of the host's {}",
+                    size(vm.memory),
+                    size(total.saturating_sub(given)),
+                    size(total)
+                )
+            };
+            fine = false;
+            error(config, &vm, vm.places.memory, "vm.memory", text);
+        }
+        if let Some(count) = processors
+            && usize::from(vm.vcpus) > count
+        {
+            let text = format!("{} virtual processors share {count} of the host", vm.vcpus);
+            let (at, name) = (vm.places.vcpus, Some(vm.name.as_str()));
+            config.note(Severity::Warning, at, name, "vm.vcpus", text);
+        }
+        if fine {
+            given += vm.memory;
+            config.vms.push(vm);
+        }
+    }
+}
+
+fn error(config: &mut Config, vm: &VmConfig, at: Location, key: &str, text: String) {
+    config.note(Severity::Error, at, Some(&vm.name), key, text);
+}
+
+/// Whether kernel and initrd are there and can be what they should.
+fn check_files(config: &mut Config, vm: &VmConfig, environment: &dyn Environment) -> bool {
+    let kernel = environment.file(&vm.boot.kernel).and_then(|facts| {
+        let what = match facts.kind {
+            _ if facts.bytes == 0 => "is empty".to_string(),
+            FileKind::BzImage | FileKind::Elf => return Ok(facts.bytes),
+            FileKind::Compressed(how) => {
+                format!("is compressed with {how}; give it unpacked (a bzImage unpacks itself)")
+            }
+            FileKind::EfiApplication => "is an EFI application, not a bzImage or ELF".to_string(),
+            FileKind::Other => "is not a bzImage or ELF".to_string(),
+        };
+        Err(what)
+    });
+    let initrd = vm.boot.initrd.as_ref().map_or(Ok(0), |path| {
+        environment.file(path).and_then(|facts| match facts.bytes {
+            0 => Err("is empty".to_string()),
+            bytes => Ok(bytes),
+        })
+    });
+    if let Err(why) = &kernel {
+        let text = format!("{}: {why}", vm.boot.kernel);
+        error(config, vm, vm.places.kernel, "vm.boot.kernel", text);
+    }
+    if let (Err(why), Some(path)) = (&initrd, &vm.boot.initrd) {
+        let text = format!("{path}: {why}");
+        error(config, vm, vm.places.initrd, "vm.boot.initrd", text);
+    }
+    let (Ok(kernel), Ok(initrd)) = (kernel, initrd) else {
+        return false;
+    };
+    if kernel.saturating_add(initrd) > vm.memory {
+        let text = format!(
+            "{} is too little for the kernel ({}) and the initrd ({})",
+            size(vm.memory),
+            size(kernel),
+            size(initrd)
+        );
+        error(config, vm, vm.places.memory, "vm.memory", text);
+        return false;
+    }
+    true
+}
