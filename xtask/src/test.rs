@@ -1,28 +1,214 @@
-//! `cargo xtask test`: unit tests of the hardware-free crates.
+//! `cargo xtask test`: unit tests, and scenarios in emulated machines.
+//!
+//! Purpose: shows that Plinth does what it promises, on any workstation. A scenario is a
+//! set of VMs, the firmware and the emulator to boot them on, and a conversation with
+//! them; it passes only if the machine also powers itself off at the end.
+//!
+//! Invariants: a scenario that cannot run here is *skipped* with the reason, never passed;
+//! each has a time limit of its own; at most as many emulators run at once as there are
+//! processors, the longest first; the last line is the count.
 
-use std::process::Command;
+mod linux;
+mod report;
+mod scenarios;
+mod session;
+mod terminal;
 
-use anyhow::Context;
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Command, Stdio},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Instant,
+};
 
-use crate::{exit::Code, paths};
+use anyhow::{Context, Result};
 
-/// Run the tests.
+use crate::{
+    emulator::Emulator,
+    exit::{Code, Stop},
+    paths, process,
+};
+use report::{Counts, Outcome};
+use scenarios::Scenario;
+
+/// Lines of a failed scenario's log that are shown.
+const TAIL_LINES: usize = 40;
+
+/// The name under which all unit tests run.
+const UNIT: &str = "unit";
+
+/// Run the tests: unit tests of the hardware-free crates, then scenarios in emulators.
+///
+/// Each scenario boots Plinth with its own set of guests, talks to them over the serial
+/// line and powers off. Logs are left in target/test-logs/.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Run only tests with this text in their name; "unit" names the unit tests.
+    filter: Option<String>,
+    /// Print the names and run nothing.
+    #[arg(long)]
+    list: bool,
+    /// Run scenarios only on this emulator.
+    #[arg(long, value_enum)]
+    emulator: Option<Emulator>,
+    /// Run the unit tests and a few short scenarios only.
+    #[arg(long)]
+    quick: bool,
+    /// Hold the same conversations with the same guests on the bare emulator, without
+    /// Plinth: shows what is the emulator's or the guest's own doing.
+    #[arg(long)]
+    reference: bool,
+}
 
-/// Runs `cargo test` on the crates that build on the workstation.
+impl Args {
+    fn wants(&self, name: &str) -> bool {
+        self.filter
+            .as_deref()
+            .is_none_or(|filter| name.contains(filter))
+    }
+
+    fn scenarios(&self) -> Vec<Scenario> {
+        let all = if self.reference {
+            scenarios::reference()
+        } else {
+            scenarios::all()
+        };
+        all.into_iter()
+            .filter(|scenario| self.wants(&scenario.name))
+            .filter(|scenario| {
+                self.emulator
+                    .is_none_or(|only| scenario.emulator == Some(only))
+            })
+            .filter(|scenario| scenario.quick || !self.quick)
+            .collect()
+    }
+}
+
+/// Runs what the arguments select; the closing line counts it.
 ///
 /// # Errors
-/// cargo could not be started.
-pub fn run(_args: &Args) -> anyhow::Result<Code> {
-    let status = Command::new("cargo")
-        .arg("test")
-        .current_dir(paths::workspace())
-        .status()
-        .context("cargo could not be started")?;
-    Ok(if status.success() {
+/// Nothing has the name that was asked for, or preparing the scenarios failed.
+pub fn run(args: &Args) -> Result<Code> {
+    let units = !args.reference && args.emulator.is_none() && args.wants(UNIT);
+    let scenarios = args.scenarios();
+    if args.list {
+        if units {
+            println!("{UNIT}");
+        }
+        for scenario in &scenarios {
+            println!("{}", scenario.name);
+        }
+        return Ok(Code::Success);
+    }
+    if !units && scenarios.is_empty() {
+        return Err(Stop::with(
+            Code::Usage,
+            "no test has that name; `cargo xtask test --list` prints all names",
+        ));
+    }
+    fs::create_dir_all(logs()).with_context(|| format!("cannot make {}", logs().display()))?;
+    let mut counts = Counts::default();
+    if units {
+        run_units(&mut counts)?;
+    }
+    if !scenarios.is_empty() {
+        run_scenarios(scenarios, &mut counts)?;
+    }
+    println!("{}", counts.closing_line());
+    Ok(if counts.failed == 0 {
         Code::Success
     } else {
         Code::Failure
     })
+}
+
+/// Where the logs are.
+fn logs() -> PathBuf {
+    paths::target().join("test-logs")
+}
+
+/// Runs the unit tests of all crates that build on the workstation.
+fn run_units(counts: &mut Counts) -> Result<()> {
+    let path = logs().join("unit.log");
+    let log =
+        fs::File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    let started = Instant::now();
+    let mut command = Command::new("cargo");
+    command
+        .args(["test", "--no-fail-fast"])
+        .current_dir(paths::workspace())
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    let status = process::status_of(&mut command)?;
+    let bytes = fs::read(&path)?;
+    let mut unit = Counts::default();
+    unit.add_cargo_test(&String::from_utf8_lossy(&bytes));
+    if !status.success() && unit.failed == 0 {
+        // It did not even compile, or a test program died.
+        unit.failed = 1;
+    }
+    let outcome = if unit.failed == 0 {
+        Outcome::Passed(format!("{} tests", unit.passed))
+    } else {
+        Outcome::Failed(unit.closing_line())
+    };
+    tell(UNIT, &outcome, started);
+    counts.passed += unit.passed;
+    counts.failed += unit.failed;
+    counts.skipped += unit.skipped;
+    Ok(())
+}
+
+/// Prints how one test ended, and for a failure all that helps to find out why.
+fn tell(name: &str, outcome: &Outcome, started: Instant) {
+    let mut text = report::line(name, outcome, started.elapsed());
+    if let Outcome::Failed(why) = outcome {
+        let path = log_of(name);
+        text += &format!("\n    {}\n", why.replace('\n', "\n    "));
+        if let Ok(log) = fs::read(&path) {
+            text += &report::tail(&log, TAIL_LINES);
+            text += &format!("    all of it: {}", paths::shown(&path));
+        }
+    }
+    println!("{}", text.trim_end());
+}
+
+/// The log of one test: its name with the slashes replaced.
+fn log_of(name: &str) -> PathBuf {
+    logs().join(format!("{}.log", name.replace('/', "-")))
+}
+
+/// Runs scenarios side by side, the longest first.
+fn run_scenarios(mut scenarios: Vec<Scenario>, counts: &mut Counts) -> Result<()> {
+    let rig = scenarios::Rig::prepare(&scenarios)?;
+    scenarios.sort_by_key(|scenario| std::cmp::Reverse(scenario.cost_s));
+    let next = AtomicUsize::new(0);
+    let counted = Mutex::new(Counts::default());
+    let at_once = thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(scenarios.len());
+    thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(|| {
+                while let Some(scenario) = scenarios.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let started = Instant::now();
+                    let outcome = scenario.run(&rig, &log_of(&scenario.name));
+                    let mut counts = counted.lock().unwrap_or_else(PoisonError::into_inner);
+                    tell(&scenario.name, &outcome, started);
+                    counts.add(&outcome);
+                }
+            });
+        }
+    });
+    let ran = counted.into_inner().unwrap_or_else(PoisonError::into_inner);
+    counts.passed += ran.passed;
+    counts.failed += ran.failed;
+    counts.skipped += ran.skipped;
+    Ok(())
 }

@@ -90,7 +90,7 @@ fn arguments(
         "-drive",
         &format!("if=none,id=boot,format=raw,snapshot=on,file={image}"),
     ]);
-    add(&["-device", "ide-hd,drive=boot,bootindex=0"]);
+    add(&["-device", "ide-hd,drive=boot,bootindex=1"]);
     // The boot loader needs a screen to draw on.
     add(&["-device", "VGA"]);
     add(&[

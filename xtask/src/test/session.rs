@@ -1,0 +1,89 @@
+//! One machine under test: its serial line, its log file and its time.
+//!
+//! Invariants: the machine does not outlive the session; all that it sent is in the log
+//! file; no wait goes beyond the session's deadline.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use regex::Regex;
+
+use super::terminal::Terminal;
+use crate::emulator::{self, End, Machine, Missed, Running};
+
+/// A running machine.
+pub struct Session {
+    running: Running,
+    started: Instant,
+    deadline: Instant,
+}
+
+impl Session {
+    /// Starts the machine; its serial line is logged to the file `log`.
+    ///
+    /// # Errors
+    /// It cannot be started, or the log cannot be written.
+    pub fn start(machine: &Machine, log: &Path, limit: Duration) -> Result<Self> {
+        let mut file =
+            File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+        let watch = move |bytes: &[u8]| {
+            if let Err(error) = file.write_all(bytes) {
+                eprintln!("a log is incomplete: {error}");
+            }
+        };
+        let started = Instant::now();
+        let running = machine.start_watched(Some(Box::new(watch)))?;
+        Ok(Self {
+            running,
+            started,
+            deadline: started + limit,
+        })
+    }
+
+    /// Since when the machine runs.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// All that the machine has sent, as lines.
+    pub fn text(&self) -> String {
+        self.running.log()
+    }
+
+    /// `limit`, or what is left of the scenario's time if that is less.
+    fn limited(&self, limit: Duration) -> Duration {
+        limit.min(self.deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Waits until the machine has powered itself off.
+    ///
+    /// # Errors
+    /// It did not in time, or it ended in another way.
+    pub fn wait_for_power_off(&mut self, limit: Duration) -> Result<()> {
+        let end = self.running.wait_exit(self.limited(limit));
+        let end = end.context("waiting for the machine to power off")?;
+        ensure!(end == End::PoweredOff, "instead of powering off: {end}");
+        Ok(())
+    }
+}
+
+impl Terminal for Session {
+    fn expect(&mut self, pattern: &Regex, limit: Duration) -> Result<String> {
+        // Everything from where the last search ended belongs to the match.
+        let everything = emulator::Regex::new(&format!("(?s-u:.)*?(?:{pattern})"))?;
+        let limit = self.limited(limit);
+        match self.running.read_until(&everything, limit) {
+            Ok(found) => Ok(found.groups.into_iter().next().unwrap_or_default()),
+            Err(Missed::Timeout) => bail!("/{pattern}/ did not come in {} s", limit.as_secs()),
+            Err(Missed::Ended(end)) => bail!("{end} before /{pattern}/ came"),
+        }
+    }
+
+    fn send(&mut self, text: &str) -> Result<()> {
+        self.running.send(text);
+        Ok(())
+    }
+}
