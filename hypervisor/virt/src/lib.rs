@@ -14,6 +14,7 @@ pub mod cpu;
 pub mod exit;
 pub mod preflight;
 pub mod state;
+pub mod svm;
 
 use alloc::string::String;
 use core::fmt;

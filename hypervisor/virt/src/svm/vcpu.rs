@@ -1,0 +1,1022 @@
+//! One vCPU on AMD-V: its VMCB, what the VMCB does not hold, and the way in and out.
+//!
+//! Invariants:
+//! - The VMCB's frame belongs to this value from `new` to `drop`. No reference into it lives
+//!   across `switch::enter_guest`, during which the processor writes it.
+//! - A setter that changes a part which the processor may cache clears the part's clean bit.
+//! - EVENTINJ is the one queue of events: filled by `inject`, or with EXITINTINFO after an exit.
+//! - NMIs without virtual-NMI hardware: masked from injection until IRET has retired. The IRET
+//!   intercept finds the IRET, a single step finds its end.
+//!
+//! Not here: policy. What a guest may see or set is checked by the VMM before it gets here.
+//!
+//! Unsafe: points into the VMCB's frame and runs the world switch.
+
+use alloc::{string::String, sync::Arc};
+use core::ptr::NonNull;
+use core::sync::atomic::Ordering;
+
+use mem::{Hpa, OutOfFrames, Owner, PAGE_SIZE};
+
+use super::decode;
+use super::permissions::PRED_CMD;
+use super::switch::{self, Frame};
+use super::vmcb::{
+    Clean, ControlArea, CrIntercepts, EventField, EventType, ExceptionIntercepts, Extensions,
+    Intercepts1, Intercepts2, InterruptControl, NestedControl, SaveArea, TlbControl, Vmcb,
+    VmcbSegment, exit_code,
+};
+use super::{Shared, checks, features::SvmFeatures};
+use crate::cpu::{GuestDebug, GuestFpu, GuestSpecCtrl, PAT_RESET, is_pat, msr, rdmsr, wrmsr};
+use crate::exit::Exit;
+use crate::state::{CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName};
+use crate::{VcpuSetup, VirtualCpu};
+
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+const EFER_SVME: u64 = 1 << 12;
+const CR0_PG: u64 = 1 << 31;
+/// CR0 bits on which cached translations depend: PE, WP, PG.
+const CR0_PAGING: u64 = 1 | 1 << 16 | CR0_PG;
+/// CR4 bits on which cached translations depend: PSE, PAE, PGE, LA57, PCIDE, SMEP, SMAP, PKE.
+const CR4_PAGING: u64 = 0b111 << 4 & !(1 << 6) | 1 << 7 | 1 << 12 | 1 << 17 | 0b111 << 20;
+const RFLAGS_TF: u64 = 1 << 8;
+const RFLAGS_IF: u64 = 1 << 9;
+const RFLAGS_VM: u64 = 1 << 17;
+/// DR6: breakpoint hits, BD and BT, the causes of #DB other than the single step itself.
+const DR6_OTHER_CAUSES: u64 = 0xf | 1 << 13 | 1 << 15;
+/// DEBUGCTL: LBR and BTF.
+const DEBUGCTL_BITS: u64 = 0b11;
+/// PAUSE instructions within `PAUSE_WINDOW` ticks of each other before one exits.
+const PAUSE_COUNT: u16 = 3000;
+const PAUSE_WINDOW: u16 = 128;
+
+/// Why the guest runs one instruction under RFLAGS.TF.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StepOver {
+    /// The IRET that ends an NMI handler.
+    Iret,
+    /// The instruction in the shadow of MOV SS or STI.
+    Shadow,
+}
+
+/// A single step in progress.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    over: StepOver,
+    /// The guest itself had TF set.
+    guest_tf: bool,
+    /// The guest's DR6 before the step.
+    dr6: u64,
+}
+
+/// An AMD-V vCPU.
+pub struct SvmVcpu {
+    frame: Frame,
+    vmcb: NonNull<Vmcb>,
+    /// Value of `Shared::flushes` that this vCPU has acted on.
+    flushes_seen: u64,
+    /// What to write to the clean field after an exit.
+    clean: Clean,
+    flush: TlbControl,
+    step: Option<Step>,
+    nmi_masked: bool,
+    nmi_window: bool,
+    loaded: bool,
+    /// pCPU number of the last `load`.
+    last_cpu: Option<usize>,
+    /// Unique among all vCPUs ever made.
+    serial: u64,
+    asid_is_shared: bool,
+    vm: u16,
+    fpu: GuestFpu,
+    debug: GuestDebug,
+    spec_ctrl: GuestSpecCtrl,
+    tsc_aux: u64,
+    shared: Arc<Shared>,
+}
+
+// SAFETY: `vmcb` points to a frame that only this value uses, so it may move with the value to
+// another thread; the rest is `Send`.
+unsafe impl Send for SvmVcpu {}
+
+impl SvmVcpu {
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        setup: VcpuSetup,
+        serial: u64,
+    ) -> Result<Self, OutOfFrames> {
+        let page = shared
+            .memory
+            .allocate(1, PAGE_SIZE, Owner::VmTables(setup.vm))?;
+        let vmcb = NonNull::new(shared.memory.pointer(page).cast::<Vmcb>())
+            .ok_or(OutOfFrames { frames: 1 })?;
+        let capabilities = &shared.capabilities;
+        let has = |feature| capabilities.svm.contains(feature);
+        let (asid, asid_is_shared) = assign_asid(setup.tag, capabilities.asids);
+        let mut vcpu = SvmVcpu {
+            frame: Frame {
+                gprs: [0; 16],
+                guest_vmcb: page.0,
+                host_vmcb: 0,
+            },
+            vmcb,
+            flushes_seen: 0,
+            clean: if has(SvmFeatures::VMCB_CLEAN) {
+                Clean::all()
+            } else {
+                Clean::empty()
+            },
+            flush: if has(SvmFeatures::FLUSH_BY_ASID) {
+                TlbControl::FlushGuest
+            } else {
+                TlbControl::FlushAll
+            },
+            step: None,
+            nmi_masked: false,
+            nmi_window: false,
+            loaded: false,
+            last_cpu: None,
+            serial,
+            asid_is_shared,
+            vm: setup.vm,
+            fpu: GuestFpu::new(shared.fpu),
+            debug: GuestDebug::new(),
+            spec_ctrl: GuestSpecCtrl::detect(),
+            tsc_aux: 0,
+            shared: shared.clone(),
+        };
+        vcpu.set_up_control(asid, setup.nested_root);
+        vcpu.save_mut().pat = PAT_RESET;
+        vcpu.set_state(&CpuState::reset());
+        Ok(vcpu)
+    }
+
+    /// What exits, and where the tables are. Constant for the vCPU's life but for the windows.
+    ///
+    /// Not intercepted: CR0, CR3 and debug registers, which the VMCB or `load` switch and which
+    /// can't turn on what CPUID hides; INVLPG and INVPCID, which the ASID confines; task
+    /// switches, which the processor does itself in a guest. CR4 writes are, for that a guest
+    /// can't turn on hidden features. #DB and #AC are, and delivered on, because a guest can
+    /// make either recur in its own delivery without end, and no interrupt gets in between.
+    fn set_up_control(&mut self, asid: u32, nested_root: Hpa) {
+        let shared = self.shared.clone();
+        let has = |feature| shared.capabilities.svm.contains(feature);
+        let control = self.control_mut();
+        control.cr_reads = CrIntercepts::CR8;
+        control.cr_writes = CrIntercepts::CR4 | CrIntercepts::CR8;
+        control.exceptions = ExceptionIntercepts::all();
+        control.intercepts1 =
+            Intercepts1::all() - Intercepts1::VINTR - Intercepts1::IRET - Intercepts1::PAUSE;
+        control.intercepts2 = Intercepts2::all();
+        if has(SvmFeatures::PAUSE_FILTER) {
+            control.intercepts1 |= Intercepts1::PAUSE;
+            control.pause_filter_count = PAUSE_COUNT;
+            if has(SvmFeatures::PAUSE_FILTER_THRESHOLD) {
+                control.pause_filter_threshold = PAUSE_WINDOW;
+            }
+        }
+        control.iopm_base = shared.iopm.0;
+        control.msrpm_base = shared.msrpm.0;
+        control.asid = asid;
+        control.interrupts = InterruptControl::new()
+            .with_masking(true)
+            .with_nmi_enable(has(SvmFeatures::VIRTUAL_NMI));
+        control.nested_control = NestedControl::ENABLE;
+        control.nested_root = nested_root.0;
+    }
+
+    #[inline]
+    fn vmcb(&self) -> &Vmcb {
+        // SAFETY: the frame is ours, aligned, and was zeroed or written by us and the processor
+        // (every bit pattern that the processor stores is valid); the processor writes it only
+        // within `enter`, which has `&mut self`.
+        unsafe { self.vmcb.as_ref() }
+    }
+
+    #[inline]
+    fn vmcb_mut(&mut self) -> &mut Vmcb {
+        // SAFETY: as in `vmcb`, and `&mut self` makes the reference the only one.
+        unsafe { self.vmcb.as_mut() }
+    }
+
+    #[inline]
+    fn control(&self) -> &ControlArea {
+        &self.vmcb().control
+    }
+
+    #[inline]
+    fn control_mut(&mut self) -> &mut ControlArea {
+        &mut self.vmcb_mut().control
+    }
+
+    #[inline]
+    fn save(&self) -> &SaveArea {
+        &self.vmcb().save
+    }
+
+    #[inline]
+    fn save_mut(&mut self) -> &mut SaveArea {
+        &mut self.vmcb_mut().save
+    }
+
+    #[inline]
+    fn has(&self, feature: SvmFeatures) -> bool {
+        self.shared.capabilities.svm.contains(feature)
+    }
+
+    /// The processor must read these parts of the VMCB again.
+    #[inline]
+    fn changed(&mut self, parts: Clean) {
+        self.control_mut().clean.remove(parts);
+    }
+
+    fn intercept1(&mut self, intercept: Intercepts1, on: bool) {
+        self.control_mut().intercepts1.set(intercept, on);
+        self.changed(Clean::INTERCEPTS);
+    }
+
+    fn segment_field(&self, name: SegmentName) -> &VmcbSegment {
+        let save = self.save();
+        match name {
+            SegmentName::Es => &save.es,
+            SegmentName::Cs => &save.cs,
+            SegmentName::Ss => &save.ss,
+            SegmentName::Ds => &save.ds,
+            SegmentName::Fs => &save.fs,
+            SegmentName::Gs => &save.gs,
+            SegmentName::Ldtr => &save.ldtr,
+            SegmentName::Tr => &save.tr,
+        }
+    }
+
+    fn segment_field_mut(&mut self, name: SegmentName) -> &mut VmcbSegment {
+        let save = self.save_mut();
+        match name {
+            SegmentName::Es => &mut save.es,
+            SegmentName::Cs => &mut save.cs,
+            SegmentName::Ss => &mut save.ss,
+            SegmentName::Ds => &mut save.ds,
+            SegmentName::Fs => &mut save.fs,
+            SegmentName::Gs => &mut save.gs,
+            SegmentName::Ldtr => &mut save.ldtr,
+            SegmentName::Tr => &mut save.tr,
+        }
+    }
+
+    /// Before VMRUN: drops translations that `flush_nested` called stale.
+    #[inline]
+    fn before_entry(&mut self) {
+        let flushes = self.shared.flushes.load(Ordering::Relaxed);
+        if flushes != self.flushes_seen {
+            self.flushes_seen = flushes;
+            self.flush_guest_tlb();
+        }
+    }
+
+    /// After #VMEXIT: what must be kept, and why it came; `None` when that was for us alone.
+    #[inline]
+    fn after_exit(&mut self) -> Option<Exit> {
+        let clean = self.clean;
+        let decode_assists = self.has(SvmFeatures::DECODE_ASSISTS);
+        let control = self.control_mut();
+        control.clean = clean;
+        control.tlb_control = TlbControl::Keep;
+        let interrupted = control.exit_interrupt_info;
+        match control.exit_code as u32 {
+            // The VMCB stays as it was refused, for `explain_entry_failure`.
+            exit_code::INVALID | exit_code::BUSY => {}
+            exit_code::EXCEPTION_FIRST..=exit_code::EXCEPTION_LAST => {
+                return self.exception(decode_assists);
+            }
+            exit_code::IRET => {
+                self.requeue(interrupted);
+                self.begin_step(StepOver::Iret);
+                return None;
+            }
+            exit_code::VINTR => {
+                self.requeue(interrupted);
+                self.request_interrupt_window(false);
+                return Some(Exit::InterruptWindow);
+            }
+            _ if interrupted.valid() => self.requeue(interrupted),
+            // EVENTINJ was delivered; QEMU and hardware clear V, the rest of the field may linger.
+            _ => control.event_injection = EventField::new(),
+        }
+        Some(decode::exit(self.control(), decode_assists))
+    }
+
+    /// Queues again what an exit interrupted in delivery (section 15.7.2). Where an
+    /// instruction raised it (INTn, INT3, INTO), RIP is still there and the guest executes it again.
+    #[cold]
+    fn requeue(&mut self, event: EventField) {
+        let again = match event.kind() {
+            EventType::Interrupt | EventType::Nmi => true,
+            EventType::Exception => !matches!(event.vector(), 3 | 4),
+            EventType::Software | EventType::Reserved(_) => false,
+        };
+        self.control_mut().event_injection = if event.valid() && again {
+            event
+        } else {
+            EventField::new()
+        };
+    }
+
+    /// An intercepted exception. All but #MC are queued for the guest at once; DR6 and DR7 are
+    /// already as its handler expects them (section 15.12.2).
+    #[cold]
+    fn exception(&mut self, decode_assists: bool) -> Option<Exit> {
+        let debug = self.control().exit_code as u32 == exit_code::DEBUG_EXCEPTION;
+        // Like the processor: a benign exception in the delivery of an event takes its place.
+        self.control_mut().event_injection = EventField::new();
+        if debug && let Some(step) = self.step.take() {
+            let genuine = self.end_step(step);
+            if !genuine {
+                if self.nmi_window && self.nmi_ready() {
+                    self.nmi_window = false;
+                    return Some(Exit::NmiWindow);
+                }
+                return None;
+            }
+        }
+        let exit = decode::exit(self.control(), decode_assists);
+        if let Exit::Exception { vector, error_code } = exit
+            && !ExceptionIntercepts::from_bits_truncate(1 << vector)
+                .contains(ExceptionIntercepts::MACHINE_CHECK)
+        {
+            self.inject(Event::Exception { vector, error_code });
+        }
+        Some(exit)
+    }
+
+    /// Lets the guest execute one instruction and come back by #DB.
+    #[cold]
+    fn begin_step(&mut self, over: StepOver) {
+        if over == StepOver::Iret {
+            self.intercept1(Intercepts1::IRET, false);
+        }
+        let save = self.save_mut();
+        let step = Step {
+            over,
+            guest_tf: save.rflags & RFLAGS_TF != 0,
+            dr6: save.dr6,
+        };
+        save.rflags |= RFLAGS_TF;
+        save.dr6 &= !DR6_OTHER_CAUSES;
+        self.changed(Clean::DEBUG_REGISTERS);
+        self.step = Some(step);
+    }
+
+    /// Takes a step back out of the guest's state. Whether the guest gets the #DB: it was
+    /// stepping itself, or a breakpoint came due at the same time.
+    fn end_step(&mut self, step: Step) -> bool {
+        if step.over == StepOver::Iret {
+            self.nmi_masked = false;
+        }
+        let save = self.save_mut();
+        // IRET has loaded the flags of the interrupted code; elsewhere TF is ours to clear.
+        if step.over == StepOver::Shadow && !step.guest_tf {
+            save.rflags &= !RFLAGS_TF;
+        }
+        let causes = save.dr6 & DR6_OTHER_CAUSES;
+        let genuine = step.guest_tf || causes != 0;
+        if !genuine {
+            save.dr6 = step.dr6;
+        } else if !step.guest_tf {
+            save.dr6 = step.dr6 & !DR6_OTHER_CAUSES | causes;
+        }
+        self.changed(Clean::DEBUG_REGISTERS);
+        genuine
+    }
+
+    /// Gives up a step, as when the whole state is replaced.
+    fn cancel_step(&mut self) {
+        if let Some(step) = self.step.take() {
+            let save = self.save_mut();
+            save.dr6 = step.dr6;
+            if !step.guest_tf {
+                save.rflags &= !RFLAGS_TF;
+            }
+            self.changed(Clean::DEBUG_REGISTERS);
+        }
+    }
+
+    /// EFER.LMA as LME and CR0.PG make it (section 14.6.1).
+    fn update_long_mode(&mut self) {
+        let save = self.save_mut();
+        if save.efer & EFER_LME != 0 && save.cr0 & CR0_PG != 0 {
+            save.efer |= EFER_LMA;
+        } else {
+            save.efer &= !EFER_LMA;
+        }
+        self.changed(Clean::CONTROL_REGISTERS);
+    }
+
+    /// The address of the next instruction after an instruction exit.
+    #[inline]
+    fn next_rip(&self) -> u64 {
+        let (control, save) = (self.control(), self.save());
+        if control.exit_code as u32 == exit_code::IOIO {
+            return control.exit_info2;
+        }
+        if self.has(SvmFeatures::NRIP_SAVE) && control.next_rip != 0 {
+            return control.next_rip;
+        }
+        self.advance(save.rip, decode::architectural_length(control.exit_code))
+    }
+
+    /// `rip` and some bytes, wrapped as the code segment wraps it.
+    #[inline]
+    fn advance(&self, rip: u64, bytes: u8) -> u64 {
+        let save = self.save();
+        let next = rip.wrapping_add(u64::from(bytes));
+        let long = save.efer & EFER_LMA != 0 && save.cs.to_segment().rights.long();
+        if long { next } else { next & 0xffff_ffff }
+    }
+
+    /// CPL of SS, or what the mode says.
+    fn update_cpl(&mut self) {
+        let save = self.save_mut();
+        save.cpl = if save.cr0 & 1 == 0 {
+            0
+        } else if save.rflags & RFLAGS_VM != 0 {
+            3
+        } else {
+            save.ss.to_segment().rights.dpl()
+        };
+        self.changed(Clean::SEGMENTS);
+    }
+
+    fn update_extensions(&mut self) {
+        let on = self.save().debug_control != 0;
+        self.control_mut()
+            .extensions
+            .set(Extensions::LAST_BRANCH, on);
+        self.changed(Clean::LAST_BRANCH);
+    }
+}
+
+#[cfg(test)]
+impl SvmVcpu {
+    /// An entry that exits at once with this code, after `hardware` did to the VMCB what a
+    /// processor would.
+    pub(super) fn pretend_exit(
+        &mut self,
+        exit_code: u32,
+        hardware: impl FnOnce(&mut Vmcb),
+    ) -> Option<Exit> {
+        self.before_entry();
+        let vmcb = self.vmcb_mut();
+        vmcb.control.exit_code = u64::from(exit_code);
+        vmcb.control.exit_interrupt_info = EventField::new();
+        hardware(vmcb);
+        self.after_exit()
+    }
+}
+
+/// ASID for a tag from 1, and whether vCPUs with other tags share it. The last ASID serves all
+/// tags that have none of their own; such a vCPU flushes when another used the ASID in between.
+pub(super) fn assign_asid(tag: u32, asids: u32) -> (u32, bool) {
+    let last = asids.saturating_sub(1).max(1);
+    match tag {
+        1.. if tag < last => (tag, false),
+        _ => (last, true),
+    }
+}
+
+impl Drop for SvmVcpu {
+    fn drop(&mut self) {
+        let page = Hpa(self.frame.guest_vmcb);
+        self.shared.memory.free(page, 1, Owner::VmTables(self.vm));
+    }
+}
+
+impl VirtualCpu for SvmVcpu {
+    fn load(&mut self, cpu: usize) {
+        assert!(!self.loaded, "vCPU loaded twice");
+        let shared = self.shared.clone();
+        let pcpu = &shared.pcpus[cpu];
+        let host_vmcb = pcpu.host_vmcb.load(Ordering::Relaxed);
+        assert!(host_vmcb != 0, "AMD-V is not enabled on pCPU {cpu}");
+        self.frame.host_vmcb = host_vmcb;
+        // Another pCPU may still hold translations and VMCB parts of an earlier visit.
+        if self.last_cpu != Some(cpu) {
+            self.last_cpu = Some(cpu);
+            self.control_mut().clean = Clean::empty();
+            self.flush_guest_tlb();
+        }
+        if self.asid_is_shared
+            && pcpu.shared_asid_user.swap(self.serial, Ordering::Relaxed) != self.serial
+        {
+            self.flush_guest_tlb();
+        }
+        let other_vm =
+            pcpu.last_vm.swap(u32::from(self.vm), Ordering::Relaxed) != u32::from(self.vm);
+        if other_vm && shared.capabilities.ibpb {
+            // SAFETY: CPUID reports the register; bit 0 is the barrier, all others are 0.
+            unsafe { wrmsr(PRED_CMD, 1) };
+        }
+        self.loaded = true;
+        // SAFETY: `enable` ran on this pCPU (it allocated `host_vmcb`, which no other uses).
+        unsafe { switch::save_host(host_vmcb) };
+        self.debug.load();
+        if !self.shared.capabilities.virtual_spec_ctrl() {
+            self.spec_ctrl.load();
+        }
+        if self.shared.capabilities.tsc_aux {
+            // SAFETY: CPUID reports the register, and the value was read from it or checked.
+            unsafe { wrmsr(msr::TSC_AUX, self.tsc_aux) };
+        }
+        // SAFETY: `enable` prepared the FPU on this pCPU, and `unload` saved the state of
+        // whichever guest was here before.
+        unsafe { self.fpu.load() };
+    }
+
+    fn unload(&mut self) {
+        assert!(self.loaded, "vCPU not loaded");
+        self.loaded = false;
+        // SAFETY: `load` put this state into the registers of this pCPU, and the host uses none.
+        unsafe { self.fpu.save() };
+        self.debug = GuestDebug::save();
+        if !self.shared.capabilities.virtual_spec_ctrl() {
+            self.spec_ctrl.unload();
+        }
+        if self.shared.capabilities.tsc_aux {
+            // SAFETY: CPUID reports the register.
+            self.tsc_aux = unsafe { rdmsr(msr::TSC_AUX) };
+        }
+    }
+
+    fn enter(&mut self) -> Exit {
+        // At most three rounds: IRET is intercepted once per NMI, and its step ends once.
+        loop {
+            self.before_entry();
+            // SAFETY: the vCPU is loaded on an enabled pCPU whose host state was stored by
+            // `load`; the VMCB is ours, with the nested tables that the VM was set up with, and
+            // with every intercept that protects the host; interrupts are disabled between
+            // `load` and `unload`, and no reference into the VMCB is alive.
+            unsafe { switch::enter_guest(&raw mut self.frame) };
+            if let Some(exit) = self.after_exit() {
+                return exit;
+            }
+        }
+    }
+
+    #[inline]
+    fn gpr(&self, gpr: Gpr) -> u64 {
+        match gpr {
+            Gpr::Rax => self.save().rax,
+            Gpr::Rsp => self.save().rsp,
+            _ => self.frame.gprs[gpr as usize],
+        }
+    }
+
+    #[inline]
+    fn set_gpr(&mut self, gpr: Gpr, value: u64) {
+        match gpr {
+            Gpr::Rax => self.save_mut().rax = value,
+            Gpr::Rsp => self.save_mut().rsp = value,
+            _ => self.frame.gprs[gpr as usize] = value,
+        }
+    }
+
+    #[inline]
+    fn rip(&self) -> u64 {
+        self.save().rip
+    }
+
+    #[inline]
+    fn set_rip(&mut self, rip: u64) {
+        self.save_mut().rip = rip;
+    }
+
+    fn rflags(&self) -> u64 {
+        let rflags = self.save().rflags;
+        match self.step {
+            Some(step) if !step.guest_tf => rflags & !RFLAGS_TF,
+            _ => rflags,
+        }
+    }
+
+    fn set_rflags(&mut self, rflags: u64) {
+        self.save_mut().rflags = rflags;
+        if let Some(step) = &mut self.step {
+            step.guest_tf = rflags & RFLAGS_TF != 0;
+            self.save_mut().rflags |= RFLAGS_TF;
+        }
+    }
+
+    fn segment(&self, name: SegmentName) -> Segment {
+        let segment = self.segment_field(name).to_segment();
+        if name == SegmentName::Ss {
+            // SYSRET leaves SS.DPL alone on AMD; CPL is what counts (section 6.1.1).
+            let rights = segment.rights.with_dpl(self.save().cpl & 3);
+            return Segment { rights, ..segment };
+        }
+        segment
+    }
+
+    fn set_segment(&mut self, name: SegmentName, segment: Segment) {
+        *self.segment_field_mut(name) = VmcbSegment::from_segment(&segment);
+        self.changed(Clean::SEGMENTS);
+        if name == SegmentName::Ss {
+            self.update_cpl();
+        }
+    }
+
+    #[inline]
+    fn cr0(&self) -> u64 {
+        self.save().cr0
+    }
+
+    fn set_cr0(&mut self, value: u64) {
+        let old = self.save().cr0;
+        self.save_mut().cr0 = value;
+        self.update_long_mode();
+        if (old ^ value) & CR0_PAGING != 0 {
+            self.update_cpl();
+            self.flush_guest_tlb();
+        }
+    }
+
+    fn cr2(&self) -> u64 {
+        self.save().cr2
+    }
+
+    fn set_cr2(&mut self, value: u64) {
+        self.save_mut().cr2 = value;
+        self.changed(Clean::CR2);
+    }
+
+    fn cr3(&self) -> u64 {
+        self.save().cr3
+    }
+
+    fn set_cr3(&mut self, value: u64) {
+        self.save_mut().cr3 = value;
+        self.changed(Clean::CONTROL_REGISTERS);
+        self.flush_guest_tlb();
+    }
+
+    fn cr4(&self) -> u64 {
+        self.save().cr4
+    }
+
+    fn set_cr4(&mut self, value: u64) {
+        let old = self.save().cr4;
+        self.save_mut().cr4 = value;
+        self.changed(Clean::CONTROL_REGISTERS);
+        if (old ^ value) & CR4_PAGING != 0 {
+            self.flush_guest_tlb();
+        }
+    }
+
+    #[inline]
+    fn efer(&self) -> u64 {
+        self.save().efer & !EFER_SVME
+    }
+
+    fn set_efer(&mut self, value: u64) {
+        // VMRUN demands SVME in the guest's EFER (section 15.5.1).
+        self.save_mut().efer = value | EFER_SVME;
+        self.update_long_mode();
+        self.flush_guest_tlb();
+    }
+
+    fn dr6(&self) -> u64 {
+        match self.step {
+            Some(step) => step.dr6,
+            None => self.save().dr6,
+        }
+    }
+
+    fn set_dr6(&mut self, value: u64) {
+        match &mut self.step {
+            Some(step) => step.dr6 = value,
+            None => {
+                self.save_mut().dr6 = value;
+                self.changed(Clean::DEBUG_REGISTERS);
+            }
+        }
+    }
+
+    fn xcr0(&self) -> u64 {
+        self.fpu.xcr0()
+    }
+
+    fn set_xcr0(&mut self, value: u64) {
+        self.fpu.set_xcr0(value, self.loaded);
+    }
+
+    fn state(&self) -> CpuState {
+        let save = self.save();
+        let table = |field: &VmcbSegment| DescriptorTable {
+            base: field.base,
+            limit: field.limit as u16,
+        };
+        CpuState {
+            gprs: Gpr::ALL.map(|gpr| self.gpr(gpr)),
+            rip: save.rip,
+            rflags: self.rflags(),
+            cr0: save.cr0,
+            cr2: save.cr2,
+            cr3: save.cr3,
+            cr4: save.cr4,
+            efer: self.efer(),
+            segments: [
+                SegmentName::Es,
+                SegmentName::Cs,
+                SegmentName::Ss,
+                SegmentName::Ds,
+                SegmentName::Fs,
+                SegmentName::Gs,
+                SegmentName::Ldtr,
+                SegmentName::Tr,
+            ]
+            .map(|name| self.segment(name)),
+            gdtr: table(&save.gdtr),
+            idtr: table(&save.idtr),
+            dr: if self.loaded {
+                GuestDebug::save().dr
+            } else {
+                self.debug.dr
+            },
+            dr6: self.dr6(),
+            dr7: save.dr7,
+            xcr0: self.fpu.xcr0(),
+        }
+    }
+
+    fn set_state(&mut self, state: &CpuState) {
+        self.cancel_step();
+        self.cancel_injection();
+        self.request_interrupt_window(false);
+        self.nmi_window = false;
+        if self.nmi_masked {
+            self.nmi_masked = false;
+            self.intercept1(Intercepts1::IRET, false);
+        }
+        for gpr in Gpr::ALL {
+            self.set_gpr(gpr, state.gprs[gpr as usize]);
+        }
+        let table = |table: &DescriptorTable| VmcbSegment {
+            base: table.base,
+            limit: u32::from(table.limit),
+            ..VmcbSegment::default()
+        };
+        let [es, cs, ss, ds, fs, gs, ldtr, tr] =
+            state.segments.each_ref().map(VmcbSegment::from_segment);
+        let save = self.save_mut();
+        (save.es, save.cs, save.ss, save.ds) = (es, cs, ss, ds);
+        (save.fs, save.gs, save.ldtr, save.tr) = (fs, gs, ldtr, tr);
+        (save.gdtr, save.idtr) = (table(&state.gdtr), table(&state.idtr));
+        (save.rip, save.rflags) = (state.rip, state.rflags);
+        (save.cr0, save.cr2, save.cr3, save.cr4) = (state.cr0, state.cr2, state.cr3, state.cr4);
+        save.efer = state.efer | EFER_SVME;
+        (save.dr6, save.dr7) = (state.dr6 & 0xffff_ffff, state.dr7 & 0xffff_ffff);
+        let control = self.control_mut();
+        control.interrupt_state = Default::default();
+        control.interrupts = control.interrupts.with_nmi(false).with_nmi_mask(false);
+        control.clean = Clean::empty();
+        self.update_long_mode();
+        self.update_cpl();
+        self.debug.dr = state.dr;
+        if self.loaded {
+            self.debug.load();
+        }
+        self.fpu.set_xcr0(state.xcr0, self.loaded);
+        self.flush_guest_tlb();
+    }
+
+    fn msr(&self, number: u32) -> Option<u64> {
+        let save = self.save();
+        Some(match number {
+            msr::FS_BASE => save.fs.base,
+            msr::GS_BASE => save.gs.base,
+            msr::KERNEL_GS_BASE => save.kernel_gs_base,
+            msr::STAR => save.star,
+            msr::LSTAR => save.lstar,
+            msr::CSTAR => save.cstar,
+            msr::SFMASK => save.sfmask,
+            msr::SYSENTER_CS => save.sysenter_cs,
+            msr::SYSENTER_ESP => save.sysenter_esp,
+            msr::SYSENTER_EIP => save.sysenter_eip,
+            msr::PAT => save.pat,
+            msr::DEBUGCTL => save.debug_control,
+            msr::TSC_AUX if !self.shared.capabilities.tsc_aux => return None,
+            // SAFETY: CPUID reports the register.
+            msr::TSC_AUX if self.loaded => unsafe { rdmsr(msr::TSC_AUX) },
+            msr::TSC_AUX => self.tsc_aux,
+            msr::SPEC_CTRL if self.shared.capabilities.virtual_spec_ctrl() => save.spec_ctrl,
+            msr::SPEC_CTRL => return self.spec_ctrl.get(),
+            _ => return None,
+        })
+    }
+
+    fn set_msr(&mut self, number: u32, value: u64) -> bool {
+        let capabilities = self.shared.capabilities;
+        let branch_records = capabilities.svm.contains(SvmFeatures::LBR_VIRTUALIZATION);
+        let save = self.save_mut();
+        match number {
+            msr::FS_BASE => save.fs.base = value,
+            msr::GS_BASE => save.gs.base = value,
+            msr::KERNEL_GS_BASE => save.kernel_gs_base = value,
+            msr::STAR => save.star = value,
+            msr::LSTAR => save.lstar = value,
+            msr::CSTAR => save.cstar = value,
+            msr::SFMASK => save.sfmask = value,
+            msr::SYSENTER_CS => save.sysenter_cs = value,
+            msr::SYSENTER_ESP => save.sysenter_esp = value,
+            msr::SYSENTER_EIP => save.sysenter_eip = value,
+            msr::PAT => {
+                // VMRUN refuses others (section 15.25.4).
+                if !is_pat(value) {
+                    return false;
+                }
+                save.pat = value;
+                self.changed(Clean::NESTED_PAGING);
+            }
+            msr::DEBUGCTL => {
+                // Without LBR virtualization the host would run under the guest's setting, so
+                // the guest has none: the register reads 0.
+                save.debug_control = if branch_records {
+                    value & DEBUGCTL_BITS
+                } else {
+                    0
+                };
+                self.update_extensions();
+            }
+            msr::TSC_AUX => {
+                if !capabilities.tsc_aux || value >> 32 != 0 {
+                    return false;
+                }
+                self.tsc_aux = value;
+                if self.loaded {
+                    // SAFETY: CPUID reports the register, whose reserved upper half is 0 here.
+                    unsafe { wrmsr(msr::TSC_AUX, value) };
+                }
+            }
+            msr::SPEC_CTRL if capabilities.virtual_spec_ctrl() => {
+                save.spec_ctrl = value;
+            }
+            msr::SPEC_CTRL => return self.spec_ctrl.set(value, self.loaded),
+            _ => return false,
+        }
+        true
+    }
+
+    fn set_tsc_offset(&mut self, offset: u64) {
+        self.control_mut().tsc_offset = offset;
+        self.changed(Clean::INTERCEPTS);
+    }
+
+    #[inline]
+    fn skip_instruction(&mut self, length: Option<u8>) {
+        let next = match length {
+            Some(bytes) => self.advance(self.save().rip, bytes),
+            None => self.next_rip(),
+        };
+        self.save_mut().rip = next;
+        self.control_mut().interrupt_state = Default::default();
+    }
+
+    fn instruction_bytes(&self) -> &[u8] {
+        let control = self.control();
+        let count = usize::from(control.fetched & 0xf);
+        match control.exit_code as u32 {
+            exit_code::NESTED_PAGE_FAULT if self.has(SvmFeatures::DECODE_ASSISTS) => {
+                control.instruction_bytes.get(..count).unwrap_or_default()
+            }
+            _ => &[],
+        }
+    }
+
+    #[inline]
+    fn interrupt_ready(&self) -> bool {
+        let control = self.control();
+        self.save().rflags & RFLAGS_IF != 0
+            && !control.interrupt_state.shadow()
+            && !control.event_injection.valid()
+    }
+
+    fn nmi_ready(&self) -> bool {
+        // Hardware keeps one NMI pending while NMIs are masked, as it must.
+        if self.has(SvmFeatures::VIRTUAL_NMI) {
+            return true;
+        }
+        let control = self.control();
+        !self.nmi_masked
+            && self.step.is_none()
+            && !control.interrupt_state.shadow()
+            && !control.event_injection.valid()
+    }
+
+    fn inject(&mut self, event: Event) {
+        let virtual_nmi = self.has(SvmFeatures::VIRTUAL_NMI);
+        if event == Event::Nmi && virtual_nmi {
+            let control = self.control_mut();
+            control.interrupts.set_nmi(true);
+            self.changed(Clean::INTERRUPTS);
+            return;
+        }
+        self.cancel_injection();
+        let field = EventField::new().with_valid(true);
+        let field = match event {
+            Event::Interrupt(vector) => field.with_kind(EventType::Interrupt).with_vector(vector),
+            Event::Nmi => {
+                self.nmi_masked = true;
+                self.intercept1(Intercepts1::IRET, true);
+                field.with_kind(EventType::Nmi).with_vector(2)
+            }
+            Event::Exception { vector, error_code } => field
+                .with_kind(EventType::Exception)
+                .with_vector(vector)
+                .with_has_error_code(error_code.is_some())
+                .with_error_code(error_code.unwrap_or(0)),
+            // Never made by this backend: the guest executes the instruction again.
+            Event::Software { .. } => EventField::new(),
+        };
+        self.control_mut().event_injection = field;
+    }
+
+    fn queued(&self) -> Option<Event> {
+        let control = self.control();
+        let field = control.event_injection;
+        if !field.valid() {
+            return control.interrupts.nmi().then_some(Event::Nmi);
+        }
+        match field.kind() {
+            EventType::Interrupt => Some(Event::Interrupt(field.vector())),
+            EventType::Nmi => Some(Event::Nmi),
+            EventType::Exception => Some(Event::Exception {
+                vector: field.vector(),
+                error_code: field.has_error_code().then_some(field.error_code()),
+            }),
+            EventType::Software | EventType::Reserved(_) => None,
+        }
+    }
+
+    fn cancel_injection(&mut self) {
+        let field = self.control().event_injection;
+        if !field.valid() {
+            return;
+        }
+        self.control_mut().event_injection = EventField::new();
+        if field.kind() == EventType::Nmi && self.nmi_masked {
+            self.nmi_masked = false;
+            self.intercept1(Intercepts1::IRET, false);
+        }
+    }
+
+    fn request_interrupt_window(&mut self, on: bool) {
+        if self.control().interrupts.irq() == on {
+            return;
+        }
+        // A virtual interrupt of the highest priority whose delivery is intercepted (section 15.21.4).
+        let control = self.control_mut();
+        control.interrupts = control
+            .interrupts
+            .with_irq(on)
+            .with_ignore_tpr(on)
+            .with_priority(if on { 0xf } else { 0 });
+        self.intercept1(Intercepts1::VINTR, on);
+        self.changed(Clean::INTERRUPTS);
+    }
+
+    fn request_nmi_window(&mut self, on: bool) {
+        self.nmi_window = on;
+        // While masked, the IRET intercept leads to the window. An event in delivery comes
+        // first; the VMM looks again at the next exit.
+        let control = self.control();
+        if on
+            && !self.nmi_masked
+            && self.step.is_none()
+            && control.interrupt_state.shadow()
+            && !control.event_injection.valid()
+        {
+            self.begin_step(StepOver::Shadow);
+        }
+    }
+
+    fn set_deadline(&mut self, _host_tsc: u64) -> bool {
+        false
+    }
+
+    fn flush_guest_tlb(&mut self) {
+        self.control_mut().tlb_control = self.flush;
+    }
+
+    fn explain_entry_failure(&self) -> String {
+        let found = checks::failures(self.vmcb(), &self.shared.capabilities);
+        if found.is_empty() {
+            return String::from(
+                "VMRUN refused the state, but every check of APM vol. 2, section 15.5.1 passes in software",
+            );
+        }
+        found.join("; ")
+    }
+
+    fn cpl(&self) -> u8 {
+        self.save().cpl & 3
+    }
+}
