@@ -15,6 +15,7 @@ pub mod exit;
 pub mod preflight;
 pub mod state;
 pub mod svm;
+pub mod vtx;
 
 use alloc::string::String;
 use core::fmt;

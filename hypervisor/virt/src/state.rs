@@ -62,6 +62,20 @@ pub enum SegmentName {
     Tr,
 }
 
+impl SegmentName {
+    /// All of them, in the order of [`CpuState::segments`].
+    pub const ALL: [SegmentName; 8] = [
+        SegmentName::Es,
+        SegmentName::Cs,
+        SegmentName::Ss,
+        SegmentName::Ds,
+        SegmentName::Fs,
+        SegmentName::Gs,
+        SegmentName::Ldtr,
+        SegmentName::Tr,
+    ];
+}
+
 /// Access rights of a segment, in the layout of the VMCS (SDM vol. 3C, table 25-2).
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]

@@ -53,10 +53,7 @@ impl Shared {
     /// # Safety
     /// In VMX operation.
     unsafe fn flush_ept(&self, root: Hpa) {
-        let single = self
-            .capabilities
-            .ept_vpid
-            .contains(EptVpid::INVEPT_SINGLE);
+        let single = self.capabilities.ept_vpid.contains(EptVpid::INVEPT_SINGLE);
         let pointer = self.capabilities.ept().pointer(root);
         // SAFETY: in VMX operation (caller); `Controls::choose` demands INVEPT.
         let done = single && unsafe { invept(Scope::Single, pointer) };
@@ -71,10 +68,7 @@ impl Shared {
     /// # Safety
     /// In VMX operation, on a processor for which `Controls::choose` turned VPID on.
     unsafe fn flush_vpid(&self, vpid: u16) {
-        let single = self
-            .capabilities
-            .ept_vpid
-            .contains(EptVpid::INVVPID_SINGLE);
+        let single = self.capabilities.ept_vpid.contains(EptVpid::INVVPID_SINGLE);
         // SAFETY: in VMX operation, and INVVPID is there (caller).
         let done = single && unsafe { invvpid(Scope::Single, vpid) };
         if !done {
@@ -125,13 +119,10 @@ impl Backend for Vtx {
         if here != shared.capabilities {
             return Err(unequal());
         }
-        let region = self
-            .vmxon_regions
-            .get(cpu)
-            .ok_or(VirtError::Instruction {
-                name: "VMXON (pCPU number too large)",
-                error: 0,
-            })?;
+        let region = self.vmxon_regions.get(cpu).ok_or(VirtError::Instruction {
+            name: "VMXON (pCPU number too large)",
+            error: 0,
+        })?;
         let mut vmxon_region = Hpa(region.load(Ordering::Relaxed));
         if vmxon_region.0 == 0 {
             vmxon_region = shared.memory.allocate(1, PAGE_SIZE, Owner::Host)?;
@@ -159,34 +150,23 @@ impl Backend for Vtx {
         // SAFETY: CR4.VMXE is set, IA32_FEATURE_CONTROL allows VMX (`usable`, or just written),
         // and the region is a zeroed frame of ours with the revision in its first word.
         if !unsafe { vmxon(vmxon_region) } {
-            return Err(VirtError::Instruction {
-                name: "VMXON",
-                error: 0,
-            });
+            return Err(instruction("VMXON"));
         }
         // SAFETY: the hypervisor itself never relies on FPU faults.
         unsafe { shared.fpu.prepare() };
         // Firmware or an earlier hypervisor may have left translations under our tags.
-        // SAFETY: in VMX operation now; INVEPT is required.
-        if shared.capabilities.ept_vpid.contains(EptVpid::INVEPT_ALL)
-            && !unsafe { invept(Scope::All, 0) }
-        {
-            return Err(VirtError::Instruction {
-                name: "INVEPT",
-                error: 0,
-            });
+        let caps = shared.capabilities.ept_vpid;
+        if caps.contains(EptVpid::INVEPT_ALL) {
+            // SAFETY: in VMX operation now; INVEPT is required.
+            if !unsafe { invept(Scope::All, 0) } {
+                return Err(instruction("INVEPT"));
+            }
         }
-        // SAFETY: in VMX operation now; asked for INVVPID.
-        if shared
-            .capabilities
-            .ept_vpid
-            .contains(EptVpid::INVVPID | EptVpid::INVVPID_ALL)
-            && !unsafe { invvpid(Scope::All, 0) }
-        {
-            return Err(VirtError::Instruction {
-                name: "INVVPID",
-                error: 0,
-            });
+        if caps.contains(EptVpid::INVVPID | EptVpid::INVVPID_ALL) {
+            // SAFETY: in VMX operation now; asked for INVVPID.
+            if !unsafe { invvpid(Scope::All, 0) } {
+                return Err(instruction("INVVPID"));
+            }
         }
         Ok(())
     }
@@ -209,14 +189,17 @@ impl Backend for Vtx {
 fn usable(found: &Found) -> Result<(Capabilities, Controls), VirtError> {
     let report = capability::preflight(found);
     match found.vmx {
-        Some((_, capabilities)) if report.passed() => {
-            match Controls::choose(&capabilities) {
-                Some(controls) => Ok((capabilities, controls)),
-                None => Err(VirtError::Preflight(report)),
-            }
-        }
+        Some((_, capabilities)) if report.passed() => match Controls::choose(&capabilities) {
+            Some(controls) => Ok((capabilities, controls)),
+            None => Err(VirtError::Preflight(report)),
+        },
         _ => Err(VirtError::Preflight(report)),
     }
+}
+
+/// The error of an instruction that gives no number.
+fn instruction(name: &'static str) -> VirtError {
+    VirtError::Instruction { name, error: 0 }
 }
 
 /// The error of a pCPU that differs from the first.

@@ -417,7 +417,8 @@ fn preflight_controls(c: &Capabilities) -> impl Iterator<Item = Feature> + use<>
         line(
             "instruction and I/O exiting",
             Required,
-            c.proc.offers((PROC_REQUIRED | PROC_WINDOWS).bits() & !Proc::MSR_BITMAPS.bits()),
+            c.proc
+                .offers((PROC_REQUIRED | PROC_WINDOWS).bits() & !Proc::MSR_BITMAPS.bits()),
         ),
         line(
             "CR3, TSC and DR access without exits",
@@ -530,7 +531,8 @@ pub fn preflight(found: &Found) -> Preflight {
         return Preflight { features };
     };
     features.push(line("VMX", Need::Required, true));
-    let locked_out = control & (FeatureControl::LOCKED | FeatureControl::VMX) == FeatureControl::LOCKED;
+    let locked_out =
+        control & (FeatureControl::LOCKED | FeatureControl::VMX) == FeatureControl::LOCKED;
     features.push(Feature {
         name: "VMX allowed by firmware",
         need: Need::Required,
@@ -598,7 +600,10 @@ pub(super) mod tests {
         assert!(c.proc.accepts((chosen.proc | PROC_WINDOWS).bits()));
         assert!(c.proc2.accepts(chosen.proc2.bits()));
         assert!(c.exit.accepts(chosen.exit.bits()));
-        assert!(c.entry.accepts((chosen.entry | EntryControls::IA32E_GUEST).bits()));
+        assert!(
+            c.entry
+                .accepts((chosen.entry | EntryControls::IA32E_GUEST).bits())
+        );
         assert!(chosen.proc2.contains(Proc2::VPID | Proc2::INVPCID));
         assert!(chosen.pin.contains(Pin::PREEMPTION_TIMER));
         assert!(!chosen.proc.intersects(PROC_UNWANTED | PROC_WINDOWS));
@@ -612,7 +617,10 @@ pub(super) mod tests {
     #[test]
     fn a_missing_required_control_is_named() {
         for (name, spoil) in [
-            ("EPT", (|c| c.proc2.may &= !Proc2::EPT.bits()) as fn(&mut Capabilities)),
+            (
+                "EPT",
+                (|c| c.proc2.may &= !Proc2::EPT.bits()) as fn(&mut Capabilities),
+            ),
             ("unrestricted guest", |c| {
                 c.proc2.may &= !Proc2::UNRESTRICTED_GUEST.bits();
             }),
@@ -663,7 +671,10 @@ pub(super) mod tests {
                 xsave: true,
             })
         };
-        assert_eq!(report(FeatureControl::LOCKED).features[1].status, Status::Locked);
+        assert_eq!(
+            report(FeatureControl::LOCKED).features[1].status,
+            Status::Locked
+        );
         assert!(!report(FeatureControl::LOCKED).passed());
         assert!(report(FeatureControl::all()).passed());
         let none = preflight(&Found {

@@ -233,9 +233,8 @@ impl Report<'_> {
             "exception injected with vector {vector}"
         );
         let protected = self.get(Field::GuestCr0) & CR0_PE != 0;
-        let wants_code = hardware
-            && ERROR_CODE_VECTORS.contains(&vector)
-            && (protected || !self.unrestricted());
+        let wants_code =
+            hardware && ERROR_CODE_VECTORS.contains(&vector) && (protected || !self.unrestricted());
         require!(
             self,
             info.has_error_code() == wants_code,
@@ -272,11 +271,7 @@ impl Report<'_> {
         self.fixed("host CR0", self.get(Field::HostCr0), self.capabilities.cr0);
         self.fixed("host CR4", self.get(Field::HostCr4), self.capabilities.cr4);
         let cr3 = self.get(Field::HostCr3);
-        require!(
-            self,
-            self.is_physical(cr3),
-            "host CR3 {cr3:#x}: too wide"
-        );
+        require!(self, self.is_physical(cr3), "host CR3 {cr3:#x}: too wide");
         for (name, field) in [
             ("SYSENTER_ESP", Field::HostSysenterEsp),
             ("SYSENTER_EIP", Field::HostSysenterEip),
@@ -361,11 +356,7 @@ impl Report<'_> {
             ia32e || cr4 & CR4_PCIDE == 0,
             "CR4.PCIDE outside IA-32e mode"
         );
-        require!(
-            self,
-            self.is_physical(cr3),
-            "guest CR3 {cr3:#x}: too wide"
-        );
+        require!(self, self.is_physical(cr3), "guest CR3 {cr3:#x}: too wide");
         require!(
             self,
             efer & !EFER_DEFINED == 0,
@@ -601,11 +592,7 @@ impl Report<'_> {
     fn guest_rip_and_rflags(&mut self) {
         let (rip, rflags) = (self.get(Field::GuestRip), self.get(Field::GuestRflags));
         if self.ia32e() && self.rights(SegmentName::Cs).long() {
-            require!(
-                self,
-                is_canonical(rip),
-                "guest RIP {rip:#x}: not canonical"
-            );
+            require!(self, is_canonical(rip), "guest RIP {rip:#x}: not canonical");
         } else {
             require!(
                 self,
@@ -695,7 +682,8 @@ impl Report<'_> {
             "pending debug exceptions {pending:#x}: reserved bits"
         );
         if shadow != 0 || activity == 1 {
-            let step = rflags & RFLAGS_TF != 0 && self.get(Field::GuestDebugctl) & DEBUGCTL_BTF == 0;
+            let step =
+                rflags & RFLAGS_TF != 0 && self.get(Field::GuestDebugctl) & DEBUGCTL_BTF == 0;
             require!(
                 self,
                 (pending & PENDING_DEBUG_BS != 0) == step,
@@ -793,8 +781,8 @@ mod tests {
     /// A guest as after reset.
     fn real_mode() -> VmcsFields {
         let mut fields = long_mode();
-        let entry = fields.get(Field::EntryControls)
-            & !u64::from(EntryControls::IA32E_GUEST.bits());
+        let entry =
+            fields.get(Field::EntryControls) & !u64::from(EntryControls::IA32E_GUEST.bits());
         let mut set = |field, value: u64| fields.0.insert(field, value);
         set(Field::EntryControls, entry);
         set(Field::GuestEfer, 0);
@@ -871,10 +859,26 @@ mod tests {
             (Field::GuestPendingDebug, 0x10, "pending debug"),
             (Field::VmcsLinkPointer, 0, "link pointer"),
             (Field::EntryInterruptionInfo, 0x8000_0030, "RFLAGS.IF = 0"),
-            (Field::EntryInterruptionInfo, 0x8000_0203, "NMI injected with vector 3"),
-            (Field::EntryInterruptionInfo, 0x8000_030d, "without its error code"),
-            (Field::EntryInterruptionInfo, 0x8000_0b06, "with an error code"),
-            (Field::EntryInterruptionInfo, 0x8000_0480, "instruction length 0"),
+            (
+                Field::EntryInterruptionInfo,
+                0x8000_0203,
+                "NMI injected with vector 3",
+            ),
+            (
+                Field::EntryInterruptionInfo,
+                0x8000_030d,
+                "without its error code",
+            ),
+            (
+                Field::EntryInterruptionInfo,
+                0x8000_0b06,
+                "with an error code",
+            ),
+            (
+                Field::EntryInterruptionInfo,
+                0x8000_0480,
+                "instruction length 0",
+            ),
         ] {
             let mut fields = long_mode();
             fields.0.insert(field, value);
@@ -892,7 +896,11 @@ mod tests {
             (Field::GuestSsRights, 0xf3, "SS: DPL 3 in real mode"),
             (Field::GuestRflags, 2 | RFLAGS_VM, "RFLAGS.VM"),
             (Field::GuestRip, 1 << 32, "RIP"),
-            (Field::EntryInterruptionInfo, 0x8000_0b0d, "with an error code"),
+            (
+                Field::EntryInterruptionInfo,
+                0x8000_0b0d,
+                "with an error code",
+            ),
         ] {
             let mut fields = real_mode();
             fields.0.insert(field, value);
@@ -924,7 +932,9 @@ mod tests {
     #[test]
     fn single_step_in_a_shadow_needs_bs() {
         let mut fields = long_mode();
-        fields.0.insert(Field::GuestRflags, 2 | RFLAGS_TF | RFLAGS_IF);
+        fields
+            .0
+            .insert(Field::GuestRflags, 2 | RFLAGS_TF | RFLAGS_IF);
         fields.0.insert(Field::GuestInterruptibility, 1);
         assert!(check(&fields, &haswell())[0].contains("BS does not match"));
         fields.0.insert(Field::GuestPendingDebug, PENDING_DEBUG_BS);

@@ -142,7 +142,7 @@ impl InterruptionInfo {
 
     /// The event whose delivery an exit interrupted, from the IDT-vectoring fields.
     /// `None`: there was none, or its type is one that the manual does not define there.
-    pub const fn decode(self, error_code: u32, length: u8) -> Option<Event> {
+    pub fn decode(self, error_code: u32, length: u8) -> Option<Event> {
         if !self.is_valid() {
             return None;
         }
@@ -175,7 +175,8 @@ impl InterruptionInfo {
 pub fn port_io(qualification: u64) -> Option<PortIo> {
     Some(PortIo {
         port: (qualification >> 16) as u16,
-        width: Width::from_bytes((qualification & 7) as usize + 1).filter(|w| *w != Width::Qword)?,
+        width: Width::from_bytes((qualification & 7) as usize + 1)
+            .filter(|w| *w != Width::Qword)?,
         direction: if qualification & (1 << 3) != 0 {
             Direction::Read
         } else {

@@ -45,10 +45,7 @@ pub enum Outcome {
 /// In VMX operation with interrupts off; the current VMCS has a valid host state with
 /// [`exit_landing`] as its RIP; `registers` is valid, and `host_rsp` is what this VMCS holds, or 0.
 #[unsafe(naked)]
-pub unsafe extern "sysv64" fn enter_guest(
-    registers: *mut GuestRegisters,
-    resume: u64,
-) -> Outcome {
+pub unsafe extern "sysv64" fn enter_guest(registers: *mut GuestRegisters, resume: u64) -> Outcome {
     naked_asm!(
         "push rbp",
         "push rbx",

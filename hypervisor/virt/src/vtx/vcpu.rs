@@ -34,9 +34,7 @@ use super::entry::{GuestRegisters, Outcome, enter_guest, exit_landing};
 use super::vmcs::{Field, SegmentFields, vmclear, vmptrld, vmread, vmwrite};
 use crate::cpu::{GuestDebug, GuestFpu, GuestSpecCtrl, PAT_RESET, is_canonical, is_pat};
 use crate::cpu::{msr, rdmsr, rdtsc, wrmsr};
-use crate::state::{
-    AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName,
-};
+use crate::state::{AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName};
 use crate::{Exit, VcpuSetup, VirtError, VirtualCpu};
 
 /// Guest MSRs that are VMCS fields.
@@ -92,14 +90,8 @@ const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
 /// CR4 bits that a guest changes without an exit: every processor with VT-x has them all, and
 /// nothing in the hypervisor depends on them. The processor itself flushes for PGE.
-const CR4_GUEST_OWNED: u64 = CR4_VME
-    | CR4_PVI
-    | CR4_TSD
-    | CR4_DE
-    | CR4_PGE
-    | CR4_PCE
-    | CR4_OSFXSR
-    | CR4_OSXMMEXCPT;
+const CR4_GUEST_OWNED: u64 =
+    CR4_VME | CR4_PVI | CR4_TSD | CR4_DE | CR4_PGE | CR4_PCE | CR4_OSFXSR | CR4_OSXMMEXCPT;
 
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
@@ -584,8 +576,7 @@ impl VtxVcpu {
     fn exception(&mut self) -> Exit {
         let info = InterruptionInfo(self.read(Field::ExitInterruptionInfo) as u32);
         let vector = info.vector();
-        let unblocked =
-            u64::from(info.0) & NMI_UNBLOCKED_BY_IRET != 0 && vector != DOUBLE_FAULT;
+        let unblocked = u64::from(info.0) & NMI_UNBLOCKED_BY_IRET != 0 && vector != DOUBLE_FAULT;
         self.interrupted_delivery(unblocked && !info.is_nmi());
         if info.is_nmi() {
             return Exit::Nmi;
