@@ -11,6 +11,7 @@ mod emulator;
 mod exit;
 mod guests;
 mod initramfs;
+mod lint;
 mod paths;
 mod process;
 mod progress;
@@ -42,6 +43,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Test(test::Args),
+    Lint(lint::Args),
     Clean(clean::Args),
 }
 
@@ -60,6 +62,7 @@ fn run(command: &Command) -> anyhow::Result<Code> {
     process::end_children_on_signals()?;
     match command {
         Command::Test(args) => test::run(args),
+        Command::Lint(args) => lint::run(args),
         Command::Clean(args) => clean::run(args),
     }
 }
