@@ -378,6 +378,15 @@ impl MmioBus {
     }
 }
 
+/// Refuses all widths but one byte, for devices with 8-bit registers; the bus splits wider accesses.
+pub(crate) fn byte_only(width: Width) -> Result<(), IoError> {
+    if width == Width::Byte {
+        Ok(())
+    } else {
+        Err(IoError::InvalidWidth)
+    }
+}
+
 /// Accepts every access and answers all-ones: a port that software writes for delay or debugging.
 ///
 /// For the POST code port 0x80 and the like.

@@ -21,8 +21,10 @@
 extern crate alloc;
 
 pub mod bus;
+pub mod ioapic;
 pub mod lapic;
 pub mod line;
+pub mod pic;
 pub mod system;
 pub mod time;
 

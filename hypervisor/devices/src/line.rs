@@ -1,5 +1,8 @@
 //! Interrupt lines: objects that a device is given and drives high or low.
 //!
+//! High means asserted. Whether the wire is active-high or active-low is the wiring's
+//! affair and is not modelled, so the controllers store polarity bits but do not use them.
+//!
 //! A [`Line`] is one input of an [`InterruptSink`]. [`GsiRouter`] is the wiring of a PC's
 //! mainboard: an ISA IRQ reaches both the PIC and the IOAPIC.
 
@@ -8,7 +11,7 @@ use core::fmt;
 
 /// Something with numbered interrupt inputs: PIC, IOAPIC, router.
 pub trait InterruptSink: Send + Sync {
-    /// Sets the electrical level of `input`. Idempotent; inputs out of range are ignored.
+    /// Asserts (`high`) or releases `input`. Idempotent; inputs out of range are ignored.
     fn set_level(&self, input: u32, high: bool);
 }
 

@@ -57,11 +57,6 @@ impl FakeClock {
         })
     }
 
-    /// Moves on by `ticks`.
-    pub fn advance(&self, ticks: u64) {
-        self.now.fetch_add(ticks, Ordering::Relaxed);
-    }
-
     /// Moves to tick `now`.
     pub fn set(&self, now: u64) {
         self.now.store(now, Ordering::Relaxed);

@@ -64,6 +64,12 @@ impl Rate {
     }
 }
 
+/// Shortest time between two interrupts of a periodic timer, in microseconds.
+///
+/// A guest that asks for a shorter period reads correct counts but gets its interrupts
+/// coalesced, so that it cannot keep the host busy with nothing but timer exits.
+pub const MIN_INTERRUPT_PERIOD_US: u64 = 50;
+
 /// The earlier of two optional deadlines.
 pub fn earliest(a: Option<u64>, b: Option<u64>) -> Option<u64> {
     match (a, b) {

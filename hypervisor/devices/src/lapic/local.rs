@@ -13,7 +13,7 @@ use super::registers::{
 };
 use crate::VcpuId;
 use crate::bus::IoError;
-use crate::time::{Clock, Rate, scale};
+use crate::time::{Clock, MIN_INTERRUPT_PERIOD_US, Rate, scale};
 
 /// What a local APIC is made with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,11 +86,6 @@ impl VectorSet {
     }
 }
 
-/// Shortest period that a periodic timer interrupts at, in microseconds. A shorter one still
-/// counts correctly but its interrupts are coalesced, so that a guest cannot make the host do
-/// nothing else.
-const MIN_PERIOD_US: u64 = 50;
-
 /// DFR model: flat. Any other value selects the cluster model (section 11.6.2.2).
 const MODEL_FLAT: u8 = 0xf;
 
@@ -106,7 +101,7 @@ struct Timer {
     due: Option<u64>,
     /// IA32_TSC_DEADLINE; 0: disarmed.
     tsc_deadline: u64,
-    /// Periodic interrupts are not delivered before this tick (see [`MIN_PERIOD_US`]).
+    /// Periodic interrupts are not delivered before this tick (see [`MIN_INTERRUPT_PERIOD_US`]).
     not_before: u64,
     /// A periodic interrupt waits for `not_before`.
     owed: bool,
@@ -885,7 +880,7 @@ impl LocalApic {
         }
         if self.timer.owed && now >= self.timer.not_before {
             self.timer.owed = false;
-            let pause = scale(MIN_PERIOD_US, self.clock.hz(), 1_000_000);
+            let pause = scale(MIN_INTERRUPT_PERIOD_US, self.clock.hz(), 1_000_000);
             self.timer.not_before = now.saturating_add(pause);
             self.local_event(LvtEntry::Timer);
         }
