@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use crate::apt::{Archive, MIRROR_VARIABLE, Suite, fetch};
-use crate::initramfs;
 use crate::progress::Step;
 
 /// A kernel that guests can be booted with.
@@ -91,6 +90,23 @@ pub struct Kernel {
     pub origin: String,
 }
 
+/// The guest of that name in the [`CATALOGUE`].
+///
+/// # Errors
+/// There is none; the error lists the names.
+pub fn by_name(name: &str) -> Result<&'static Guest> {
+    CATALOGUE
+        .iter()
+        .find(|guest| guest.name == name)
+        .with_context(|| {
+            let names: Vec<_> = CATALOGUE.iter().map(|guest| guest.name).collect();
+            format!(
+                "no guest kernel is called {name}; known are: {}",
+                names.join(", ")
+            )
+        })
+}
+
 /// The kernel of `guest`, from the cache or fetched into it.
 ///
 /// # Errors
@@ -142,27 +158,6 @@ pub fn default_linux(cache: &Path) -> Result<Kernel> {
         "no guest Linux found: there is no readable /boot/vmlinuz-*. Name one with --kernel FILE, \
          or set {MIRROR_VARIABLE} to a Debian mirror"
     )))
-}
-
-/// The file behind a name that a configuration begins with `@`, where this module or
-/// [`initramfs`] provides it: `@linux`, `@initramfs`, or `@` and a name of the
-/// [`CATALOGUE`]. `None`: the name is not one of these.
-///
-/// # Errors
-/// It cannot be found or made.
-pub fn provided(cache: &Path, path: &str) -> Result<Option<PathBuf>> {
-    let Some(name) = path.strip_prefix('@') else {
-        return Ok(None);
-    };
-    let file = match name {
-        "linux" => default_linux(cache)?.path,
-        "initramfs" => initramfs::ensure(cache)?,
-        _ => match CATALOGUE.iter().find(|guest| guest.name == name) {
-            Some(guest) => ensure_kernel(cache, guest)?.path,
-            None => return Ok(None),
-        },
-    };
-    Ok(Some(file))
 }
 
 /// The static busybox of the initramfs: the installed one, else Debian's, fetched.
@@ -339,10 +334,11 @@ pub mod tests {
     }
 
     #[test]
-    fn names_that_others_provide_are_left_to_them() {
-        let nowhere = Path::new("/nonexistent");
-        for path in ["vmlinuz", "@stub", "linux"] {
-            assert_eq!(provided(nowhere, path).unwrap(), None);
+    fn every_guest_is_found_by_its_name() {
+        for guest in &CATALOGUE {
+            assert_eq!(by_name(guest.name).unwrap().release, guest.release);
         }
+        let error = by_name("nonesuch").unwrap_err().to_string();
+        assert!(error.contains(CATALOGUE[0].name), "{error}");
     }
 }
