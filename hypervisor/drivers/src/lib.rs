@@ -10,6 +10,14 @@
 
 extern crate alloc;
 
+pub mod apic;
+pub mod clock;
+pub mod firmware;
+pub mod ioapic;
+pub mod power;
+pub mod queue;
 pub mod ring;
+pub mod screen;
 pub mod serial;
+pub mod symbols;
 pub mod wall_clock;
