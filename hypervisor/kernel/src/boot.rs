@@ -1,12 +1,22 @@
-//! From the boot loader's jump to the hand-over to `run`.
+//! From the boot loader's jump to the hand-over to `run`, in the one order that works.
+//!
+//! Serial line and log first, so that everything after can speak; memory; this processor's own
+//! tables, so that faults are reported; then what the firmware knows; clocks; the other
+//! processors.
 
 use bootloader_api::{
     BootInfo, BootloaderConfig,
     config::{Mapping, Mappings},
     entry_point,
 };
+use drivers::firmware::{self, Firmware, Window};
 
-use crate::{console, cpu, info, memory, power, time};
+use crate::{
+    calibrate::{self, Mhz},
+    console, cpu, debug, idt, info, interrupts, memory,
+    percpu::{self, PerCpu},
+    power, run, screen, smp, time, warn,
+};
 
 /// Bytes of stack of the first processor, with a guard page below.
 const STACK_BYTES: u64 = 128 * 1024;
@@ -24,13 +34,85 @@ const CONFIG: BootloaderConfig = {
 
 entry_point!(entry, config = &CONFIG);
 
+/// The machine as it is once the host is up.
+pub struct Machine {
+    /// What the firmware's tables say.
+    pub firmware: Firmware,
+    /// The boot image's files: a tar archive.
+    pub ramdisk: Option<&'static [u8]>,
+}
+
 fn entry(boot_info: &'static mut BootInfo) -> ! {
     time::start();
-    console::init();
+    let serial = console::init();
     info!("Plinth {} starting", env!("CARGO_PKG_VERSION"));
     cpu::protect();
     memory::init(boot_info);
-    info!("{} MiB of memory", memory::usable_bytes() >> 20);
-    info!("no VMs");
-    power::off()
+    let screen = screen::init(boot_info.framebuffer.take());
+    own_tables();
+    // SAFETY: own tables are in force, so nothing of the lower half is used; this is the only processor.
+    let seal = unsafe { memory::seal() };
+    debug!("serial port: {serial}, screen: {screen:?}, {seal:?}");
+    if seal.fixed > 0 {
+        warn!(
+            "{} pages were writable and executable, and no longer are",
+            seal.fixed
+        );
+    }
+    let ramdisk = ramdisk(boot_info);
+    let firmware = read_firmware(boot_info);
+    power::init(&firmware);
+    interrupts::init(&firmware);
+    calibrate::run(&firmware);
+    let processors = smp::start(&firmware);
+    if !console::start_interrupts(&firmware) && serial {
+        warn!("the serial port has no interrupt: it is polled");
+    }
+    info!(
+        "Plinth {}: {} of {} processors online, {} MiB memory, TSC {}",
+        env!("CARGO_PKG_VERSION"),
+        processors.online,
+        processors.listed,
+        memory::total_bytes() >> 20,
+        Mhz(time::hz())
+    );
+    run::start(Machine { firmware, ramdisk })
+}
+
+/// Gives this processor its own descriptor tables, stacks for faults, and per-processor data.
+fn own_tables() {
+    idt::init();
+    // The real APIC ID is known to CPUID before the APIC is set up.
+    let apic_id = cpu::cpuid()
+        .get_feature_info()
+        .map_or(0, |f| u32::from(f.initial_local_apic_id()));
+    let cpu = percpu::new(0, apic_id).expect("memory for the first processor's tables");
+    cpu.load();
+    cpu.list();
+    idt::load();
+}
+
+fn ramdisk(boot_info: &BootInfo) -> Option<&'static [u8]> {
+    let start = boot_info.ramdisk_addr.as_ref().copied()?;
+    // SAFETY: the boot loader mapped the ramdisk there, for ever, and nobody writes to it.
+    Some(unsafe { core::slice::from_raw_parts(start as *const u8, boot_info.ramdisk_len as usize) })
+}
+
+/// Reads the ACPI tables. Without them the host knows itself only: one processor, PIC-less, no power-off.
+fn read_firmware(boot_info: &BootInfo) -> Firmware {
+    let firmware = boot_info.rsdp_addr.as_ref().copied().and_then(|rsdp| {
+        // SAFETY: the boot loader maps all of physical memory at this offset, and found the root pointer.
+        unsafe { firmware::read(Window::new(memory::window_offset()), rsdp) }
+    });
+    let firmware = firmware.unwrap_or_else(|| {
+        warn!("no valid ACPI tables: one processor, and no power-off");
+        Firmware::default()
+    });
+    debug!("{firmware:?}");
+    firmware
+}
+
+/// Where every processor but the first arrives once it is set up, and the first when `run` has started.
+pub fn cpu_loop(cpu: &'static PerCpu) -> ! {
+    run::cpu_main(cpu)
 }

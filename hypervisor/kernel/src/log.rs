@@ -11,7 +11,7 @@ use core::{
 
 use drivers::ring::LogRing;
 
-use crate::{console, sync::Lock, time};
+use crate::{console, fault, screen, sync::Lock, time};
 
 /// Bytes of log that are remembered.
 const RING_BYTES: usize = 64 * 1024;
@@ -54,6 +54,15 @@ pub fn print(level: Level, message: fmt::Arguments<'_>) {
     writer.finish();
 }
 
+/// Shows a line of a fault report, at once and everywhere. It is not remembered.
+pub fn report(message: fmt::Arguments<'_>) {
+    let mut writer = LineWriter::new(Level::Info);
+    writer.report = true;
+    // As in `print`.
+    let _ = writer.write_fmt(message);
+    writer.finish();
+}
+
 /// Calls `each` with the last `count` lines of the log in pieces; the flag marks the last piece of a line.
 pub fn last_lines(count: usize, each: impl FnMut(&[u8], bool)) {
     RING.lock().last_lines(count, each);
@@ -63,6 +72,8 @@ struct LineWriter {
     level: Level,
     line: [u8; LINE_BYTES],
     length: usize,
+    /// Part of a fault report.
+    report: bool,
     /// Bytes of `line` that are time stamp and level.
     prefix: usize,
     lines: usize,
@@ -74,6 +85,7 @@ impl LineWriter {
             level,
             line: [0; LINE_BYTES],
             length: 0,
+            report: false,
             prefix: 0,
             lines: 0,
         };
@@ -105,7 +117,12 @@ impl LineWriter {
     }
 
     fn emit(&mut self) {
-        show(self.level, &self.line[..self.length]);
+        let line = &self.line[..self.length];
+        if self.report {
+            fault::show(line);
+        } else {
+            show(self.level, line);
+        }
         self.length = self.prefix;
         self.lines += 1;
     }
@@ -147,6 +164,7 @@ fn show(level: Level, line: &[u8]) {
     if level <= Level::Warn || !QUIET_SERIAL.load(Ordering::Relaxed) {
         console::write_line(line);
     }
+    screen::write_line(line);
 }
 
 /// Logs an error.

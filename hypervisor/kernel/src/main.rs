@@ -1,8 +1,7 @@
 //! The bootable hypervisor: takes the machine over and wires the other crates together.
 //!
-//! [`boot`] brings the processors, memory and interrupts up in one fixed order and then
-//! hands over to `run`. Everything the layers below leave open is a static of one of
-//! these modules. The boot loader is `bootloader` 0.11; the program is a static PIE.
+//! [`boot`] brings memory, processors and interrupts up in one fixed order and then hands
+//! over to [`run`]. The boot loader is `bootloader` 0.11; the program is a static PIE.
 //!
 //! Unsafe: descriptor tables, page tables, start-up of processors and device access are
 //! what this crate is for.
@@ -12,11 +11,20 @@
 extern crate alloc;
 
 mod boot;
+mod calibrate;
 mod console;
 mod cpu;
 mod fault;
+mod gdt;
+mod idt;
+mod interrupts;
 mod log;
 mod memory;
+mod percpu;
 mod power;
+mod run;
+mod screen;
+mod smp;
+mod symbols;
 mod sync;
 mod time;

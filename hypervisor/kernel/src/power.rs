@@ -1,18 +1,51 @@
-//! Power-off and reset.
+//! Power-off and reset of the machine.
 
-use x86_64::instructions::port::Port;
+use drivers::{
+    firmware::Firmware,
+    power::{Emulator, PowerControl},
+};
+use mem::Hpa;
+use spin::Once;
 
-use crate::{console, cpu};
+use crate::{console, cpu, memory};
 
-/// Powers the machine off, or halts where that fails.
+static CONTROL: Once<PowerControl> = Once::new();
+
+/// Learns from the firmware how this machine is turned off and restarted.
+pub fn init(firmware: &Firmware) {
+    let hypervisor = cpu::cpuid()
+        .get_feature_info()
+        .is_some_and(|f| f.has_hypervisor());
+    let emulator = Emulator::detect(firmware.oem, hypervisor);
+    CONTROL.call_once(|| {
+        PowerControl::new(firmware.power, emulator, |register| {
+            memory::map_device(Hpa(register), 1)
+        })
+    });
+}
+
+/// Powers the machine off; halts, and says so, where that does not work. Guests must be stopped.
 pub fn off() -> ! {
     console::flush();
-    // SAFETY: QEMU's i440FX power-management control port; SLP_EN with S5.
-    unsafe { Port::<u16>::new(0x604).write(0x2000) };
-    let mut port = Port::<u8>::new(0x8900);
-    for byte in *b"Shutdown" {
-        // SAFETY: Bochs' shutdown port, unused elsewhere.
-        unsafe { port.write(byte) };
+    if let Some(control) = CONTROL.get() {
+        // SAFETY: output is flushed and, by this function's contract, nothing is left to do.
+        unsafe { control.power_off() };
     }
+    crate::error!("the machine does not power off by ACPI: turn it off by hand");
+    console::flush();
     cpu::halt_forever()
+}
+
+/// Restarts the machine. Guests must be stopped.
+pub fn reset() -> ! {
+    console::flush();
+    match CONTROL.get() {
+        // SAFETY: output is flushed and, by this function's contract, nothing is left to do.
+        Some(control) => unsafe { control.reset() },
+        None => {
+            let control = PowerControl::new(Default::default(), None, |_| core::ptr::null_mut());
+            // SAFETY: as above. The empty description names no register, so none was mapped.
+            unsafe { control.reset() }
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! The kernel's heap.
+//! The kernel's heap: grows by 2 MiB pages as it is used, never shrinks.
 
 use core::{
     alloc::{GlobalAlloc, Layout},
@@ -6,21 +6,62 @@ use core::{
 };
 
 use linked_list_allocator::Heap;
+use mem::PAGE_SIZE_2M;
 
+use super::{HEAP, map};
 use crate::sync::Lock;
 
-struct KernelHeap(Lock<Heap>);
+/// Bytes mapped to begin with.
+const INITIAL_BYTES: u64 = 4 * PAGE_SIZE_2M;
+
+struct KernelHeap(Lock<State>);
+
+struct State {
+    heap: Heap,
+    /// End of what is mapped.
+    end: u64,
+}
 
 #[global_allocator]
-static HEAP: KernelHeap = KernelHeap(Lock::new(Heap::empty()));
+static KERNEL_HEAP: KernelHeap = KernelHeap(Lock::new(State {
+    heap: Heap::empty(),
+    end: HEAP.start,
+}));
 
-/// Gives the heap its memory.
-///
-/// # Safety
-/// Call once; `bytes` at `start` must be writable, unused and mapped for ever.
-pub unsafe fn init(start: *mut u8, bytes: usize) {
-    // SAFETY: the caller vouches for the memory.
-    unsafe { HEAP.0.lock().init(start, bytes) };
+/// Gives the heap its first memory. Call once.
+pub fn init() {
+    let mut state = KERNEL_HEAP.0.lock();
+    let bytes = state.map_more(INITIAL_BYTES);
+    assert!(bytes > 0, "not enough memory for the hypervisor's heap");
+    // SAFETY: the bytes were just mapped for the heap, for ever, and the heap is empty.
+    unsafe { state.heap.init(HEAP.start as *mut u8, bytes as usize) };
+}
+
+impl State {
+    /// Maps up to `bytes` more, in whole 2 MiB pages. Returns how many bytes that were.
+    fn map_more(&mut self, bytes: u64) -> u64 {
+        let start = self.end;
+        let wanted = bytes.next_multiple_of(PAGE_SIZE_2M);
+        while self.end - start < wanted && self.end < HEAP.end {
+            if map::map_large_page(self.end).is_err() {
+                break;
+            }
+            self.end += PAGE_SIZE_2M;
+        }
+        self.end - start
+    }
+
+    fn allocate(&mut self, layout: Layout) -> Option<NonNull<u8>> {
+        if let Ok(block) = self.heap.allocate_first_fit(layout) {
+            return Some(block);
+        }
+        // Room for the block at any alignment, and for the allocator's own bookkeeping.
+        let bytes = layout.size().checked_add(layout.align())?.checked_add(64)?;
+        let grown = self.map_more(bytes as u64);
+        // SAFETY: the bytes were just mapped right behind the heap's end, for the heap, for ever.
+        unsafe { self.heap.extend(grown as usize) };
+        self.heap.allocate_first_fit(layout).ok()
+    }
 }
 
 // SAFETY: the linked-list allocator hands out disjoint, aligned blocks of its memory; the lock serialises it.
@@ -28,7 +69,7 @@ unsafe impl GlobalAlloc for KernelHeap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         self.0
             .lock()
-            .allocate_first_fit(layout)
+            .allocate(layout)
             .map_or(ptr::null_mut(), NonNull::as_ptr)
     }
 
@@ -37,6 +78,6 @@ unsafe impl GlobalAlloc for KernelHeap {
             return;
         };
         // SAFETY: by the trait's contract the block came from `alloc` with this layout.
-        unsafe { self.0.lock().deallocate(block, layout) };
+        unsafe { self.0.lock().heap.deallocate(block, layout) };
     }
 }

@@ -1,58 +1,83 @@
-//! The host's memory: the window onto physical memory, frames, heap.
+//! The host's memory: frames, the window onto them, own mappings, stacks, heap.
+//!
+//! Address space, upper half only: the boot loader's part ([`LOADER_RANGE`]: kernel image, window
+//! onto all physical memory, first stack, ramdisk, frame buffer), then ours, a 512 GiB slot
+//! each for stacks, device registers and heap. The lower half is empty once [`seal`] has run:
+//! a null pointer faults. No page is writable and executable, ever.
 
-mod frames;
 mod heap;
+mod map;
+mod seal;
 mod window;
 
-use core::{
-    ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use core::ops::Range;
 
 use bootloader_api::{BootInfo, info::MemoryRegionKind};
-use mem::{HostMemory, Hpa, Owner};
+use mem::{Hpa, MemoryRegion, OutOfFrames, frames::Frames};
+use spin::Once;
 
-pub use frames::HOST;
-pub use window::pointer;
+pub use map::{is_mapped, map_device, new_stack};
+pub use seal::seal;
+pub use window::offset as window_offset;
 
 /// Where the boot loader places kernel, window, stack, ramdisk and frame buffer.
 pub const LOADER_RANGE: Range<u64> = 0xffff_8000_0000_0000..0xffff_c000_0000_0000;
+/// Stacks, each above an unmapped guard page.
+const STACKS: Range<u64> = 0xffff_c000_0000_0000..0xffff_c080_0000_0000;
+/// Device registers, uncached.
+const DEVICES: Range<u64> = 0xffff_c080_0000_0000..0xffff_c100_0000_0000;
+/// The heap.
+const HEAP: Range<u64> = 0xffff_c100_0000_0000..0xffff_c180_0000_0000;
 
-/// Bytes of heap to begin with.
-const HEAP_BYTES: u64 = 16 << 20;
+/// Physical addresses where a processor can begin: above the BIOS data area, below the video memory.
+const REAL_MODE: Range<Hpa> = Hpa(0x1000)..Hpa(0xa_0000);
 
-static USABLE: AtomicU64 = AtomicU64::new(0);
+/// The machine's frames, for every layer above.
+pub static HOST: Frames = Frames::new();
+
+/// The guard page below the boot loader's stack.
+static BOOT_STACK_GUARD: Once<u64> = Once::new();
 
 /// Takes over what the boot loader found. Call once, first thing.
-pub fn init(boot_info: &'static BootInfo) {
+pub fn init(boot_info: &BootInfo) {
     let offset = boot_info
         .physical_memory_offset
         .as_ref()
         .copied()
         .expect("the boot loader was told to map physical memory");
     window::init(offset);
+    BOOT_STACK_GUARD.call_once(|| boot_info.kernel_stack_bottom - mem::PAGE_SIZE);
     let usable = boot_info
         .memory_regions
         .iter()
-        .filter(|r| r.kind == MemoryRegionKind::Usable);
-    USABLE.store(
-        usable.clone().map(|r| r.end - r.start).sum(),
-        Ordering::Relaxed,
-    );
-    frames::init(&boot_info.memory_regions);
-    let heap = HOST
-        .allocate(HEAP_BYTES / mem::PAGE_SIZE, mem::PAGE_SIZE, Owner::Host)
-        .expect("not enough memory for the hypervisor's heap");
-    // SAFETY: the frames were just allocated for this and stay mapped in the window for ever.
-    unsafe { heap::init(pointer(heap), HEAP_BYTES as usize) };
+        .filter(|region| region.kind == MemoryRegionKind::Usable)
+        .map(|region| MemoryRegion {
+            start: Hpa(region.start),
+            bytes: region.end.saturating_sub(region.start),
+        });
+    // SAFETY: the boot loader maps all physical memory at `offset`, writable, and hands regions
+    // marked usable to us; nothing of ours lies in them yet.
+    if let Err(error) = unsafe { HOST.init(usable, offset as *mut u8) } {
+        panic!("memory: {error}");
+    }
+    heap::init();
 }
 
-/// Bytes of RAM that the firmware left to us.
-pub fn usable_bytes() -> u64 {
-    USABLE.load(Ordering::Relaxed)
+/// Bytes of RAM that can be handed out.
+pub fn total_bytes() -> u64 {
+    HOST.statistics().total * mem::PAGE_SIZE
 }
 
-/// A host-physical address as seen through the window.
-pub fn virtual_of(hpa: Hpa) -> u64 {
-    pointer(hpa) as u64
+/// Takes `frames` contiguous zeroed frames below 640 KiB, for ever.
+///
+/// # Errors
+/// The firmware left none free.
+pub fn take_real_mode(frames: u64) -> Result<Hpa, OutOfFrames> {
+    HOST.take_low(REAL_MODE, frames)
+}
+
+/// Whether `address` is where a stack runs into when it overflows.
+pub fn is_stack_guard(address: u64) -> bool {
+    let page = address & !(mem::PAGE_SIZE - 1);
+    BOOT_STACK_GUARD.get() == Some(&page) || (STACKS.contains(&address) && !is_mapped(address))
 }

@@ -1,8 +1,9 @@
 //! The window: all of physical memory, mapped by the boot loader at one offset.
+//!
+//! Frames that were handed out are reached through `HOST`. This is for the boot loader's own
+//! frames, which it does not hand out: page tables.
 
 use core::sync::atomic::{AtomicU64, Ordering};
-
-use mem::Hpa;
 
 static OFFSET: AtomicU64 = AtomicU64::new(0);
 
@@ -11,7 +12,7 @@ pub fn init(offset: u64) {
     OFFSET.store(offset, Ordering::Relaxed);
 }
 
-/// Where `hpa` appears in the window.
-pub fn pointer(hpa: Hpa) -> *mut u8 {
-    (OFFSET.load(Ordering::Relaxed) + hpa.as_u64()) as *mut u8
+/// Virtual address of physical address 0.
+pub fn offset() -> u64 {
+    OFFSET.load(Ordering::Relaxed)
 }

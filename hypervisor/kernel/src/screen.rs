@@ -1,0 +1,68 @@
+//! The host's screen: the log, as text, on the boot loader's frame buffer.
+
+use bootloader_api::info::{FrameBuffer, FrameBufferInfo, PixelFormat};
+use drivers::screen::{Geometry, PixelLayout, Screen};
+
+use crate::{log, sync::Lock};
+
+static SCREEN: Lock<Option<Screen<&'static mut [u8]>>> = Lock::new(None);
+
+/// Lines of log that a fresh screen begins with.
+const REPLAYED_LINES: usize = 20;
+
+fn geometry(info: &FrameBufferInfo) -> Geometry {
+    let layout = match info.pixel_format {
+        PixelFormat::Rgb => PixelLayout::Color {
+            red: 0,
+            green: 8,
+            blue: 16,
+        },
+        PixelFormat::Bgr => PixelLayout::Color {
+            red: 16,
+            green: 8,
+            blue: 0,
+        },
+        PixelFormat::Unknown {
+            red_position,
+            green_position,
+            blue_position,
+        } => PixelLayout::Color {
+            red: red_position,
+            green: green_position,
+            blue: blue_position,
+        },
+        // `U8`, and whatever else a later boot loader may know.
+        _ => PixelLayout::Gray,
+    };
+    Geometry {
+        width: info.width,
+        height: info.height,
+        stride: info.stride,
+        bytes_per_pixel: info.bytes_per_pixel,
+        layout,
+    }
+}
+
+/// Takes the frame buffer, if there is one, and shows the log so far. Returns columns and rows.
+pub fn init(frame_buffer: Option<FrameBuffer>) -> Option<(usize, usize)> {
+    let frame_buffer = frame_buffer?;
+    let geometry = geometry(&frame_buffer.info());
+    let mut screen = Screen::new(frame_buffer.into_buffer(), geometry)?;
+    let size = screen.size();
+    log::last_lines(REPLAYED_LINES, |piece, last| {
+        screen.write(piece);
+        if last {
+            screen.write(b"\n");
+        }
+    });
+    *SCREEN.lock() = Some(screen);
+    Some(size)
+}
+
+/// Shows one line of text.
+pub fn write_line(line: &[u8]) {
+    if let Some(screen) = SCREEN.lock().as_mut() {
+        screen.write(line);
+        screen.write(b"\n");
+    }
+}
