@@ -25,8 +25,10 @@ pub mod ioapic;
 pub mod lapic;
 pub mod line;
 pub mod pic;
+pub mod pit;
 pub mod system;
 pub mod time;
+pub mod uart;
 
 #[cfg(test)]
 mod testing;
