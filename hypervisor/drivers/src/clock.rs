@@ -15,8 +15,8 @@ const PM_TIMER_HZ: u64 = 3_579_545;
 const PIT_HZ: u64 = 1_193_182;
 /// Length of a measurement: 20 ms, well within the 54 ms after which the PIT's counter repeats.
 const MEASUREMENT_US: u64 = 20_000;
-/// Reads, of about a microsecond each on a PC, after which a reference that has not got there is given up.
-const READS: u32 = 2_000_000;
+/// Reads, of about a microsecond each on a PC, after which a reference that shows the same count stands still.
+const SAME_READS: u32 = 100_000;
 /// Readings of which the quickest is taken, so that an interruption (SMI, host of an emulator) does not count.
 const ATTEMPTS: u32 = 5;
 /// Femtoseconds in a second.
@@ -150,6 +150,21 @@ impl Reference {
         best.map(|(sample, _)| sample).unwrap_or_default()
     }
 
+    /// Waits until the counter is `wanted` ticks past `start`. `false`: it stands still.
+    fn wait(&mut self, start: u64, wanted: u64) -> bool {
+        let mut last = start;
+        let mut same = 0;
+        while self.ticks_between(start, last) < wanted {
+            let now = self.read();
+            same = if now == last { same + 1 } else { 0 };
+            if same == SAME_READS {
+                return false;
+            }
+            last = now;
+        }
+        true
+    }
+
     fn ticks_between(&self, from: u64, to: u64) -> u64 {
         to.wrapping_sub(from) & self.mask
     }
@@ -226,11 +241,7 @@ pub fn calibrate(
     let apic_start = apic_count();
     let start = first.sample();
     let wanted = first.hz * MEASUREMENT_US / 1_000_000;
-    let arrived = (0..READS).any(|_| {
-        let now = first.read();
-        first.ticks_between(start.count, now) >= wanted
-    });
-    if !arrived {
+    if !first.wait(start.count, wanted) {
         return calibrate(others, apic_count);
     }
     let end = first.sample();
