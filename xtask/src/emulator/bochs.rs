@@ -90,7 +90,7 @@ fn configure(machine: &Machine, folder: &Path, device: &Path, log: &Path) -> Str
          port_e9_hack: enabled=0\n\
          log: {log}\n\
          logprefix: %t%e%d\n\
-         panic: action=fatal\n\
+         panic: action=fatal, term=report\n\
          error: action=report\n\
          info: action={chatter}\n\
          debug: action=ignore\n"
@@ -103,8 +103,10 @@ fn configure(machine: &Machine, folder: &Path, device: &Path, log: &Path) -> Str
 
 /// Why Bochs ended: by its log, or, when it did not get that far, by its screen.
 pub fn end(log: &str, screen: &str) -> End {
+    // The text display complains of graphics modes that it cannot show, and goes on.
     let panic = log
         .lines()
+        .filter(|line| !line.contains("[TERM"))
         .find_map(|line| line.split_once(">>PANIC<<").map(|(_, words)| words.trim()));
     match panic {
         Some(words) if words.contains("soft power off") || words.contains("shutdown requested") => {
