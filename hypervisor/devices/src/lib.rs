@@ -21,11 +21,13 @@
 extern crate alloc;
 
 pub mod bus;
+pub mod i8042;
 pub mod ioapic;
 pub mod lapic;
 pub mod line;
 pub mod pic;
 pub mod pit;
+pub mod pm;
 pub mod system;
 pub mod time;
 pub mod uart;

@@ -200,7 +200,9 @@ impl Channel {
         let start = self.start?;
         let done = count.saturating_sub(start);
         let edge = match self.mode {
-            Mode::RateGenerator | Mode::SquareWave => (done / self.load + 1) * self.load,
+            Mode::RateGenerator | Mode::SquareWave => (done / self.load)
+                .saturating_add(1)
+                .saturating_mul(self.load),
             Mode::InterruptOnTerminalCount | Mode::OneShot => self.load,
             Mode::SoftwareStrobe | Mode::HardwareStrobe => self.load + 1,
         };

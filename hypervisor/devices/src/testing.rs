@@ -7,6 +7,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use spin::Mutex;
 
 use crate::line::InterruptSink;
+use crate::system::{SystemControl, SystemRequest};
 use crate::time::Clock;
 
 /// A sink that records every change of level (repeated levels are dropped).
@@ -70,5 +71,22 @@ impl Clock for FakeClock {
 
     fn hz(&self) -> u64 {
         self.hz
+    }
+}
+
+/// Records what the platform asks for.
+#[derive(Default)]
+pub struct Requests(Mutex<Vec<SystemRequest>>);
+
+impl Requests {
+    /// What was asked since the last call.
+    pub fn take(&self) -> Vec<SystemRequest> {
+        core::mem::take(&mut self.0.lock())
+    }
+}
+
+impl SystemControl for Requests {
+    fn request(&self, request: SystemRequest) {
+        self.0.lock().push(request);
     }
 }
