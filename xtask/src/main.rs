@@ -10,6 +10,7 @@ mod deps;
 mod emulator;
 mod exit;
 mod guests;
+mod image;
 mod initramfs;
 mod lint;
 mod paths;
