@@ -5,6 +5,7 @@
 //! everything that is made or fetched lives under `target/`.
 
 mod apt;
+mod check_config;
 mod clean;
 mod deps;
 mod emulator;
@@ -16,6 +17,7 @@ mod lint;
 mod paths;
 mod process;
 mod progress;
+mod stub;
 mod terminal;
 mod test;
 mod toolchain;
@@ -45,6 +47,8 @@ struct Cli {
 enum Command {
     Test(test::Args),
     Lint(lint::Args),
+    Image(image::Args),
+    CheckConfig(check_config::Args),
     Clean(clean::Args),
 }
 
@@ -64,6 +68,8 @@ fn run(command: &Command) -> anyhow::Result<Code> {
     match command {
         Command::Test(args) => test::run(args),
         Command::Lint(args) => lint::run(args),
+        Command::Image(args) => image::run(args),
+        Command::CheckConfig(args) => check_config::run(args),
         Command::Clean(args) => clean::run(args),
     }
 }

@@ -40,6 +40,15 @@ const SUITES: [Suite; 2] = [
     },
 ];
 
+/// How a program is compiled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// Optimized.
+    Release,
+    /// Not optimized, with overflow checks.
+    Debug,
+}
+
 /// A complete toolchain.
 #[derive(Clone, Debug)]
 pub struct Toolchain {
@@ -93,21 +102,41 @@ impl Toolchain {
                 "PATH",
                 std::env::join_paths(path).expect("folders of PATH have no colon"),
             );
-        for inherited in [
-            "CARGO",
-            "RUSTC",
-            "CARGO_MANIFEST_DIR",
-            "RUSTFLAGS",
-            "CARGO_ENCODED_RUSTFLAGS",
-        ] {
-            command.env_remove(inherited);
-        }
+        without_outer_cargo(&mut command);
         command
     }
 
-    /// LLVM's objcopy.
-    pub fn objcopy(&self) -> &Path {
-        &self.objcopy
+    /// Compiles a bare-metal program of the workspace; returns the ELF file.
+    ///
+    /// # Errors
+    /// It does not compile; the error has the compiler's words.
+    pub fn build(&self, package: &str, profile: Profile) -> anyhow::Result<PathBuf> {
+        let (folder, flags) = match profile {
+            Profile::Release => ("release", &["--release"][..]),
+            Profile::Debug => ("debug", &[][..]),
+        };
+        output_of(
+            self.cargo()
+                .args(["build", "--package", package, "--target", BARE_METAL])
+                .args(flags)
+                .env("CARGO_TARGET_DIR", paths::target()),
+        )?;
+        Ok(paths::target().join(BARE_METAL).join(folder).join(package))
+    }
+
+    /// Copies an ELF file without its symbols and debugging information.
+    ///
+    /// # Errors
+    /// It is no ELF file, or can't be written.
+    pub fn strip(&self, from: &Path, to: &Path) -> anyhow::Result<()> {
+        // A running emulator may have the old file mapped: put a new one in its place.
+        let new = to.with_extension("part");
+        output_of(
+            Command::new(&self.objcopy)
+                .arg("--strip-all")
+                .args([from, &new]),
+        )?;
+        fs::rename(&new, to).with_context(|| to.display().to_string())
     }
 
     /// The toolchain at `sysroot`, if it has all that is needed.
@@ -166,6 +195,21 @@ impl Toolchain {
     }
 }
 
+/// Forgets what the cargo that runs xtask left in the environment. Its LD_LIBRARY_PATH would
+/// even make a compiler take the libraries, and so the sysroot, of another.
+fn without_outer_cargo(command: &mut Command) {
+    for inherited in [
+        "CARGO",
+        "RUSTC",
+        "CARGO_MANIFEST_DIR",
+        "RUSTFLAGS",
+        "CARGO_ENCODED_RUSTFLAGS",
+        "LD_LIBRARY_PATH",
+    ] {
+        command.env_remove(inherited);
+    }
+}
+
 /// The target triple of this workstation.
 fn host() -> &'static str {
     "x86_64-unknown-linux-gnu"
@@ -186,11 +230,10 @@ impl Version {
 
     fn of(rustc: &Path) -> anyhow::Result<Self> {
         let ask = |args: &[&str]| {
-            output_of(
-                Command::new(rustc)
-                    .args(args)
-                    .current_dir(paths::workspace()),
-            )
+            let mut command = Command::new(rustc);
+            command.args(args).current_dir(paths::workspace());
+            without_outer_cargo(&mut command);
+            output_of(&mut command)
         };
         let verbose = ask(&["-vV"])?;
         let release = field(&verbose, "release: ").context("rustc -vV names no release")?;
