@@ -17,6 +17,7 @@ mod lint;
 mod paths;
 mod process;
 mod progress;
+mod run;
 mod stub;
 mod terminal;
 mod test;
@@ -45,6 +46,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Run(run::Args),
     Test(test::Args),
     Lint(lint::Args),
     Image(image::Args),
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
 fn run(command: &Command) -> anyhow::Result<Code> {
     process::end_children_on_signals()?;
     match command {
+        Command::Run(args) => run::run(args),
         Command::Test(args) => test::run(args),
         Command::Lint(args) => lint::run(args),
         Command::Image(args) => image::run(args),

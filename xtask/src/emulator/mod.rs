@@ -32,7 +32,7 @@ use crate::{
     process::Guarded,
 };
 use serial::Serial;
-pub use serial::{Keyboard, Watch};
+pub use serial::{Cursor, Keyboard, Watch};
 
 /// Which emulator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -89,8 +89,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A PC with 2 processors and 1 GiB that boots this image, emulated; by BIOS in Bochs, by
-    /// UEFI in QEMU.
+    /// A PC with 1 GiB that boots this image, emulated: 2 processors and UEFI in QEMU, 1
+    /// processor and BIOS in Bochs.
     pub fn new(emulator: Emulator, image: &Path) -> Self {
         Machine {
             emulator,
@@ -100,7 +100,11 @@ impl Machine {
             },
             acceleration: Acceleration::Emulated,
             image: image.to_owned(),
-            cpus: 2,
+            cpus: match emulator {
+                Emulator::Qemu => 2,
+                // Each further one takes nearly as much of the workstation's time as the first.
+                Emulator::Bochs => 1,
+            },
             memory_mib: 1024,
             cpu_model: None,
             count_instructions: false,
@@ -164,6 +168,7 @@ impl Machine {
             serial,
             source,
             end: None,
+            read: Cursor::default(),
             _folder: folder,
         })
     }
@@ -255,6 +260,8 @@ pub struct Running {
     serial: Serial,
     source: EndSource,
     end: Option<End>,
+    /// How far [`Running::read_until`] has read.
+    read: Cursor,
     _folder: Folder,
 }
 
@@ -269,7 +276,7 @@ impl Running {
         loop {
             // The end is looked at before the output, so that the last words are not missed.
             let ended = self.ended();
-            if let Some(found) = self.serial.search(pattern) {
+            if let Some(found) = self.serial.search(pattern, &mut self.read) {
                 return Ok(found);
             }
             if let Some(end) = ended {
@@ -280,6 +287,12 @@ impl Running {
             }
             self.serial.wait_for_more(deadline);
         }
+    }
+
+    /// Looks for a match in the output so far, from the cursor on, and sets the cursor behind
+    /// it. Independent of [`Running::read_until`].
+    pub fn search(&self, pattern: &Regex, cursor: &mut Cursor) -> Option<Found> {
+        self.serial.search(pattern, cursor)
     }
 
     /// Types on the serial port. Never blocks.

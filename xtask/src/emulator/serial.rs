@@ -14,6 +14,9 @@ use super::{Found, Regex, pty::Pty};
 /// Output kept, in bytes.
 const LOG_BYTES: usize = 32 << 20;
 
+/// Longest match that is found when it comes in pieces, in bytes.
+const LONGEST_MATCH: usize = 64 * 1024;
+
 /// How often to look whether the machine has ended, while waiting for output.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
@@ -35,8 +38,8 @@ impl Keyboard {
 #[derive(Default)]
 struct Output {
     bytes: Vec<u8>,
-    /// Where the next search begins.
-    searched: usize,
+    /// Bytes cut off at the beginning.
+    cut: usize,
     /// Nothing more will come.
     closed: bool,
 }
@@ -52,6 +55,10 @@ impl Shared {
         self.output.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// A place in the output, from which a search goes on.
+#[derive(Debug, Default)]
+pub struct Cursor(usize);
 
 /// Our end of a serial port.
 pub struct Serial {
@@ -90,7 +97,7 @@ impl Serial {
                 if output.bytes.len() > LOG_BYTES {
                     let surplus = output.bytes.len() - LOG_BYTES / 2;
                     output.bytes.drain(..surplus);
-                    output.searched = output.searched.saturating_sub(surplus);
+                    output.cut += surplus;
                 }
                 filled.more.notify_all();
             }
@@ -123,10 +130,17 @@ impl Serial {
         self.keyboard.clone()
     }
 
-    /// Looks for a match after the last one; the next search begins behind it.
-    pub fn search(&self, pattern: &Regex) -> Option<Found> {
-        let mut output = self.shared.lock();
-        let captures = pattern.captures_at(&output.bytes, output.searched)?;
+    /// Looks for a match from the cursor on, and sets the cursor behind it.
+    pub fn search(&self, pattern: &Regex, cursor: &mut Cursor) -> Option<Found> {
+        let output = self.shared.lock();
+        let start = cursor.0.saturating_sub(output.cut);
+        let Some(captures) = pattern.captures_at(&output.bytes, start) else {
+            // What was looked at need not be again, but for what may be the beginning of a match.
+            let looked_at = (output.cut + output.bytes.len()).saturating_sub(LONGEST_MATCH);
+            cursor.0 = cursor.0.max(looked_at);
+            return None;
+        };
+        cursor.0 = output.cut + captures.get_match().end();
         let groups = captures
             .iter()
             .map(|group| {
@@ -135,10 +149,6 @@ impl Serial {
                 })
             })
             .collect();
-        let end = captures.get(0).map(|whole| whole.end());
-        if let Some(end) = end {
-            output.searched = end;
-        }
         Some(Found { groups })
     }
 
@@ -193,9 +203,11 @@ mod tests {
         drop(device);
         serial.finish();
         let pattern = Regex::new(r"ok (\d)\r\n").unwrap();
-        assert_eq!(serial.search(&pattern).unwrap().groups[1], "1");
-        assert_eq!(serial.search(&pattern).unwrap().groups[1], "2");
-        assert!(serial.search(&pattern).is_none());
+        let mut cursor = Cursor::default();
+        assert_eq!(serial.search(&pattern, &mut cursor).unwrap().groups[1], "1");
+        assert_eq!(serial.search(&pattern, &mut cursor).unwrap().groups[1], "2");
+        assert!(serial.search(&pattern, &mut cursor).is_none());
+        assert!(serial.search(&pattern, &mut Cursor::default()).is_some());
         assert_eq!(serial.text(), "ok 1\nok 2\n");
     }
 

@@ -32,9 +32,9 @@ use crate::{
 /// Version of the boot loader that `image-builder` is made of.
 const BOOT_LOADER: &str = "0.11.15";
 
-/// What the boot loader prints before Plinth does: what it found, on screen and serial port.
+/// What the boot loader prints: on screen and serial port, only what went wrong.
 const BOOT_SETTINGS: &[u8] =
-    br#"{"log_level":"Info","frame_buffer_logging":true,"serial_logging":true}"#;
+    br#"{"log_level":"Warn","frame_buffer_logging":true,"serial_logging":true}"#;
 
 /// Make a disk image that boots a PC, by UEFI or BIOS.
 #[derive(clap::Args)]

@@ -1,0 +1,392 @@
+//! `cargo xtask run`: builds Plinth, boots it in an emulator, puts its console on the terminal.
+
+use std::{
+    io::{self, Read, Write},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+
+use crate::{
+    emulator::{
+        Cursor, Emulator, End, Firmware, Keyboard, Machine, Missed, Regex, Running, Watch,
+        kvm::{self, Accel},
+    },
+    exit::{Code, Stop},
+    image::{Builder, Configuration, ProfileArgs},
+    paths, terminal,
+};
+
+/// A line that begins the report of a fault of Plinth's own, and the one that ends it.
+const FAULT: &str = r"(?m)^(?:\[[^\]\r\n]*\] ?)?HOST FAULT: ([^\r\n]*)";
+const FAULT_END: &str = r"(?m)^(?:\[[^\]\r\n]*\] ?)?Plinth stopped: ";
+
+/// Where the boot loader puts the kernel's image: the first address of the range that the kernel
+/// leaves to it.
+const KERNEL_BASE: u64 = 0xffff_8000_0000_0000;
+
+/// Time for a fault's report to come out in full.
+const FAULT_REPORT: Duration = Duration::from_secs(10);
+
+/// How often to look for the line waited for, a fault, and the person's wish to end.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// Ctrl-], which begins a command to Plinth; followed by [`QUIT`], one to xtask.
+const ESCAPE: u8 = 0x1d;
+const QUIT: u8 = b'x';
+
+/// Build Plinth and boot it in an emulator, with its console on this terminal.
+///
+/// Every key goes to Plinth, and from there to the guest that is shown; Ctrl-C too. After Ctrl-]
+/// a digit shows another guest's console, q powers Plinth off, any other key explains itself. Ctrl-] x ends the
+/// emulator at once, like pulling the plug.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  cargo xtask run                                 Linux and a test guest, as plinth.toml says
+  cargo xtask run --emulator bochs                the same on VT-x instead of AMD-V (slower)
+  cargo xtask run --kernel vmlinuz --initrd initrd.img --memory 512M
+                                                  a system of yours instead of plinth.toml's
+  cargo xtask run --headless --until 'login: ' --timeout 120
+                                                  for scripts: what was seen, by exit code
+  cargo xtask run --gdb                           wait for a debugger
+
+Exit codes: 0 Plinth powered off, or --until was seen; 1 a fault of Plinth, or the machine ended otherwise; 2 wrong
+arguments or configuration; 3 a program is missing; 124 --timeout passed; 130 ended by Ctrl-] x or a signal.")]
+pub struct Args {
+    /// Emulator: QEMU has AMD-V (or the workstation's own, see --accel), Bochs has VT-x.
+    #[arg(long, value_enum, default_value = "qemu")]
+    emulator: Emulator,
+    /// What the machine starts with [default: uefi in QEMU, bios in Bochs].
+    #[arg(long, value_enum)]
+    firmware: Option<Firmware>,
+    /// KVM or QEMU's own emulation.
+    #[arg(long, value_enum, default_value = "auto")]
+    accel: Accel,
+    /// The virtual machines [default: plinth.toml of this workspace].
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    guest: GuestArgs,
+    /// Memory of the emulated PC, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    host_memory: u32,
+    /// Processors of the emulated PC [default: 2 in QEMU, 1 in Bochs].
+    #[arg(long, value_name = "COUNT")]
+    host_cpus: Option<u32>,
+    /// Take no keys, only print what comes out.
+    #[arg(long)]
+    headless: bool,
+    /// End well as soon as the output matches this regular expression.
+    #[arg(long, value_name = "REGEX")]
+    until: Option<String>,
+    /// End after so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Log what the emulated processors do, to target/trace-EMULATOR.log (large).
+    #[arg(long)]
+    trace: bool,
+    /// Wait for gdb before the first instruction (QEMU).
+    #[arg(long)]
+    gdb: bool,
+    #[command(flatten)]
+    profile: ProfileArgs,
+}
+
+/// A guest of the user's own.
+#[derive(clap::Args)]
+struct GuestArgs {
+    /// Kernel of a guest of yours (bzImage, or ELF with multiboot or PVH), instead of those in plinth.toml.
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<String>,
+    /// Its initrd.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<String>,
+    /// Its command line.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        requires = "kernel",
+        default_value = "console=ttyS0"
+    )]
+    append: String,
+    /// Its memory, a number with M or G.
+    #[arg(long, value_name = "SIZE", requires = "kernel", default_value = "256M")]
+    memory: String,
+    /// Its virtual processors.
+    #[arg(long, value_name = "COUNT", requires = "kernel", default_value_t = 1)]
+    vcpus: u32,
+}
+
+impl GuestArgs {
+    /// A configuration with this guest only; its paths are relative to the current folder.
+    fn configuration(&self) -> anyhow::Result<Option<Configuration>> {
+        let Some(kernel) = &self.kernel else {
+            return Ok(None);
+        };
+        let mut text = format!(
+            "[[vm]]\nname = \"guest\"\nfocus = true\nvcpus = {}\nmemory = {}\n\n[vm.boot]\nkernel = {}\n",
+            self.vcpus,
+            toml_string(&self.memory),
+            toml_string(kernel),
+        );
+        if let Some(initrd) = &self.initrd {
+            text += &format!("initrd = {}\n", toml_string(initrd));
+        }
+        text += &format!("cmdline = {}\n", toml_string(&self.append));
+        let here = std::env::current_dir().context("the current folder")?;
+        Ok(Some(Configuration::new("(arguments)", text, here)))
+    }
+}
+
+/// A TOML basic string.
+fn toml_string(text: &str) -> String {
+    let mut quoted = String::from('"');
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => quoted.extend(['\\', c]),
+            c if c.is_control() => quoted += &format!("\\u{:04X}", u32::from(c)),
+            c => quoted.push(c),
+        }
+    }
+    quoted.push('"');
+    quoted
+}
+
+/// Builds and runs.
+///
+/// # Errors
+/// See [`Code`].
+pub fn run(args: &Args) -> anyhow::Result<Code> {
+    let until = args
+        .until
+        .as_deref()
+        .map(Regex::new)
+        .transpose()
+        .map_err(|e| Stop::with(Code::Usage, format!("--until: {e}")))?;
+    let configuration = match args.guest.configuration()? {
+        Some(configuration) => configuration,
+        None => Configuration::read(args.config.as_deref())?,
+    };
+    let mut machine = describe(args)?;
+    let builder = Builder::new(args.profile.profile())?;
+    builder.write(&configuration, &machine.image)?;
+    if args.emulator == Emulator::Qemu {
+        machine.acceleration = kvm::choose(args.accel)?;
+    }
+    if let Some(trace) = &machine.trace {
+        eprintln!("Trace: {}", paths::shown(trace));
+    }
+    if let Some(port) = machine.debugger_port {
+        eprintln!(
+            "Waiting for a debugger; in another terminal:\n  gdb -ex 'add-symbol-file {} -o \
+             {KERNEL_BASE:#x}' -ex 'target remote :{port}'",
+            paths::shown(&builder.debug_symbols)
+        );
+    }
+    let deadline = args
+        .timeout
+        .map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    if !args.headless {
+        eprintln!(
+            "Plinth's console. Ctrl-] then ? for help, Ctrl-] q to power off, Ctrl-] x to end at once."
+        );
+    }
+    let watch: Watch = Box::new(|bytes| {
+        let mut out = io::stdout().lock();
+        // Nobody may be listening any more; the machine runs on to its end.
+        let _ = out.write_all(bytes).and_then(|()| out.flush());
+    });
+    let running = machine.start_watched(Some(watch))?;
+    follow(running, until.as_ref(), deadline, !args.headless)
+}
+
+/// The machine that the arguments ask for.
+fn describe(args: &Args) -> anyhow::Result<Machine> {
+    let image = paths::target().join("plinth-run.img");
+    let mut machine = Machine::new(args.emulator, &image);
+    machine.firmware = args.firmware.unwrap_or(machine.firmware);
+    machine.cpus = args.host_cpus.unwrap_or(machine.cpus);
+    machine.memory_mib = args.host_memory;
+    let name = match args.emulator {
+        Emulator::Qemu => "qemu",
+        Emulator::Bochs => {
+            if args.accel == Accel::Kvm {
+                return Err(Stop::with(Code::Usage, "--accel kvm is for QEMU"));
+            }
+            "bochs"
+        }
+    };
+    machine.trace = args
+        .trace
+        .then(|| paths::target().join(format!("trace-{name}.log")));
+    machine.debugger_port = args.gdb.then_some(1234);
+    // Before anything is built.
+    machine.check()?;
+    Ok(machine)
+}
+
+/// Passes keys and output on until there is a reason to end.
+fn follow(
+    mut running: Running,
+    until: Option<&Regex>,
+    deadline: Option<Instant>,
+    interactive: bool,
+) -> anyhow::Result<Code> {
+    let raw = if interactive {
+        terminal::Raw::enter()?
+    } else {
+        None
+    };
+    let quit = Arc::new(AtomicBool::new(false));
+    if interactive {
+        pass_keys(running.keyboard(), Arc::clone(&quit));
+    }
+    let outcome = wait(&mut running, until, deadline, &quit);
+    running.kill();
+    drop(raw);
+    let (code, words) = outcome;
+    eprintln!("\n{words}");
+    Ok(code)
+}
+
+/// Waits for an end: exit code, and what to say.
+fn wait(
+    running: &mut Running,
+    until: Option<&Regex>,
+    deadline: Option<Instant>,
+    quit: &AtomicBool,
+) -> (Code, String) {
+    let fault = Regex::new(FAULT).expect("the pattern is well-formed");
+    let fault_end = Regex::new(FAULT_END).expect("the pattern is well-formed");
+    let (mut seen, mut seen_fault) = (Cursor::default(), Cursor::default());
+    loop {
+        if quit.load(Ordering::Relaxed) {
+            return (Code::Interrupted, "Ended.".into());
+        }
+        let ended = running.ended();
+        // A fault counts even if the line waited for came before it, and the machine may end by it.
+        if let Some(found) = running.search(&fault, &mut seen_fault) {
+            // The report's end, the machine's end or the time shows that there is no more to come.
+            let _ = running.read_until(&fault_end, FAULT_REPORT);
+            return (
+                Code::Failure,
+                format!("A fault of Plinth: {}", found.groups[1]),
+            );
+        }
+        if let Some(until) = until
+            && running.search(until, &mut seen).is_some()
+        {
+            return (Code::Success, "Seen what was waited for.".into());
+        }
+        match ended {
+            Some(End::PoweredOff) if until.is_none() => {
+                return (Code::Success, "Plinth powered off.".into());
+            }
+            Some(end) => {
+                let without = if until.is_some() {
+                    " without what was waited for"
+                } else {
+                    ""
+                };
+                return (Code::Failure, format!("Ended{without}: {end}."));
+            }
+            None => {}
+        }
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return (Code::Timeout, Missed::Timeout.to_string());
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// Sends what is typed to the machine, until Ctrl-] x.
+fn pass_keys(keyboard: Keyboard, quit: Arc<AtomicBool>) {
+    thread::spawn(move || {
+        let mut filter = QuitKeys::default();
+        let mut buffer = [0; 1024];
+        // At the end of a file that stands for keys, the machine runs on.
+        while let Ok(read @ 1..) = io::stdin().read(&mut buffer) {
+            let (passed, wants_quit) = filter.pass(&buffer[..read]);
+            keyboard.send(passed);
+            if wants_quit {
+                quit.store(true, Ordering::Relaxed);
+                return;
+            }
+        }
+    });
+}
+
+/// Finds Ctrl-] x in what is typed.
+#[derive(Default)]
+struct QuitKeys {
+    escaped: bool,
+}
+
+impl QuitKeys {
+    /// What is for the machine, up to the keys that end all; whether those were typed. Ctrl-] itself is
+    /// for the machine, since Plinth has commands that begin with it; Ctrl-] twice is one for the guest.
+    fn pass<'b>(&mut self, typed: &'b [u8]) -> (&'b [u8], bool) {
+        for (index, &byte) in typed.iter().enumerate() {
+            if self.escaped && byte == QUIT {
+                return (&typed[..index], true);
+            }
+            self.escaped = byte == ESCAPE && !self.escaped;
+        }
+        (typed, false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_keys_to_quit_are_found_across_reads() {
+        let mut keys = QuitKeys::default();
+        assert_eq!(keys.pass(b"ls x\r"), (&b"ls x\r"[..], false));
+        assert_eq!(keys.pass(b"\x1d"), (&b"\x1d"[..], false));
+        assert_eq!(keys.pass(b"xyz"), (&b""[..], true));
+    }
+
+    #[test]
+    fn an_escaped_escape_is_for_the_guest() {
+        let mut keys = QuitKeys::default();
+        assert_eq!(keys.pass(b"\x1d\x1dx"), (&b"\x1d\x1dx"[..], false));
+        assert_eq!(keys.pass(b"\x1d1\x1dx"), (&b"\x1d1\x1d"[..], true));
+    }
+
+    #[test]
+    fn a_guest_of_ones_own_becomes_a_configuration() {
+        let guest = GuestArgs {
+            kernel: Some("a \"b\"\\c".into()),
+            initrd: Some("i".into()),
+            append: "console=ttyS0 quiet".into(),
+            memory: "1G".into(),
+            vcpus: 3,
+        };
+        let configuration = guest.configuration().unwrap().unwrap();
+        let parsed = manage::config::parse("x", &configuration.text);
+        assert!(parsed.problems.is_empty(), "{}", parsed.report());
+        let vm = &parsed.vms[0];
+        assert_eq!(vm.boot.kernel, "a \"b\"\\c");
+        assert_eq!(vm.boot.initrd.as_deref(), Some("i"));
+        assert_eq!(vm.boot.cmdline, "console=ttyS0 quiet");
+        assert_eq!((vm.memory, vm.vcpus), (1 << 30, 3));
+    }
+
+    #[test]
+    fn a_fault_is_told_from_a_guests_words() {
+        let fault = Regex::new(FAULT).unwrap();
+        let found = fault.captures(b"x\r\nHOST FAULT: page fault\r\n").unwrap();
+        assert_eq!(&found[1], b"page fault");
+        assert!(fault.is_match(b"[   1.234] HOST FAULT: panic"));
+        assert!(!fault.is_match(b"no HOST FAULT: here"));
+    }
+}
