@@ -28,6 +28,7 @@ pub mod line;
 pub mod pic;
 pub mod pit;
 pub mod pm;
+pub mod rtc;
 pub mod system;
 pub mod time;
 pub mod uart;
