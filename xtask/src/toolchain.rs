@@ -133,6 +133,8 @@ impl Toolchain {
         let new = to.with_extension("part");
         output_of(
             Command::new(&self.objcopy)
+                // Where LLVM's library is in toolchains that share it with the compiler.
+                .env("LD_LIBRARY_PATH", self.sysroot.join("lib"))
                 .arg("--strip-all")
                 .args([from, &new]),
         )?;
