@@ -157,8 +157,8 @@ impl SvmVcpu {
     /// Not intercepted: CR0, CR3 and debug registers, which the VMCB or `load` switch and which
     /// can't turn on what CPUID hides; INVLPG and INVPCID, which the ASID confines; task
     /// switches, which the processor does itself in a guest. CR4 writes are, for that a guest
-    /// can't turn on hidden features. #DB and #AC are, and delivered on, because a guest can
-    /// make either recur in its own delivery without end, and no interrupt gets in between.
+    /// can't turn on hidden features. #DB and #AC are because a guest can make either recur in
+    /// its own delivery without end, and no interrupt of the host's gets in between.
     fn set_up_control(&mut self, asid: u32, nested_root: Hpa) {
         let shared = self.shared.clone();
         let has = |feature| shared.capabilities.svm.contains(feature);
@@ -322,8 +322,8 @@ impl SvmVcpu {
         };
     }
 
-    /// An intercepted exception. All but #MC are queued for the guest at once; DR6 and DR7 are
-    /// already as its handler expects them (section 15.12.2).
+    /// An intercepted exception, which the VMM injects. DR6 and DR7 are already as the guest's
+    /// handler expects them (section 15.12.2).
     #[cold]
     fn exception(&mut self, decode_assists: bool) -> Option<Exit> {
         let debug = self.control().exit_code as u32 == exit_code::DEBUG_EXCEPTION;
@@ -339,14 +339,7 @@ impl SvmVcpu {
                 return None;
             }
         }
-        let exit = decode::exit(self.control(), decode_assists);
-        if let Exit::Exception { vector, error_code } = exit
-            && !ExceptionIntercepts::from_bits_truncate(1 << vector)
-                .contains(ExceptionIntercepts::MACHINE_CHECK)
-        {
-            self.inject(Event::Exception { vector, error_code });
-        }
-        Some(exit)
+        Some(decode::exit(self.control(), decode_assists))
     }
 
     /// Lets the guest execute one instruction and come back by #DB.
