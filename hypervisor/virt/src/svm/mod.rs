@@ -528,6 +528,7 @@ mod tests {
         assert_eq!(v.segment(SegmentName::Fs).base, 0x1000);
         assert_eq!(v.msr(msr::PAT), Some(crate::cpu::PAT_RESET));
         assert!(!v.set_msr(msr::PAT, 2), "a reserved memory type");
+        assert!(!v.set_msr(msr::LSTAR, 1 << 63), "not canonical");
         assert!(
             v.set_msr(msr::DEBUGCTL, 1),
             "without LBR virtualization: dropped"

@@ -27,7 +27,9 @@ use super::vmcb::{
     VmcbSegment, exit_code,
 };
 use super::{Shared, checks, features::SvmFeatures};
-use crate::cpu::{GuestDebug, GuestFpu, GuestSpecCtrl, PAT_RESET, is_pat, msr, rdmsr, wrmsr};
+use crate::cpu::{
+    GuestDebug, GuestFpu, GuestSpecCtrl, PAT_RESET, is_canonical, is_pat, msr, rdmsr, wrmsr,
+};
 use crate::exit::Exit;
 use crate::state::{CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName};
 use crate::{VcpuSetup, VirtualCpu};
@@ -811,6 +813,12 @@ impl VirtualCpu for SvmVcpu {
         let branch_records = capabilities.svm.contains(SvmFeatures::LBR_VIRTUALIZATION);
         let save = self.save_mut();
         match number {
+            // VMLOAD would load something else.
+            msr::FS_BASE | msr::GS_BASE | msr::KERNEL_GS_BASE | msr::LSTAR | msr::CSTAR
+                if !is_canonical(value) =>
+            {
+                return false;
+            }
             msr::FS_BASE => save.fs.base = value,
             msr::GS_BASE => save.gs.base = value,
             msr::KERNEL_GS_BASE => save.kernel_gs_base = value,
