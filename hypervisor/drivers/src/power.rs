@@ -103,6 +103,11 @@ impl PowerControl {
         }
     }
 
+    /// The emulator that this machine is, if it is a known one.
+    pub fn emulator(&self) -> Option<Emulator> {
+        self.emulator
+    }
+
     /// Powers the machine off. Returns when that failed.
     ///
     /// # Safety

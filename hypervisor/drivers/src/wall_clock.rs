@@ -38,7 +38,14 @@ impl Registers {
                 (high <= 9 && low <= 9).then(|| u64::from(high * 10 + low))
             }
         };
-        let mut hour = decode(self.hour & if self.status_b & HOURS_24 != 0 { 0xff } else { !AFTERNOON })?;
+        let mut hour = decode(
+            self.hour
+                & if self.status_b & HOURS_24 != 0 {
+                    0xff
+                } else {
+                    !AFTERNOON
+                },
+        )?;
         if self.status_b & HOURS_24 == 0 {
             hour %= 12;
             if self.hour & AFTERNOON != 0 {
@@ -47,11 +54,21 @@ impl Registers {
         }
         let (second, minute) = (decode(self.second)?, decode(self.minute)?);
         let (day, month, year) = (decode(self.day)?, decode(self.month)?, decode(self.year)?);
-        if !(1..=12).contains(&month) || !(1..=31).contains(&day) || hour > 23 || minute > 59 || second > 60 || year > 99 {
+        if !(1..=12).contains(&month)
+            || !(1..=31).contains(&day)
+            || hour > 23
+            || minute > 59
+            || second > 60
+            || year > 99
+        {
             return None;
         }
         // Days since 1970-01-01 of a proleptic Gregorian date, with years that begin in March.
-        let (y, m) = if month > 2 { (2000 + year, month - 3) } else { (1999 + year, month + 9) };
+        let (y, m) = if month > 2 {
+            (2000 + year, month - 3)
+        } else {
+            (1999 + year, month + 9)
+        };
         let days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + day - 1 - 719_468;
         Some(((days * 24 + hour) * 60 + minute) * 60 + second)
     }
@@ -111,17 +128,42 @@ mod tests {
         let expected = Some(1_709_210_096); // 2024-02-29 12:34:56 UTC
         assert_eq!(BCD.epoch(), expected);
         let binary = Registers {
-            second: 56, minute: 34, hour: 12, day: 29, month: 2, year: 24, status_b: HOURS_24 | BINARY,
+            second: 56,
+            minute: 34,
+            hour: 12,
+            day: 29,
+            month: 2,
+            year: 24,
+            status_b: HOURS_24 | BINARY,
         };
         assert_eq!(binary.epoch(), expected);
-        assert_eq!(Registers { hour: 0x12 | AFTERNOON, status_b: 0, ..BCD }.epoch(), expected);
-        let midnight = Registers { hour: 0x12, status_b: 0, ..BCD };
+        assert_eq!(
+            Registers {
+                hour: 0x12 | AFTERNOON,
+                status_b: 0,
+                ..BCD
+            }
+            .epoch(),
+            expected
+        );
+        let midnight = Registers {
+            hour: 0x12,
+            status_b: 0,
+            ..BCD
+        };
         assert_eq!(midnight.epoch(), expected.map(|e| e - 12 * 3600));
     }
 
     #[test]
     fn refuses_what_is_no_date() {
         assert_eq!(Registers { month: 0x13, ..BCD }.epoch(), None);
-        assert_eq!(Registers { second: 0xff, ..BCD }.epoch(), None);
+        assert_eq!(
+            Registers {
+                second: 0xff,
+                ..BCD
+            }
+            .epoch(),
+            None
+        );
     }
 }

@@ -10,12 +10,15 @@ use bootloader_api::{
     entry_point,
 };
 use drivers::firmware::{self, Firmware, Window};
+use manage::bundle::Bundle;
 
 use crate::{
     calibrate::{self, Mhz},
-    console, cpu, debug, idt, info, interrupts, memory,
+    console, cpu, debug, error, idt, info, interrupts, memory,
     percpu::{self, PerCpu},
-    power, run, screen, smp, time, warn,
+    power,
+    preflight::{self, Vendor},
+    run, screen, smp, symbols, time, warn,
 };
 
 /// Bytes of stack of the first processor, with a guard page below.
@@ -38,8 +41,10 @@ entry_point!(entry, config = &CONFIG);
 pub struct Machine {
     /// What the firmware's tables say.
     pub firmware: Firmware,
-    /// The boot image's files: a tar archive.
-    pub ramdisk: Option<&'static [u8]>,
+    /// The boot image's files: configuration, kernels, initial ramdisks.
+    pub bundle: Bundle<'static>,
+    /// Whose virtualization the processors have; the pre-flight check was passed.
+    pub vendor: Vendor,
 }
 
 fn entry(boot_info: &'static mut BootInfo) -> ! {
@@ -59,7 +64,7 @@ fn entry(boot_info: &'static mut BootInfo) -> ! {
             seal.fixed
         );
     }
-    let ramdisk = ramdisk(boot_info);
+    let bundle = bundle(boot_info);
     let firmware = read_firmware(boot_info);
     power::init(&firmware);
     interrupts::init(&firmware);
@@ -76,7 +81,15 @@ fn entry(boot_info: &'static mut BootInfo) -> ! {
         memory::total_bytes() >> 20,
         Mhz(time::hz())
     );
-    run::start(Machine { firmware, ramdisk })
+    let machine = Machine {
+        firmware,
+        bundle,
+        vendor: preflight::check(),
+    };
+    #[cfg(feature = "selftest")]
+    crate::selftest::run(&machine);
+    #[cfg(not(feature = "selftest"))]
+    run::start(machine)
 }
 
 /// Gives this processor its own descriptor tables, stacks for faults, and per-processor data.
@@ -92,10 +105,23 @@ fn own_tables() {
     idt::load();
 }
 
-fn ramdisk(boot_info: &BootInfo) -> Option<&'static [u8]> {
-    let start = boot_info.ramdisk_addr.as_ref().copied()?;
+/// The files of the boot image. The kernel's symbols among them are put to use at once.
+fn bundle(boot_info: &BootInfo) -> Bundle<'static> {
+    let Some(start) = boot_info.ramdisk_addr.as_ref().copied() else {
+        warn!("the boot image has no ramdisk, so there is no configuration");
+        return Bundle::default();
+    };
     // SAFETY: the boot loader mapped the ramdisk there, for ever, and nobody writes to it.
-    Some(unsafe { core::slice::from_raw_parts(start as *const u8, boot_info.ramdisk_len as usize) })
+    let archive =
+        unsafe { core::slice::from_raw_parts(start as *const u8, boot_info.ramdisk_len as usize) };
+    let bundle = Bundle::parse(archive).unwrap_or_else(|error| {
+        error!("ramdisk: {error}");
+        Bundle::default()
+    });
+    if let Some(file) = bundle.file(symbols::FILE) {
+        symbols::init(file);
+    }
+    bundle
 }
 
 /// Reads the ACPI tables. Without them the host knows itself only: one processor, PIC-less, no power-off.
@@ -108,7 +134,17 @@ fn read_firmware(boot_info: &BootInfo) -> Firmware {
         warn!("no valid ACPI tables: one processor, and no power-off");
         Firmware::default()
     });
-    debug!("{firmware:?}");
+    debug!(
+        "firmware: {} processors, I/O APICs {:x?}, overrides {:?}",
+        firmware.processors.len(),
+        firmware.io_apics,
+        firmware.overrides
+    );
+    debug!(
+        "firmware: HPET {:x?}, {:x?}, PCIe {:x?}",
+        firmware.hpet, firmware.pm_timer, firmware.pcie
+    );
+    debug!("firmware: {:x?}", firmware.power);
     firmware
 }
 

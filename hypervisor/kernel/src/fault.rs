@@ -30,6 +30,7 @@ pub enum OnFault {
     /// The machine restarts, after time to read the report.
     Restart = 1,
     /// The machine powers off: for tests.
+    #[cfg(feature = "selftest")]
     PowerOff = 2,
 }
 
@@ -78,6 +79,7 @@ fn begin() {
 
 fn end() -> ! {
     let action = ON_FAULT.load(Ordering::Relaxed);
+    #[cfg(feature = "selftest")]
     if action == OnFault::PowerOff as u8 {
         report!("Plinth stopped: powering off");
         power::off();
@@ -271,7 +273,11 @@ fn registers(frame: &TrapFrame, cr2: u64) {
 /// Shows what look like return addresses on the stack from `rsp` up, nearest first: words that point into
 /// the kernel's code, right behind a call. Works without frame pointers; may show a stale one.
 fn trace(rsp: u64) {
-    let start = rsp.next_multiple_of(8);
+    // After an overflow RSP is in the guard page, and the stack begins above it.
+    let start = match memory::is_mapped(rsp) {
+        true => rsp.next_multiple_of(8),
+        false => rsp.next_multiple_of(mem::PAGE_SIZE),
+    };
     let words = (start..start.saturating_add(TRACE_BYTES))
         .step_by(8)
         .map_while(|at| {

@@ -138,7 +138,7 @@ pub fn arm_timer(tsc: u64) {
         0 => unsafe { apic().set_deadline(tsc) },
         ratio => {
             let delta = tsc.saturating_sub(time::now_tsc());
-            let ticks = u128::from(delta) * u128::from(ratio) >> 32;
+            let ticks = (u128::from(delta) * u128::from(ratio)) >> 32;
             apic().start_timer(ticks.clamp(1, u128::from(u32::MAX)) as u32);
         }
     }

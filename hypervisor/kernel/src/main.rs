@@ -22,8 +22,11 @@ mod log;
 mod memory;
 mod percpu;
 mod power;
+mod preflight;
 mod run;
 mod screen;
+#[cfg(feature = "selftest")]
+mod selftest;
 mod smp;
 mod symbols;
 mod sync;

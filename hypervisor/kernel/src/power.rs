@@ -11,6 +11,11 @@ use crate::{console, cpu, memory};
 
 static CONTROL: Once<PowerControl> = Once::new();
 
+/// The emulator that this machine is, if it is a known one.
+pub fn emulator() -> Option<Emulator> {
+    CONTROL.get()?.emulator()
+}
+
 /// Learns from the firmware how this machine is turned off and restarted.
 pub fn init(firmware: &Firmware) {
     let hypervisor = cpu::cpuid()
