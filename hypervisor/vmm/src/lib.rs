@@ -12,6 +12,7 @@ pub mod control;
 pub mod cpuid;
 pub mod emulate;
 pub mod host;
+pub mod load;
 pub mod msr;
 pub mod walk;
 
