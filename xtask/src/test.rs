@@ -92,7 +92,7 @@ impl Args {
 /// Runs what the arguments select; the closing line counts it.
 ///
 /// # Errors
-/// Nothing has the name that was asked for, or preparing the scenarios failed.
+/// Nothing has the name that was asked for, or the logs cannot be written.
 pub fn run(args: &Args) -> Result<Code> {
     let units = !args.reference && args.emulator.is_none() && args.wants(UNIT);
     let scenarios = args.scenarios();
@@ -117,7 +117,7 @@ pub fn run(args: &Args) -> Result<Code> {
         run_units(&mut counts)?;
     }
     if !scenarios.is_empty() {
-        run_scenarios(scenarios, &mut counts)?;
+        run_scenarios(scenarios, &mut counts);
     }
     println!("{}", counts.closing_line());
     Ok(if counts.failed == 0 {
@@ -184,31 +184,38 @@ fn log_of(name: &str) -> PathBuf {
     logs().join(format!("{}.log", name.replace('/', "-")))
 }
 
-/// Runs scenarios side by side, the longest first.
-fn run_scenarios(mut scenarios: Vec<Scenario>, counts: &mut Counts) -> Result<()> {
-    let rig = scenarios::Rig::prepare(&scenarios)?;
-    scenarios.sort_by_key(|scenario| std::cmp::Reverse(scenario.cost_s));
+/// Runs scenarios side by side, the longest first; those that look at the others' results
+/// come last.
+fn run_scenarios(scenarios: Vec<Scenario>, counts: &mut Counts) {
+    let rig = match scenarios::Rig::prepare(&scenarios) {
+        Ok(rig) => rig,
+        Err(error) => {
+            println!("no scenario can run: {error:#}");
+            counts.failed += u32::try_from(scenarios.len()).unwrap_or(u32::MAX);
+            return;
+        }
+    };
+    let (last, mut first): (Vec<_>, Vec<_>) =
+        scenarios.into_iter().partition(|scenario| scenario.last);
+    first.sort_by_key(|scenario| std::cmp::Reverse(scenario.cost_s));
     let next = AtomicUsize::new(0);
-    let counted = Mutex::new(Counts::default());
-    let at_once = thread::available_parallelism()
-        .map_or(1, usize::from)
-        .min(scenarios.len());
+    let shared = Mutex::new(counts);
+    let run_one = |scenario: &Scenario| {
+        let started = Instant::now();
+        let outcome = scenario.run(&rig, &log_of(&scenario.name));
+        let mut counts = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        tell(&scenario.name, &outcome, started);
+        counts.add(&outcome);
+    };
+    let at_once = thread::available_parallelism().map_or(1, usize::from).min(first.len());
     thread::scope(|scope| {
         for _ in 0..at_once {
             scope.spawn(|| {
-                while let Some(scenario) = scenarios.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let started = Instant::now();
-                    let outcome = scenario.run(&rig, &log_of(&scenario.name));
-                    let mut counts = counted.lock().unwrap_or_else(PoisonError::into_inner);
-                    tell(&scenario.name, &outcome, started);
-                    counts.add(&outcome);
+                while let Some(scenario) = first.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    run_one(scenario);
                 }
             });
         }
     });
-    let ran = counted.into_inner().unwrap_or_else(PoisonError::into_inner);
-    counts.passed += ran.passed;
-    counts.failed += ran.failed;
-    counts.skipped += ran.skipped;
-    Ok(())
+    last.iter().for_each(run_one);
 }
