@@ -207,7 +207,9 @@ fn run_scenarios(scenarios: Vec<Scenario>, counts: &mut Counts) {
         tell(&scenario.name, &outcome, started);
         counts.add(&outcome);
     };
-    let at_once = thread::available_parallelism().map_or(1, usize::from).min(first.len());
+    let at_once = thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(first.len());
     thread::scope(|scope| {
         for _ in 0..at_once {
             scope.spawn(|| {

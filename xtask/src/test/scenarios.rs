@@ -94,7 +94,10 @@ impl Place {
             Self::Bochs => (480, 180),
             Self::Kvm => (120, 60),
         };
-        Limits { boot: Duration::from_secs(boot), command: Duration::from_secs(command) }
+        Limits {
+            boot: Duration::from_secs(boot),
+            command: Duration::from_secs(command),
+        }
     }
 
     /// How many times as long as on QEMU something takes, about.
@@ -159,7 +162,10 @@ impl Scenario {
         {
             return Outcome::Skipped(why);
         }
-        let start = Start { name: self.name.replace('/', "-"), log: log.to_owned() };
+        let start = Start {
+            name: self.name.replace('/', "-"),
+            log: log.to_owned(),
+        };
         match (self.body)(rig, &start) {
             Ok(remark) => Outcome::Passed(remark),
             Err(error) => match error.downcast::<CannotTell>() {
@@ -228,17 +234,30 @@ impl Rig {
                 obstacles.push((place, why));
             }
         }
-        let boots_plinth = scenarios.iter().any(|scenario| !scenario.name.starts_with(REFERENCE));
-        let builder = boots_plinth.then(|| image::Builder::new(Profile::Release)).transpose()?;
+        let boots_plinth = scenarios
+            .iter()
+            .any(|scenario| !scenario.name.starts_with(REFERENCE));
+        let builder = boots_plinth
+            .then(|| image::Builder::new(Profile::Release))
+            .transpose()?;
         let scratch = paths::target().join("test-scenarios");
         let files = scratch.join("files");
         make_files(&files)?;
-        Ok(Self { builder, files, scratch, obstacles, stub_reports: Mutex::default() })
+        Ok(Self {
+            builder,
+            files,
+            scratch,
+            obstacles,
+            stub_reports: Mutex::default(),
+        })
     }
 
     /// Why a place cannot be used.
     fn obstacle(&self, place: Place) -> Option<String> {
-        self.obstacles.iter().find(|(known, _)| *known == place).map(|(_, why)| why.clone())
+        self.obstacles
+            .iter()
+            .find(|(known, _)| *known == place)
+            .map(|(_, why)| why.clone())
     }
 
     /// Boots Plinth with this configuration, whatever is wrong with it.
@@ -283,7 +302,9 @@ fn make_files(folder: &Path) -> Result<()> {
     // Kernels that are none: a text, and the beginning of a real one.
     guests::write_whole(&folder.join("letter"), b"Dear kernel, ...\n")?;
     let whole = fs::read(folder.join(guests::CATALOGUE[0].name))?;
-    let beginning = whole.get(..64 << 10).context("a kernel is larger than 64 KiB")?;
+    let beginning = whole
+        .get(..64 << 10)
+        .context("a kernel is larger than 64 KiB")?;
     guests::write_whole(&folder.join("cut-short"), beginning)
 }
 
@@ -319,13 +340,23 @@ pub fn all() -> Vec<Scenario> {
     }
     for place in emulated {
         all.push(linux(place, older));
-        all.push(Scenario::new(place, "two-vms", 25, move |rig, start| two_vms(rig, start, place)));
-        all.push(Scenario::new(place, "guest-triple-fault", 20, move |rig, start| {
-            triple_fault(rig, start, place)
+        all.push(Scenario::new(place, "two-vms", 25, move |rig, start| {
+            two_vms(rig, start, place)
         }));
+        all.push(Scenario::new(
+            place,
+            "guest-triple-fault",
+            20,
+            move |rig, start| triple_fault(rig, start, place),
+        ));
     }
     let place = Place::QEMU_BIOS;
-    all.push(Scenario::new(place, "guest-reboot", 25, move |rig, start| reboot(rig, start, place)));
+    all.push(Scenario::new(
+        place,
+        "guest-reboot",
+        25,
+        move |rig, start| reboot(rig, start, place),
+    ));
     all.push(
         Scenario::new(place, "no-virtualization", 3, move |rig, start| {
             no_virtualization(rig, start, place)
@@ -333,16 +364,23 @@ pub fn all() -> Vec<Scenario> {
         .quick(),
     );
     all.push(
-        Scenario::new(place, "bad-config", 8, move |rig, start| bad_config(rig, start, place))
-            .quick(),
+        Scenario::new(place, "bad-config", 8, move |rig, start| {
+            bad_config(rig, start, place)
+        })
+        .quick(),
     );
     all.push(
-        Scenario::new(place, "bad-kernel", 8, move |rig, start| bad_kernel(rig, start, place))
-            .quick(),
+        Scenario::new(place, "bad-kernel", 8, move |rig, start| {
+            bad_kernel(rig, start, place)
+        })
+        .quick(),
     );
-    all.push(Scenario::new(place, "unparsable-config", 3, move |rig, start| {
-        unparsable(rig, start, place)
-    }));
+    all.push(Scenario::new(
+        place,
+        "unparsable-config",
+        3,
+        move |rig, start| unparsable(rig, start, place),
+    ));
     all.push(Scenario {
         name: "workstation/check-config".to_owned(),
         emulator: None,
@@ -395,7 +433,9 @@ pub fn reference() -> Vec<Scenario> {
         "stub",
         Box::new(move |rig, start| {
             let mut session = bare(rig, start, "stub", 32, |machine| {
-                machine.extra.extend(["-append", "end=poweroff"].map(String::from));
+                machine
+                    .extra
+                    .extend(["-append", "end=poweroff"].map(String::from));
             })?;
             let report = stub_to_power_off(&mut session, place.limits())?;
             Ok(report.remark)
@@ -415,7 +455,10 @@ fn bare(
     let mut machine = Place::QEMU_BIOS.machine(&rig.files.join(EMPTY_DISK));
     machine.cpus = 1;
     machine.memory_mib = memory_mib;
-    machine.extra.extend(["-kernel".to_owned(), rig.files.join(kernel).display().to_string()]);
+    machine.extra.extend([
+        "-kernel".to_owned(),
+        rig.files.join(kernel).display().to_string(),
+    ]);
     change(&mut machine);
     Session::start(&machine, &start.log, 2 * Place::QEMU_BIOS.limits().boot)
 }
@@ -431,7 +474,11 @@ fn linux(place: Place, guest: &'static Guest) -> Scenario {
 
 /// Boots, converses, powers off; the remark says when the shell was there.
 fn linux_to_power_off(session: &mut Session, guest: &Guest, limits: Limits) -> Result<String> {
-    let given = Given { release: guest.release, memory_mib: MEMORY_MIB, cpus: 1 };
+    let given = Given {
+        release: guest.release,
+        memory_mib: MEMORY_MIB,
+        cpus: 1,
+    };
     let started = session.started();
     let (mut shell, release) = Shell::wait_for(session, limits)?;
     let booted = started.elapsed().as_secs_f64();
@@ -446,7 +493,10 @@ fn check_stub(place: Place) -> Scenario {
     let scenario = Scenario::new(place, "stub", 8, move |rig, start| {
         let mut session = rig.boot(place, start, &stub_vm("stub", "end=poweroff"))?;
         let report = stub_to_power_off(&mut session, place.limits())?;
-        let mut reports = rig.stub_reports.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reports = rig
+            .stub_reports
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         reports.push((place, report.facts));
         Ok(report.remark)
     });
@@ -472,21 +522,38 @@ fn stub_report(terminal: &mut dyn Terminal, limits: Limits) -> Result<StubReport
     let sum = Regex::new(r"stub: (\d+) passed, (\d+) failed, (\d+) skipped\r?\n")?;
     let text = terminal.expect(&Regex::new(STUB_GREETING)?, limits.boot);
     text.context("waiting for the stub's greeting")?;
-    let text = terminal.expect(&sum, limits.boot).context("waiting for the stub's checks")?;
+    let text = terminal
+        .expect(&sum, limits.boot)
+        .context("waiting for the stub's checks")?;
     let text = plain(&text);
     let lines = |with: &str| {
-        text.lines().filter(|line| line.contains(with)).map(str::to_owned).collect::<Vec<_>>()
+        text.lines()
+            .filter(|line| line.contains(with))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
     };
     let failed = lines(": FAILED");
-    let found = sum.captures(&text).context("what was waited for is in the text")?;
-    ensure!(failed.is_empty() && &found[2] == "0", "{}", failed.join("\n"));
+    let found = sum
+        .captures(&text)
+        .context("what was waited for is in the text")?;
+    ensure!(
+        failed.is_empty() && &found[2] == "0",
+        "{}",
+        failed.join("\n")
+    );
     ensure!(&found[1] != "0", "no check ran");
     let remark = match &found[3] {
         "0" => format!("{} checks", &found[1]),
         skipped => format!("{} checks, {skipped} not possible here", &found[1]),
     };
-    let facts = text.lines().filter(|line| line.starts_with("fact ")).map(str::to_owned);
-    Ok(StubReport { facts: facts.collect(), remark })
+    let facts = text
+        .lines()
+        .filter(|line| line.starts_with("fact "))
+        .map(str::to_owned);
+    Ok(StubReport {
+        facts: facts.collect(),
+        remark,
+    })
 }
 
 /// The stub's first line.
@@ -494,8 +561,16 @@ const STUB_GREETING: &str = "plinth guest-stub: hello";
 
 /// Both backends show a guest the same machine.
 fn same_facts(rig: &Rig) -> Result<String> {
-    let reports = rig.stub_reports.lock().unwrap_or_else(PoisonError::into_inner);
-    let of = |place| reports.iter().find(|(known, _)| *known == place).map(|(_, facts)| facts);
+    let reports = rig
+        .stub_reports
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    let of = |place| {
+        reports
+            .iter()
+            .find(|(known, _)| *known == place)
+            .map(|(_, facts)| facts)
+    };
     let (Some(amd), Some(intel)) = (of(Place::QEMU_BIOS), of(Place::Bochs)) else {
         return Err(CannotTell("the stub's scenarios did not run on both").into());
     };
@@ -520,9 +595,11 @@ fn two_vms(rig: &Rig, start: &Start, place: Place) -> Result<String> {
     let limits = place.limits();
     let mut vms = fs::read_to_string(paths::workspace().join("plinth.toml"))?;
     // The same files, under the names that they have here.
-    for (name, file) in
-        [("@linux\"", "linux-6.1-cloud\""), ("@initramfs\"", "initramfs\""), ("@stub\"", "stub\"")]
-    {
+    for (name, file) in [
+        ("@linux\"", "linux-6.1-cloud\""),
+        ("@initramfs\"", "initramfs\""),
+        ("@stub\"", "stub\""),
+    ] {
         ensure!(vms.contains(name), "plinth.toml does not name {name}");
         vms = vms.replace(name, file);
     }
@@ -552,8 +629,14 @@ fn reboot(rig: &Rig, start: &Start, place: Place) -> Result<String> {
     shell.say("reboot")?;
     let (mut shell, release) =
         Shell::wait_for(&mut session, limits).context("after the guest's reboot")?;
-    ensure!(release.starts_with(guests::CATALOGUE[0].release), "another kernel: {release}");
-    ensure!(shell.run("cat /tmp/from-before")?.status != 0, "a file outlived the reboot");
+    ensure!(
+        release.starts_with(guests::CATALOGUE[0].release),
+        "another kernel: {release}"
+    );
+    ensure!(
+        shell.run("cat /tmp/from-before")?.status != 0,
+        "a file outlived the reboot"
+    );
     shell.say("poweroff")?;
     session.wait_for_power_off(limits.command)?;
     Ok(String::new())
@@ -571,10 +654,16 @@ fn triple_fault(rig: &Rig, start: &Start, place: Place) -> Result<String> {
     session.wait_for_power_off(limits.command)?;
     let text = session.text();
     for (what, pattern) in [
-        ("the VM's end with its reason", r"suicide.*(?i:triple fault)"),
+        (
+            "the VM's end with its reason",
+            r"suicide.*(?i:triple fault)",
+        ),
         ("its registers", r"(?i:\brip\b)"),
     ] {
-        ensure!(Regex::new(pattern)?.is_match(&text), "Plinth did not show {what}");
+        ensure!(
+            Regex::new(pattern)?.is_match(&text),
+            "Plinth did not show {what}"
+        );
     }
     Ok(String::new())
 }
@@ -587,29 +676,48 @@ fn no_virtualization(rig: &Rig, start: &Start, place: Place) -> Result<String> {
         machine.cpu_model = Some("qemu64,-svm".to_owned());
     })?;
     let verdict = Regex::new(r"(?i)(missing|absent|no VT-x|neither)[^\n]*\n")?;
-    session.expect(&verdict, limits.boot).context("waiting for the pre-flight check")?;
+    session
+        .expect(&verdict, limits.boot)
+        .context("waiting for the pre-flight check")?;
     session.wait_for_power_off(limits.command)?;
     let text = session.text();
     let crash = Regex::new(r"(?i)panic|page fault|general protection|double fault")?;
     if let Some(found) = crash.find(&text) {
         bail!("Plinth crashed: {}", found.as_str());
     }
-    ensure!(!text.contains(STUB_GREETING), "a guest ran without virtualization");
+    ensure!(
+        !text.contains(STUB_GREETING),
+        "a guest ran without virtualization"
+    );
     Ok(String::new())
 }
 
 /// A configuration with one mistake per VM, and one VM without; and what has to be said of
 /// the mistakes, apart from the place: file, line and column are looked for as well.
 const MISTAKES: [(&str, &str); 4] = [
-    ("name = \"typo\"\nmemory = \"32M\"\nvcpu = 1\nboot = { kernel = \"stub\" }", "vcpu: unknown key"),
-    ("name = \"many\"\nmemory = \"32M\"\nvcpus = 1000\nboot = { kernel = \"stub\" }", "vm.vcpus: 1000"),
-    ("name = \"lost\"\nmemory = \"32M\"\nboot = { kernel = \"nowhere\" }", "vm.boot.kernel: nowhere"),
-    ("name = \"small\"\nmemory = \"1M\"\nboot = { kernel = \"stub\" }", "vm.memory: \"1M\""),
+    (
+        "name = \"typo\"\nmemory = \"32M\"\nvcpu = 1\nboot = { kernel = \"stub\" }",
+        "vcpu: unknown key",
+    ),
+    (
+        "name = \"many\"\nmemory = \"32M\"\nvcpus = 1000\nboot = { kernel = \"stub\" }",
+        "vm.vcpus: 1000",
+    ),
+    (
+        "name = \"lost\"\nmemory = \"32M\"\nboot = { kernel = \"nowhere\" }",
+        "vm.boot.kernel: nowhere",
+    ),
+    (
+        "name = \"small\"\nmemory = \"1M\"\nboot = { kernel = \"stub\" }",
+        "vm.memory: \"1M\"",
+    ),
 ];
 
 /// A VM with more memory than any machine of the tests, which only the machine can know.
-const GREEDY: (&str, &str) =
-    ("name = \"greedy\"\nmemory = \"512G\"\nboot = { kernel = \"stub\" }", "vm.memory: 512 GiB");
+const GREEDY: (&str, &str) = (
+    "name = \"greedy\"\nmemory = \"512G\"\nboot = { kernel = \"stub\" }",
+    "vm.memory: 512 GiB",
+);
 
 fn vms_with_mistakes<'m>(mistakes: impl Iterator<Item = &'m (&'m str, &'m str)>) -> String {
     mistakes.map(|(vm, _)| format!("[[vm]]\n{vm}\n")).collect()
@@ -619,9 +727,14 @@ fn vms_with_mistakes<'m>(mistakes: impl Iterator<Item = &'m (&'m str, &'m str)>)
 fn reported(text: &str, mistakes: &[&(&str, &str)]) -> Result<()> {
     for (vm, complaint) in mistakes {
         let name = vm.split('"').nth(1).context("each VM has a name")?;
-        let pattern =
-            format!(r"plinth\.toml:\d+:\d+: error: VM {name}: .*{}", regex::escape(complaint));
-        ensure!(Regex::new(&pattern)?.is_match(text), "nothing said like /{pattern}/");
+        let pattern = format!(
+            r"plinth\.toml:\d+:\d+: error: VM {name}: .*{}",
+            regex::escape(complaint)
+        );
+        ensure!(
+            Regex::new(&pattern)?.is_match(text),
+            "nothing said like /{pattern}/"
+        );
     }
     Ok(())
 }
@@ -645,8 +758,14 @@ fn bad_kernel(rig: &Rig, start: &Start, place: Place) -> Result<String> {
     let mut session = rig.boot(place, start, &vms)?;
     stub_to_power_off(&mut session, place.limits())?;
     let text = session.text();
-    for pattern in [r"VM letter: .*letter: is not a bzImage or ELF", r"cut.*cut-short.*(short|truncated)"] {
-        ensure!(Regex::new(pattern)?.is_match(&text), "nothing said like /{pattern}/");
+    for pattern in [
+        r"VM letter: .*letter: is not a bzImage or ELF",
+        r"cut.*cut-short.*(short|truncated)",
+    ] {
+        ensure!(
+            Regex::new(pattern)?.is_match(&text),
+            "nothing said like /{pattern}/"
+        );
     }
     Ok(String::new())
 }
@@ -667,12 +786,25 @@ fn check_config(rig: &Rig, start: &Start) -> Result<String> {
     let vms = vms_with_mistakes(MISTAKES.iter()) + &stub_vm("stub", "");
     guests::write_whole(&file, vms.as_bytes())?;
     let xtask = std::env::current_exe()?;
-    let output = Command::new(xtask).arg("check-config").arg(&file).output()?;
-    fs::write(&start.log, [output.stdout.as_slice(), &output.stderr].concat())?;
-    ensure!(output.status.code() == Some(2), "it ended with {}", output.status);
+    let output = Command::new(xtask)
+        .arg("check-config")
+        .arg(&file)
+        .output()?;
+    fs::write(
+        &start.log,
+        [output.stdout.as_slice(), &output.stderr].concat(),
+    )?;
+    ensure!(
+        output.status.code() == Some(2),
+        "it ended with {}",
+        output.status
+    );
     let text = String::from_utf8_lossy(&output.stdout);
     reported(&text, &MISTAKES.iter().collect::<Vec<_>>())?;
-    ensure!(text.contains("1 VM can start"), "the VM without a mistake is lost:\n{text}");
+    ensure!(
+        text.contains("1 VM can start"),
+        "the VM without a mistake is lost:\n{text}"
+    );
     Ok(format!("{} mistakes", MISTAKES.len()))
 }
 
@@ -681,17 +813,27 @@ mod tests {
     use super::super::terminal::fake::Script;
     use super::*;
 
-    const LIMITS: Limits =
-        Limits { boot: Duration::from_secs(1), command: Duration::from_secs(1) };
+    const LIMITS: Limits = Limits {
+        boot: Duration::from_secs(1),
+        command: Duration::from_secs(1),
+    };
 
     #[test]
     fn names_are_unique_and_places_have_theirs() {
-        let mut names: Vec<_> = all().into_iter().chain(reference()).map(|s| s.name).collect();
+        let mut names: Vec<_> = all()
+            .into_iter()
+            .chain(reference())
+            .map(|s| s.name)
+            .collect();
         let count = names.len();
         names.sort();
         names.dedup();
         assert_eq!(names.len(), count);
-        for name in ["qemu-amdv/bios/linux-6.1", "bochs-vtx/bios/linux-5.10", "kvm/uefi/stub"] {
+        for name in [
+            "qemu-amdv/bios/linux-6.1",
+            "bochs-vtx/bios/linux-5.10",
+            "kvm/uefi/stub",
+        ] {
             assert!(names.iter().any(|known| known == name), "{name}");
         }
     }
@@ -717,7 +859,9 @@ mod tests {
             "{STUB_GREETING}\r\nfact cpu: x\r\ncheck msr.pat: FAILED: 0, not 6\r\n\
              stub: 4 passed, 1 failed, 0 skipped\r\n"
         );
-        let error = stub_report(&mut Script::new(&said, Vec::new()), LIMITS).err().unwrap();
+        let error = stub_report(&mut Script::new(&said, Vec::new()), LIMITS)
+            .err()
+            .unwrap();
         assert!(error.to_string().contains("msr.pat"), "{error}");
     }
 
