@@ -13,6 +13,8 @@ extern crate alloc;
 pub mod cpu;
 pub mod exit;
 pub mod preflight;
+#[cfg(feature = "selftest")]
+pub mod selftest;
 pub mod state;
 pub mod svm;
 pub mod vtx;
