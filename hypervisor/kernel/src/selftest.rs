@@ -1,7 +1,10 @@
-//! With the feature `selftest`: fails on purpose, as the ramdisk's file `selftest` says, and powers off.
+//! With the feature `selftest`: what the ramdisk's file `selftest` says, and then powers off.
 //!
-//! The file holds one word: `page-fault`, `stack-overflow`, `write-code`, `execute-data`, `invalid-opcode`,
-//! `panic`. The report must name what was done.
+//! The file holds one word. `page-fault`, `stack-overflow`, `write-code`, `execute-data`, `invalid-opcode`
+//! and `panic` fail on purpose, and the report must name what was done. `backend`, or no file, runs the
+//! checks of the virtualization backend.
+
+mod backend;
 
 use core::{arch::asm, hint::black_box};
 
@@ -12,6 +15,10 @@ pub fn run(machine: &Machine) -> ! {
     fault::set_on_fault(fault::OnFault::PowerOff);
     let word = machine.bundle.file("selftest").unwrap_or_default();
     match word.trim_ascii() {
+        b"" | b"backend" => {
+            backend::run();
+            power::off()
+        }
         b"page-fault" => read_unmapped(),
         b"stack-overflow" => {
             info!("recursed to {}", recurse(u64::MAX));

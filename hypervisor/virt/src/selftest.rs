@@ -18,8 +18,8 @@ use crate::cpu::{msr, rdtsc};
 use crate::state::{AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName};
 use crate::{Backend, CpuMode, CrAccess, Exit, PortIo, VcpuSetup, VirtualCpu};
 
-/// VM number of the test guests; no configured VM has it.
-const VM: u16 = u16::MAX;
+/// VM number of the test guests: no other VM runs beside them.
+const VM: u16 = 0;
 /// Address-space tags of the first and second vCPU.
 const TAGS: [u32; 2] = [1, 2];
 
