@@ -12,7 +12,7 @@ use virt::Gpr;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{BELOW_4G, CR0_PE, Entry, Job, LoadError, Mode, Protocol, set, zero};
+use super::{BELOW_4G, CR0_PE, Entry, Job, LoadError, Mode, Protocol, set};
 
 /// The setup header, from 0x1f1 in the file and in the zero page.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone)]
@@ -218,8 +218,6 @@ pub(super) fn load(mut job: Job<'_>) -> Result<Entry, LoadError> {
         });
     };
     job.memory.write(start, kernel)?;
-    let filled = kernel.len() as u64;
-    zero(job.memory, start + filled, bytes - filled)?;
 
     let mut params = BootParams::new_zeroed();
     header.type_of_loader = UNKNOWN_LOADER;
