@@ -97,6 +97,15 @@ fn a_good_file_has_no_problems() {
     assert_eq!(config.report(), "plinth.toml: 2 VMs can start\n");
 }
 
+/// The example in docs/CONFIGURATION.md is right.
+#[test]
+fn the_documented_file_has_no_problems() {
+    let page = include_str!("../../../../docs/CONFIGURATION.md");
+    let example = page.split("```").nth(1).unwrap();
+    let config = parse("p", example.trim_start_matches("toml").as_bytes());
+    assert_eq!(config.report(), "p: 2 VMs can start\n");
+}
+
 #[test]
 fn a_file_without_host_has_the_defaults() {
     let config = parse("p", with("vcpus = 16").as_bytes());
