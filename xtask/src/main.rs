@@ -6,6 +6,7 @@
 
 mod apt;
 mod check_config;
+mod check_hw;
 mod clean;
 mod deps;
 mod emulator;
@@ -50,6 +51,7 @@ enum Command {
     Test(test::Args),
     Lint(lint::Args),
     Image(image::Args),
+    CheckHw(check_hw::Args),
     CheckConfig(check_config::Args),
     Clean(clean::Args),
 }
@@ -72,6 +74,7 @@ fn run(command: &Command) -> anyhow::Result<Code> {
         Command::Test(args) => test::run(args),
         Command::Lint(args) => lint::run(args),
         Command::Image(args) => image::run(args),
+        Command::CheckHw(args) => check_hw::run(args),
         Command::CheckConfig(args) => check_config::run(args),
         Command::Clean(args) => clean::run(args),
     }

@@ -115,7 +115,7 @@ pub fn write(
     let stage_2 = read(&parts.stage_2)?;
     let stage_2_sectors = (stage_2.len() as u64).div_ceil(SECTOR);
     ensure!(
-        boot_sector.len() as u64 == SECTOR && 1 + stage_2_sectors <= FAT_START,
+        boot_sector.len() as u64 == SECTOR && stage_2_sectors < FAT_START,
         "the boot loader's parts are not as expected"
     );
     let (stage_3, stage_4) = (read(&parts.stage_3)?, read(&parts.stage_4)?);

@@ -230,14 +230,10 @@ impl Capabilities {
     /// CR0.PE and CR0.PG: free for an unrestricted guest, whatever the fixed bits say.
     pub const CR0_UNRESTRICTED: u64 = 1 << 0 | 1 << 31;
 
-    /// Reads the MSRs of the calling pCPU.
-    ///
-    /// # Safety
-    /// CPUID reports VMX.
-    pub unsafe fn read() -> Self {
-        // SAFETY: processors with VMX have these registers; which of the optional ones are
-        // there is asked first (bit 55 of BASIC, then the controls that the optional ones describe).
-        let read = |number| unsafe { rdmsr(number) };
+    /// From the MSRs, each asked for by its number. Asked for are only those that a processor with
+    /// VMX has (which of the optional ones is told by bit 55 of BASIC, then by the controls that
+    /// these describe).
+    fn from_msrs(read: &impl Fn(u32) -> u64) -> Self {
         let basic = read(number::BASIC);
         let (pin, proc, exit, entry) = if basic & (1 << 55) != 0 {
             (
@@ -503,13 +499,17 @@ pub struct Found {
 impl Found {
     /// Examines the calling pCPU.
     pub fn read() -> Self {
+        // SAFETY: `with` asks only for registers that CPUID says are there.
+        Self::with(|number| unsafe { rdmsr(number) })
+    }
+
+    /// Examines the calling processor by CPUID and MSRs that `read` gives by their number: also
+    /// where RDMSR is not allowed. None is asked for when CPUID does not report VMX.
+    pub fn with(read: impl Fn(u32) -> u64) -> Self {
         let info = raw_cpuid::CpuId::new().get_feature_info();
         let vmx = info.as_ref().is_some_and(|f| f.has_vmx()).then(|| {
-            // SAFETY: processors whose CPUID reports VMX have IA32_FEATURE_CONTROL.
-            let control = unsafe { rdmsr(msr::FEATURE_CONTROL) };
-            // SAFETY: CPUID reports VMX.
-            let capabilities = unsafe { Capabilities::read() };
-            (FeatureControl::from_bits_truncate(control), capabilities)
+            let control = FeatureControl::from_bits_truncate(read(msr::FEATURE_CONTROL));
+            (control, Capabilities::from_msrs(&read))
         });
         Found {
             vmx,
