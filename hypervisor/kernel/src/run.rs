@@ -1,16 +1,613 @@
-//! What the processors do once the host is up.
+//! The VMs of this host: made from the configuration, run on every pCPU, restarted or buried.
+//!
+//! [`start`] reads the bundle, makes the VMs and leaves a [`World`] behind, in which every
+//! pCPU then runs its loop. That loop lets host interrupts in, asks `sched` for a vCPU, runs it
+//! until it pauses, and halts when there is none. The vendor is chosen once, here.
+//!
+//! Lock order: `vms`, then one vCPU, then (under a device's lock, on the way of a kick)
+//! `sched`. `consoles` is taken last and alone. No lock is held while a guest runs, but for
+//! the vCPU's own, which nobody else waits for.
 
-use crate::{boot::Machine, info, interrupts, percpu::PerCpu, power};
+use alloc::{boxed::Box, format, string::String, sync::Arc, vec::Vec};
+use core::{
+    convert::Infallible,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
-/// The first processor goes on here when the host is up.
-pub fn start(_machine: Machine) -> ! {
-    info!("no VMs");
-    power::off()
+use devices::{VcpuId, lapic::VcpuKick, uart::ConsoleSink};
+use manage::{
+    bundle::{self, Bundle, BundleEnvironment},
+    config::{self, AfterLastVm, Config, Restart, VmConfig},
+    console::{ConsoleId, ConsoleMux, Input},
+};
+use drivers::wall_clock;
+use mem::{Owner, nested::NestedTable};
+use sched::{EntityId, RunQueue, Wake};
+use spin::Once;
+use virt::{Backend, Exit, VcpuSetup, svm::Svm, vtx::Vtx};
+use vmm::{
+    clock::TimeSource,
+    host::Host,
+    vcpu::{Pause, Vcpu},
+    vm::{EndReason, Environment, Vm, VmSpec},
+};
+
+use crate::{
+    boot::Machine,
+    console, cpu, error, fault, info, interrupts, log, memory,
+    percpu::{self, PerCpu},
+    power, symbols,
+    sync::Lock,
+    time, warn,
+};
+
+/// Length of a time slice, in microseconds.
+const SLICE_US: u64 = 10_000;
+const NS_PER_SECOND: u64 = 1_000_000_000;
+
+/// What the parts of the kernel that don't know the vendor see of the world.
+trait Runner: Sync {
+    fn wake(&self, entity: EntityId);
+    fn guest_output(&self, from: ConsoleId, bytes: &[u8]);
+    fn run(&'static self, cpu: &'static PerCpu) -> !;
 }
 
-/// Each processor's loop.
-pub fn cpu_main(_cpu: &'static PerCpu) -> ! {
+static WORLD: Once<&'static dyn Runner> = Once::new();
+
+/// A VM that exists.
+struct Live<B: Backend> {
+    vm: Arc<Vm>,
+    entities: Vec<EntityId>,
+    /// vCPUs that have not come to rest since the VM ended.
+    running: usize,
+    /// Freed after the vCPUs that use it.
+    _table: NestedTable<B::Format>,
+}
+
+/// A VM of the configuration.
+struct Slot<B: Backend> {
+    config: VmConfig,
+    kernel: &'static [u8],
+    initrd: Option<&'static [u8]>,
+    console: ConsoleId,
+    live: Option<Live<B>>,
+}
+
+/// One vCPU and where it belongs.
+struct Entity<B: Backend> {
+    slot: usize,
+    vcpu: Lock<Vcpu<B::Vcpu>>,
+}
+
+/// Everything that runs on this host.
+struct World<B: Backend> {
+    backend: B,
+    /// Unix time at which this host's kernel was entered, in seconds.
+    boot_epoch: u64,
+    after_last_vm: AfterLastVm,
+    sched: Lock<RunQueue>,
+    entities: Lock<Vec<Option<Arc<Entity<B>>>>>,
+    slots: Lock<Vec<Slot<B>>>,
+    consoles: Lock<ConsoleMux>,
+    /// A bit per pCPU that halts for want of work.
+    idle: AtomicU64,
+}
+
+/// Wakes the vCPUs of one VM.
+struct Kick {
+    entities: Once<Vec<EntityId>>,
+}
+
+impl VcpuKick for Kick {
+    fn kick(&self, vcpu: VcpuId) {
+        let entity = self.entities.get().and_then(|all| all.get(vcpu.0 as usize));
+        if let (Some(&entity), Some(world)) = (entity, WORLD.get()) {
+            world.wake(entity);
+        }
+    }
+}
+
+/// The terminal end of a guest's serial port.
+struct GuestConsole(ConsoleId);
+
+impl ConsoleSink for GuestConsole {
+    fn write(&self, bytes: &[u8]) {
+        if let Some(world) = WORLD.get() {
+            world.guest_output(self.0, bytes);
+        }
+    }
+}
+
+/// A console of a VM that is configured to have none.
+struct NoConsole;
+
+impl ConsoleSink for NoConsole {
+    fn write(&self, _bytes: &[u8]) {}
+}
+
+/// Runs the VMs of the boot image, on this machine. The first processor calls it when the host is up.
+pub fn start(machine: Machine) -> ! {
+    let stopped = match cpu::cpuid().get_vendor_info() {
+        Some(vendor) => match vendor.as_str() {
+            "AuthenticAMD" | "HygonGenuine" => launch::<Svm>(&machine),
+            _ => launch::<Vtx>(&machine),
+        },
+        None => Err(String::from("the processor does not say who made it")),
+    };
+    match stopped {
+        Ok(never) => match never {},
+        Err(why) => {
+            for line in why.lines() {
+                error!("{line}");
+            }
+            error!("no VM runs: powering off");
+            power::off()
+        }
+    }
+}
+
+/// Checks the processor, turns virtualization on, makes the VMs, and becomes the first processor's loop.
+///
+/// # Errors
+/// A text for the screen: why no VM can run here.
+fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
+    let preflight = B::preflight();
+    for line in format!("{} pre-flight check:\n{preflight}", B::NAME).lines() {
+        info!("{line}");
+    }
+    if !preflight.passed() {
+        return Err(String::from("Plinth cannot run guests on this machine: see the check above"));
+    }
+    let backend = B::new(&memory::HOST).map_err(|e| format!("{e}"))?;
+    let cpu = percpu::current();
+    backend.enable(cpu.number).map_err(|e| format!("{e}"))?;
+    let archive = machine.ramdisk.ok_or("the boot image carries no bundle of files")?;
+    let bundle = Bundle::parse(archive).map_err(|e| format!("the image's bundle of files: {e}"))?;
+    if let Some(file) = bundle.file(bundle::SYMBOLS) {
+        symbols::init(file);
+    }
+    let config = read_config(&bundle)?;
+
+    let mut consoles = ConsoleMux::new(config.host.console_escape);
+    let mut slots = Vec::new();
+    for vm in config.vms {
+        let kernel = bundle.guest_file(&vm.boot.kernel).unwrap_or_default();
+        let initrd = vm.boot.initrd.as_deref().and_then(|path| bundle.guest_file(path));
+        let console = consoles.attach(&vm.name);
+        if vm.focus {
+            consoles.show_first(console);
+        }
+        slots.push(Slot { config: vm, kernel, initrd, console, live: None });
+    }
+    let now = wall_clock::read_epoch().unwrap_or_else(|| {
+        warn!("the CMOS clock shows no date: guests start in 1970");
+        0
+    });
+    let count = slots.len();
+    let world: &'static World<B> = Box::leak(Box::new(World {
+        backend,
+        boot_epoch: now.saturating_sub(time::ns() / NS_PER_SECOND),
+        after_last_vm: config.host.after_last_vm,
+        sched: Lock::new(RunQueue::new()),
+        entities: Lock::new(Vec::new()),
+        slots: Lock::new(slots),
+        consoles: Lock::new(consoles),
+        idle: AtomicU64::new(0),
+    }));
+    vmm::emulate::warm_up();
+    WORLD.call_once(|| world);
+    let started = (0..count).filter(|&slot| world.start_vm(slot)).count();
+    if started == 0 {
+        return Err(String::from("no VM could be started"));
+    }
+    log::quiet_serial(true);
+    for number in 0..percpu::count() {
+        if let Some(other) = percpu::get(number).filter(|other| other.number != cpu.number) {
+            interrupts::kick(other);
+        }
+    }
+    world.run(cpu)
+}
+
+/// Reads `plinth.toml`, says what is wrong with it, and puts its `[host]` part into force.
+///
+/// # Errors
+/// There is none, or no VM in it can start.
+fn read_config(bundle: &Bundle<'_>) -> Result<Config, String> {
+    let text = bundle
+        .file(bundle::CONFIG)
+        .ok_or_else(|| format!("the boot image carries no {}", bundle::CONFIG))?;
+    let mut config = config::parse(bundle::CONFIG, text);
+    let surroundings = BundleEnvironment {
+        bundle,
+        memory_bytes: memory::HOST.statistics().free * mem::PAGE_SIZE,
+        processors: percpu::count(),
+    };
+    config::check(&mut config, &surroundings);
+    for line in config.report().lines() {
+        if config.problems.is_empty() { info!("{line}") } else { warn!("{line}") }
+    }
+    log::show_up_to(match config.host.log_level {
+        config::LogLevel::Error => log::Level::Error,
+        config::LogLevel::Warn => log::Level::Warn,
+        config::LogLevel::Info => log::Level::Info,
+        config::LogLevel::Debug => log::Level::Debug,
+    });
+    fault::set_on_fault(match config.host.on_fault {
+        config::OnFault::Halt => fault::OnFault::Halt,
+        config::OnFault::Reset => fault::OnFault::Restart,
+    });
+    if config.vms.is_empty() {
+        return Err(format!("{} describes no VM that can start", bundle::CONFIG));
+    }
+    Ok(config)
+}
+
+/// The loop of every processor but the first: waits until there are VMs, then runs them.
+pub fn cpu_main(cpu: &'static PerCpu) -> ! {
     loop {
+        if let Some(world) = WORLD.get() {
+            world.run(cpu)
+        }
         interrupts::idle();
+    }
+}
+
+/// Asks the host's processor.
+fn host_cpuid(leaf: u32, subleaf: u32) -> vmm::cpuid::CpuidResult {
+    let r = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+    vmm::cpuid::CpuidResult { eax: r.eax, ebx: r.ebx, ecx: r.ecx, edx: r.edx }
+}
+
+/// Writes guest output to the serial line: what the queue takes at once, the rest when the line has taken some.
+fn write_terminal(bytes: &[u8]) {
+    let taken = console::write(bytes);
+    if taken < bytes.len() {
+        console::write_all(&bytes[taken..]);
+    }
+}
+
+impl<B: Backend> World<B> {
+    /// A line about the VMs, for the person at the terminal and the log.
+    fn say(&self, text: &str) {
+        self.consoles.lock().host_line(text, &mut write_terminal);
+        info!("{text}");
+    }
+
+    /// Makes the VM of a slot and readies its boot vCPU. Says so, or why not.
+    fn start_vm(&self, slot: usize) -> bool {
+        let mut slots = self.slots.lock();
+        let made = self.make_vm(slot, &slots[slot]);
+        let name = slots[slot].config.name.clone();
+        match made {
+            Ok((live, boot)) => {
+                slots[slot].live = Some(live);
+                drop(slots);
+                info!("{name}: starting");
+                self.wake(boot);
+                true
+            }
+            Err(why) => {
+                drop(slots);
+                self.say(&format!("{name}: cannot start: {why}"));
+                false
+            }
+        }
+    }
+
+    fn make_vm(&self, index: usize, slot: &Slot<B>) -> Result<(Live<B>, EntityId), String> {
+        let id = index as u16 + 1;
+        let config = &slot.config;
+        let kick = Arc::new(Kick { entities: Once::new() });
+        let console: Arc<dyn ConsoleSink> = if config.console {
+            Arc::new(GuestConsole(slot.console))
+        } else {
+            Arc::new(NoConsole)
+        };
+        let spec = VmSpec {
+            id,
+            name: config.name.clone(),
+            vcpus: config.vcpus,
+            memory_bytes: config.memory,
+            kernel: slot.kernel,
+            initrd: slot.initrd,
+            command_line: &config.boot.cmdline,
+        };
+        let environment = Environment {
+            memory: &memory::HOST,
+            cpuid: &host_cpuid,
+            time: TimeSource { read: time::now_tsc, hz: time::hz() },
+            epoch: self.boot_epoch + time::ns() / NS_PER_SECOND,
+            console,
+            kick: kick.clone(),
+        };
+        let (vm, entry) = Vm::new(spec, environment)
+            .map_err(|e| format!("{}: {e}", config.boot.kernel))?;
+        let mut table =
+            NestedTable::new(self.backend.format(), &memory::HOST, Owner::VmTables(id))
+                .map_err(|e| format!("{e}"))?;
+        vm.memory.map_into(&mut table).map_err(|e| format!("{e}"))?;
+
+        let pcpu = percpu::current().number;
+        let mut entities = Vec::new();
+        for number in 0..config.vcpus {
+            let entity = self.sched.lock().add(None);
+            let made = self
+                .backend
+                .create_vcpu(VcpuSetup {
+                    vm: id,
+                    vcpu: number,
+                    tag: entity.0 + 1,
+                    nested_root: table.root(),
+                })
+                .map_err(|e| format!("{e}"))
+                .and_then(|hw| {
+                    let start = (number == 0).then_some(&entry);
+                    Vcpu::new(vm.clone(), VcpuId(u32::from(number)), hw, start, pcpu)
+                        .ok_or_else(|| format!("there is no vCPU {number}"))
+                });
+            entities.push(entity);
+            match made {
+                Ok(vcpu) => self.place(entity, Entity { slot: index, vcpu: Lock::new(vcpu) }),
+                Err(why) => {
+                    for entity in entities {
+                        self.bury(entity);
+                    }
+                    return Err(why);
+                }
+            }
+        }
+        kick.entities.call_once(|| entities.clone());
+        let boot = entities[0];
+        let running = entities.len();
+        Ok((Live { vm, entities, running, _table: table }, boot))
+    }
+
+    fn place(&self, id: EntityId, entity: Entity<B>) {
+        let mut entities = self.entities.lock();
+        let index = id.0 as usize;
+        if entities.len() <= index {
+            entities.resize_with(index + 1, || None);
+        }
+        entities[index] = Some(Arc::new(entity));
+    }
+
+    /// Forgets an entity that does not run.
+    fn bury(&self, id: EntityId) {
+        let removed = self.sched.lock().remove(id);
+        debug_assert!(removed, "a running vCPU cannot be buried");
+        if let Some(entity) = self.entities.lock().get_mut(id.0 as usize) {
+            *entity = None;
+        }
+    }
+
+    /// Runs one vCPU until it pauses.
+    fn run_vcpu(&'static self, cpu: &'static PerCpu, id: EntityId) {
+        let entity = self.entities.lock().get(id.0 as usize).cloned().flatten();
+        let Some(entity) = entity else { return };
+        let pause = {
+            let mut vcpu = entity.vcpu.lock();
+            vcpu.load(cpu.number);
+            let slice_end = time::now_tsc() + time::us_to_ticks(SLICE_US);
+            let wake_up = self.sched.lock().next_deadline(cpu.number);
+            let until = wake_up.map_or(slice_end, |at| at.min(slice_end));
+            let pause = vcpu.run(&mut HostCpu { world: self, cpu }, until);
+            vcpu.unload();
+            pause
+        };
+        match pause {
+            Pause::SliceOver => self.sched.lock().yield_now(id),
+            Pause::Idle { until } => self.sched.lock().block(id, until),
+            Pause::Ended => {
+                self.sched.lock().block(id, None);
+                self.at_rest(entity.slot);
+            }
+        }
+    }
+
+    /// A vCPU of an ended VM has come to rest. After the last one the VM is taken down, and
+    /// made anew if it is to run again.
+    fn at_rest(&self, index: usize) {
+        let live = {
+            let mut slots = self.slots.lock();
+            let slot = &mut slots[index];
+            let Some(live) = slot.live.as_mut() else { return };
+            live.running = live.running.saturating_sub(1);
+            if live.running > 0 {
+                return;
+            }
+            slot.live.take()
+        };
+        let Some(live) = live else { return };
+        let reason = live.vm.end_reason();
+        let name = live.vm.name.clone();
+        self.log_exits(&name, &live.entities);
+        for &entity in &live.entities {
+            self.bury(entity);
+        }
+        drop(live);
+        let text = match &reason {
+            Some(reason) => format!("{reason}"),
+            None => String::from("ended"),
+        };
+        for (n, line) in text.lines().enumerate() {
+            if n == 0 {
+                self.say(&format!("{name}: {line}"));
+            } else {
+                self.say(line);
+            }
+        }
+        let restart = self.slots.lock()[index].config.restart;
+        let again = match reason {
+            Some(EndReason::Reset) => true,
+            Some(EndReason::PowerOff) | None => restart == Restart::Always,
+            Some(EndReason::TripleFault(_) | EndReason::Failure { .. }) => restart != Restart::Never,
+        };
+        if again && self.start_vm(index) {
+            return;
+        }
+        if self.slots.lock().iter().all(|slot| slot.live.is_none()) {
+            self.finish();
+        }
+    }
+
+    fn log_exits(&self, name: &str, entities: &[EntityId]) {
+        for id in entities {
+            let entity = self.entities.lock().get(id.0 as usize).cloned().flatten();
+            let Some(entity) = entity else { continue };
+            let vcpu = entity.vcpu.lock();
+            let mut line = format!("{name}: vCPU {} exits:", vcpu.id().0);
+            for (kind, count) in Exit::NAMES.iter().zip(vcpu.counters()).filter(|(_, n)| **n > 0) {
+                line += &format!(" {kind} {count}");
+            }
+            info!("{line}");
+        }
+    }
+
+    /// No VM is left.
+    fn finish(&self) -> ! {
+        match self.after_last_vm {
+            AfterLastVm::PowerOff => {
+                self.say("the last VM has ended: powering off");
+                power::off()
+            }
+            AfterLastVm::Halt => {
+                self.say("the last VM has ended: the machine can be switched off");
+                console::flush();
+                cpu::halt_forever()
+            }
+        }
+    }
+
+    /// Gives typed bytes to whom they are for.
+    fn take_input(&self) {
+        while let Some(byte) = console::read() {
+            let input = self.consoles.lock().input(byte, &mut write_terminal);
+            match input {
+                Input::Handled => {}
+                Input::Guest(to, byte) => {
+                    let vm = self
+                        .slots
+                        .lock()
+                        .iter()
+                        .find(|slot| slot.console == to)
+                        .and_then(|slot| slot.live.as_ref())
+                        .map(|live| live.vm.clone());
+                    if let Some(vm) = vm {
+                        vm.receive(&[byte]);
+                    }
+                }
+                Input::PowerOff => {
+                    self.say("powering off");
+                    power::off()
+                }
+            }
+        }
+    }
+
+    /// Host work between vCPUs and after each host interrupt.
+    fn host_work(&self, cpu: &PerCpu) {
+        interrupts::window();
+        if cpu.number == 0 {
+            console::poll();
+            self.take_input();
+        }
+    }
+
+    /// Halts until there may be work.
+    fn sleep(&self, cpu: &PerCpu) {
+        let bit = 1 << cpu.number;
+        self.idle.fetch_or(bit, Ordering::AcqRel);
+        let (work, deadline) = {
+            let sched = self.sched.lock();
+            (sched.has_work(cpu.number), sched.next_deadline(cpu.number))
+        };
+        if !work {
+            match deadline {
+                Some(at) => interrupts::arm_timer(at),
+                None => interrupts::disarm_timer(),
+            }
+            interrupts::idle();
+        }
+        self.idle.fetch_and(!bit, Ordering::AcqRel);
+    }
+}
+
+impl<B: Backend> Runner for World<B> {
+    fn wake(&self, entity: EntityId) {
+        let wake = self.sched.lock().wake(entity);
+        let this = percpu::current().number;
+        match wake {
+            Wake::Nothing => {}
+            Wake::Kick { pcpu } => {
+                if pcpu != this
+                    && let Some(cpu) = percpu::get(pcpu)
+                {
+                    interrupts::kick(cpu);
+                }
+            }
+            Wake::Queued => {
+                // Whoever runs this code looks at the queue before it halts; another pCPU must be told.
+                let others = self.idle.load(Ordering::Acquire) & !(1 << this);
+                let first = others.trailing_zeros() as usize;
+                if let Some(cpu) = percpu::get(first) {
+                    interrupts::kick(cpu);
+                }
+            }
+        }
+    }
+
+    fn guest_output(&self, from: ConsoleId, bytes: &[u8]) {
+        self.consoles.lock().output(from, bytes, &mut write_terminal);
+    }
+
+    fn run(&'static self, cpu: &'static PerCpu) -> ! {
+        // The first pCPU turned virtualization on in `start`, to make the vCPUs.
+        if cpu.number != 0
+            && let Err(e) = self.backend.enable(cpu.number)
+        {
+            warn!("processor {} runs no VMs: {e}", cpu.number);
+            cpu::halt_forever();
+        }
+        loop {
+            self.host_work(cpu);
+            let next = {
+                let mut sched = self.sched.lock();
+                sched.expire(time::now_tsc());
+                sched.pick(cpu.number)
+            };
+            match next {
+                Some(id) => self.run_vcpu(cpu, id),
+                None => self.sleep(cpu),
+            }
+        }
+    }
+}
+
+/// The pCPU under a running vCPU.
+struct HostCpu<B: Backend> {
+    world: &'static World<B>,
+    cpu: &'static PerCpu,
+}
+
+impl<B: Backend> Host for HostCpu<B> {
+    fn now(&self) -> u64 {
+        time::now_tsc()
+    }
+
+    fn arm_timer(&mut self, host_tsc: u64) {
+        interrupts::arm_timer(host_tsc);
+    }
+
+    fn take_interrupts(&mut self) {
+        self.world.host_work(self.cpu);
+    }
+
+    fn take_nmi(&mut self) {
+        fault::on_nmi();
+    }
+
+    fn warn(&mut self, line: String) {
+        warn!("{line}");
     }
 }

@@ -66,11 +66,6 @@ impl ConsoleMux {
         }
     }
 
-    /// Sets the byte that the escape key sends.
-    pub fn set_escape(&mut self, escape: u8) {
-        self.escape = escape;
-    }
-
     /// Adds a guest's console.
     pub fn attach(&mut self, name: &str) -> ConsoleId {
         let console = Console {
@@ -80,6 +75,11 @@ impl ConsoleMux {
         };
         self.consoles.push(console);
         ConsoleId(self.consoles.len() - 1)
+    }
+
+    /// Shows this console from the start, without a word.
+    pub fn show_first(&mut self, console: ConsoleId) {
+        self.focus = console.0;
     }
 
     /// The console that is shown.

@@ -1,0 +1,217 @@
+//! A VM: RAM, buses, devices, and the cell that says how it ended.
+//!
+//! [`Vm::new`] builds the small PC that a guest sees and loads its boot image. The vCPUs
+//! hold the VM by `Arc`; nested page tables and hardware vCPUs belong to the caller, who
+//! knows the vendor. There is no lock per VM: each device has its own.
+
+use alloc::{boxed::Box, string::String, sync::Arc, vec::Vec};
+use core::{
+    fmt,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+};
+
+use devices::{
+    VcpuId,
+    bus::{MmioBus, Overlap, PortBus},
+    ioapic::IoApic,
+    lapic::{ApicBus, IntrPin, VcpuKick},
+    line::{GsiRouter, InterruptSink, Line},
+    pic::Pic,
+    system::{SystemControl, SystemRequest},
+    time::{Clock, earliest},
+};
+use mem::{
+    Gpa, HostMemory,
+    guest::{AllocateError, GuestMemory, GuestRange, pc_layout},
+};
+use spin::Mutex;
+use virt::CpuState;
+
+use crate::{
+    clock::{TimeSource, VmClock},
+    cpuid::{CpuidPolicy, HostCpuid},
+    load::{self, LoadError},
+    vcpu::Dump,
+};
+
+/// The VGA hole below 1 MiB: device memory, not RAM.
+const VGA_HOLE: GuestRange = GuestRange { start: Gpa(0xa_0000), bytes: 0x2_0000 };
+/// No timer is armed.
+const NEVER: u64 = u64::MAX;
+
+/// What a VM is made from.
+#[derive(Clone, Debug)]
+pub struct VmSpec<'a> {
+    /// Number of the VM on this host, from 1; owner of its frames.
+    pub id: u16,
+    /// Its name in the configuration.
+    pub name: String,
+    /// Processors, 1 to 255.
+    pub vcpus: u16,
+    /// RAM in bytes, whole 4 KiB pages.
+    pub memory_bytes: u64,
+    /// Boot image: bzImage, multiboot or PVH ELF.
+    pub kernel: &'a [u8],
+    /// Initial RAM disk, or the module of a multiboot kernel.
+    pub initrd: Option<&'a [u8]>,
+    /// Kernel command line.
+    pub command_line: &'a str,
+}
+
+/// What a VM needs of its host.
+pub struct Environment<'a> {
+    /// The host's memory.
+    pub memory: &'static dyn HostMemory,
+    /// The host's CPUID.
+    pub cpuid: HostCpuid<'a>,
+    /// The host's TSC.
+    pub time: TimeSource,
+    /// Unix time now, in seconds.
+    pub epoch: u64,
+    /// Where the first serial port's output goes.
+    pub console: Arc<dyn ConsoleSink>,
+    /// Wakes vCPUs.
+    pub kick: Arc<dyn VcpuKick>,
+}
+
+/// Why a VM could not be made.
+#[derive(Debug)]
+pub enum VmError {
+    /// Its RAM could not be had.
+    Memory(AllocateError),
+    /// Its boot image is no good.
+    Load(LoadError),
+    /// Two devices claim the same address: a defect of Plinth.
+    Overlap(Overlap),
+    /// ACPI tables do not fit below 1 MiB: too many vCPUs.
+    AcpiTables,
+}
+
+impl From<AllocateError> for VmError {
+    fn from(e: AllocateError) -> Self {
+        VmError::Memory(e)
+    }
+}
+
+impl From<LoadError> for VmError {
+    fn from(e: LoadError) -> Self {
+        VmError::Load(e)
+    }
+}
+
+impl From<Overlap> for VmError {
+    fn from(e: Overlap) -> Self {
+        VmError::Overlap(e)
+    }
+}
+
+impl fmt::Display for VmError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            VmError::Memory(e) => e.fmt(f),
+            VmError::Load(e) => e.fmt(f),
+            VmError::Overlap(e) => e.fmt(f),
+            VmError::AcpiTables => f.write_str("the ACPI tables do not fit below 1 MiB"),
+        }
+    }
+}
+
+/// How a VM ended.
+#[derive(Debug)]
+pub enum EndReason {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a restart.
+    Reset,
+    /// Triple fault.
+    TripleFault(Box<Dump>),
+    /// The guest did what Plinth cannot carry out, or Plinth made a mistake.
+    Failure {
+        /// In words.
+        what: String,
+        /// The vCPU that met it.
+        dump: Box<Dump>,
+    },
+}
+
+impl fmt::Display for EndReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            EndReason::PowerOff => f.write_str("powered off"),
+            EndReason::Reset => f.write_str("reset"),
+            EndReason::TripleFault(dump) => write!(f, "triple fault\n{dump}"),
+            EndReason::Failure { what, dump } => write!(f, "{what}\n{dump}"),
+        }
+    }
+}
+
+/// Set once, by whoever ends the VM first.
+struct EndCell {
+    ended: AtomicBool,
+    reason: Mutex<Option<EndReason>>,
+    kick: Arc<dyn VcpuKick>,
+    vcpus: u32,
+}
+
+impl EndCell {
+    fn end(&self, reason: EndReason) {
+        {
+            let mut cell = self.reason.lock();
+            if cell.is_some() {
+                return;
+            }
+            *cell = Some(reason);
+        }
+        self.ended.store(true, Ordering::Release);
+        for vcpu in 0..self.vcpus {
+            self.kick.kick(VcpuId(vcpu));
+        }
+    }
+}
+
+impl SystemControl for EndCell {
+    fn request(&self, request: SystemRequest) {
+        self.end(match request {
+            SystemRequest::Reset(_) => EndReason::Reset,
+            SystemRequest::PowerOff => EndReason::PowerOff,
+        });
+    }
+}
+
+/// A virtual machine, but for its hardware vCPUs and nested page tables.
+pub struct Vm {
+    /// Its name.
+    pub name: String,
+    /// Its RAM.
+    pub memory: GuestMemory,
+    /// Its processor model.
+    pub cpuid: CpuidPolicy,
+    /// Its time.
+    pub clock: Arc<VmClock>,
+    /// Unix time at which its clock showed zero, in seconds.
+    pub epoch: u64,
+    pub(crate) ports: PortBus,
+    pub(crate) mmio: MmioBus,
+    pub(crate) apic_bus: Arc<ApicBus>,
+    pub(crate) ioapic: Arc<IoApic>,
+    pub(crate) pic: Arc<Pic>,
+    uart: Arc<Uart>,
+    timers: Timers,
+    /// Earliest deadline of `timers`, in ticks of `clock`; [`NEVER`] if none is armed.
+    timer_deadline: AtomicU64,
+    end: Arc<EndCell>,
+}
+
+/// Where a VM has RAM: as a PC, with a hole for VGA memory.
+fn ram_layout(bytes: u64) -> Vec<GuestRange> {
+    pc_layout(bytes)
+        .into_iter()
+        .flat_map(|range| {
+            let below = VGA_HOLE.start.0.clamp(range.start.0, range.end().0);
+            let above = VGA_HOLE.end().0.clamp(range.start.0, range.end().0);
+            [(range.start.0, below), (above, range.end().0)]
+        })
+        .filter(|(start, end)| start < end)
+        .map(|(start, end)| GuestRange { start: Gpa(start), bytes: end - start })
+        .collect()
+}
