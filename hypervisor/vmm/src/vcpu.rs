@@ -179,13 +179,14 @@ impl<V: VirtualCpu> Vcpu<V> {
         let vm = &self.rest.vm;
         let now = vm.clock.now();
         self.rest.apic.poll(now);
-        vm.poll_timers(now);
+        vm.poll_timers(self.rest.id, now);
         self.take_signals();
         if self.activity != Activity::WaitForStartup {
             self.deliver();
         }
-        let timer = earliest(self.rest.apic.deadline(), self.rest.vm.timer_deadline())
-            .map(|ticks| self.rest.vm.clock.to_host(ticks));
+        let vm = &self.rest.vm;
+        let timer = earliest(self.rest.apic.deadline(), vm.timer_deadline(self.rest.id))
+            .map(|ticks| vm.clock.to_host(ticks));
         if self.activity != Activity::Running {
             return Some(Pause::Idle { until: timer });
         }
@@ -383,7 +384,9 @@ impl<V: VirtualCpu> Vcpu<V> {
         match io.direction {
             Direction::Write => {
                 vm.ports.write(io.port, io.width, (rax & io.width.mask()) as u32);
-                vm.timers_changed();
+                if Vm::is_timer_port(io.port) {
+                    vm.timers_changed(self.rest.id);
+                }
                 self.step_over();
                 Next::Check
             }
@@ -556,7 +559,8 @@ impl<V: VirtualCpu> Vcpu<V> {
             Outcome::Fault(exception) => self.raise(exception),
             Outcome::Unsupported(bytes) => self.end(EndKind::Instruction(bytes)),
         }
-        self.rest.vm.timers_changed();
+        // A string instruction may have written to any port.
+        self.rest.vm.timers_changed(self.rest.id);
     }
 
     fn end(&mut self, kind: EndKind) {

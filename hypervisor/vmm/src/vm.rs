@@ -36,6 +36,8 @@ use crate::{
 
 /// The VGA hole below 1 MiB: device memory, not RAM.
 const VGA_HOLE: GuestRange = GuestRange { start: Gpa(0xa_0000), bytes: 0x2_0000 };
+/// The vCPU that looks after the devices' timers.
+const TIMER_VCPU: VcpuId = VcpuId(0);
 /// No timer is armed.
 const NEVER: u64 = u64::MAX;
 
@@ -214,4 +216,130 @@ fn ram_layout(bytes: u64) -> Vec<GuestRange> {
         .filter(|(start, end)| start < end)
         .map(|(start, end)| GuestRange { start: Gpa(start), bytes: end - start })
         .collect()
+}
+
+/// The devices whose timers the VM's vCPUs drive.
+struct Timers {
+    pit: Arc<Pit>,
+    rtc: Arc<Rtc>,
+    power: Arc<PowerManagement>,
+}
+
+impl Timers {
+    fn deadline(&self) -> u64 {
+        let soonest = earliest(self.pit.deadline(), self.rtc.deadline());
+        earliest(soonest, self.power.deadline()).unwrap_or(NEVER)
+    }
+
+    fn poll(&self, now: u64) {
+        self.pit.poll(now);
+        self.rtc.poll(now);
+        self.power.poll(now);
+    }
+}
+
+impl Vm {
+    /// Makes a VM and loads its boot image. The state is that of its boot processor at the
+    /// image's first instruction.
+    ///
+    /// # Errors
+    /// No memory, or no usable boot image.
+    pub fn new(spec: VmSpec<'_>, host: Environment<'_>) -> Result<(Arc<Self>, CpuState), VmError> {
+        let memory = GuestMemory::allocate(host.memory, spec.id, &ram_layout(spec.memory_bytes))?;
+        let end = Arc::new(EndCell {
+            ended: AtomicBool::new(false),
+            reason: Mutex::new(None),
+            kick: host.kick.clone(),
+            vcpus: u32::from(spec.vcpus),
+        });
+        let clock = Arc::new(VmClock::start(host.time));
+        let time: Arc<dyn Clock> = clock.clone();
+        let system: Arc<dyn SystemControl> = end.clone();
+
+        let apic_ids: Vec<u32> = (0..u32::from(spec.vcpus)).collect();
+        let apic_bus = ApicBus::new(&apic_ids, host.kick);
+        let ioapic = IoApic::new(0, apic_bus.clone());
+        let pic = Pic::new(Line::new(Arc::new(IntrPin::new(apic_bus.clone())), 0));
+        let router: Arc<dyn InterruptSink> = Arc::new(GsiRouter::new(pic.clone(), ioapic.clone()));
+        let irq = |number| Line::new(router.clone(), number);
+
+        let mut ports = PortBus::new();
+        let mut mmio = MmioBus::new();
+        mmio.insert("ioapic", IOAPIC_BASE, IOAPIC_LEN, ioapic.clone())?;
+        pic.attach(&mut ports)?;
+        let pit = Pit::new(time.clone(), irq(0));
+        pit.attach(&mut ports)?;
+        let uart = Uart::new(irq(4), host.console);
+        ports.insert("com1", COM1_BASE, 8, uart.clone())?;
+
+        let (entry, rsdp) = todo!();
+        let timers = Timers { pit, rtc, power };
+        let timer_deadline = AtomicU64::new(timers.deadline());
+        let vm = Vm {
+            name: spec.name,
+            memory,
+            cpuid: CpuidPolicy::new(host.cpuid, spec.vcpus, clock.hz()),
+            clock,
+            epoch: host.epoch,
+            ports,
+            mmio,
+            apic_bus,
+            ioapic,
+            pic,
+            uart,
+            timers,
+            timer_deadline,
+            end,
+        };
+        Ok((Arc::new(vm), entry.state))
+    }
+
+    /// Input for the first serial port, as much as its queue takes. Returns how many bytes that were.
+    pub fn receive(&self, bytes: &[u8]) -> usize {
+        self.uart.receive(bytes)
+    }
+
+    /// Ends the VM, unless it has ended already.
+    pub fn end(&self, reason: EndReason) {
+        self.end.end(reason);
+    }
+
+    /// Whether it has ended: its vCPUs come to rest.
+    pub fn is_ended(&self) -> bool {
+        self.end.ended.load(Ordering::Acquire)
+    }
+
+    /// Takes the reason for which it ended.
+    pub fn take_end_reason(&self) -> Option<EndReason> {
+        self.end.reason.lock().take()
+    }
+
+    /// Delivers what is due of the devices' timers at tick `now`. They are vCPU 0's business.
+    pub(crate) fn poll_timers(&self, by: VcpuId, now: u64) {
+        if by == TIMER_VCPU && now >= self.timer_deadline.load(Ordering::Relaxed) {
+            self.timers.poll(now);
+            self.timers_changed(by);
+        }
+    }
+
+    /// The earliest deadline of the devices' timers, in ticks of the VM's clock, if vCPU `by` looks after them.
+    pub(crate) fn timer_deadline(&self, by: VcpuId) -> Option<u64> {
+        let deadline = self.timer_deadline.load(Ordering::Relaxed);
+        (by == TIMER_VCPU && deadline != NEVER).then_some(deadline)
+    }
+
+    /// vCPU `by` may have set a device's timer anew: looks up the deadlines, and tells the vCPU that
+    /// looks after them.
+    pub(crate) fn timers_changed(&self, by: VcpuId) {
+        let deadline = self.timers.deadline();
+        let before = self.timer_deadline.swap(deadline, Ordering::Relaxed);
+        if by != TIMER_VCPU && deadline < before {
+            self.end.kick.kick(TIMER_VCPU);
+        }
+    }
+
+    /// Whether a write to this port may set a device's timer.
+    pub(crate) fn is_timer_port(port: u16) -> bool {
+        matches!(port, 0x40..=0x43 | 0x61 | 0x70..=0x71) || PM_PORTS.contains(&port)
+    }
 }
