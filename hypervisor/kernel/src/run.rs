@@ -419,7 +419,7 @@ impl<B: Backend> World<B> {
             slot.live.take()
         };
         let Some(live) = live else { return };
-        let reason = live.vm.end_reason();
+        let reason = live.vm.take_end_reason();
         let name = live.vm.name.clone();
         self.log_exits(&name, &live.entities);
         for &entity in &live.entities {

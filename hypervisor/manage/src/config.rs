@@ -77,7 +77,6 @@ pub enum LogLevel {
     #[default]
     Info,
     Debug,
-    Trace,
 }
 
 /// `[host]`.
@@ -416,7 +415,6 @@ impl<'t> Parser<'t> {
                         ("warn", LogLevel::Warn),
                         ("info", LogLevel::Info),
                         ("debug", LogLevel::Debug),
-                        ("trace", LogLevel::Trace),
                     ],
                 )
                 .unwrap_or(default.log_level),

@@ -14,6 +14,8 @@ pub mod emulate;
 pub mod host;
 pub mod load;
 pub mod msr;
+pub mod vcpu;
+pub mod vm;
 pub mod walk;
 
 #[cfg(test)]

@@ -20,8 +20,7 @@ use virt::{
 };
 
 use crate::{
-    clock,
-    control,
+    clock, control,
     cpuid::CpuidState,
     emulate::{self, Exception, Outcome, Platform},
     host::Host,
@@ -39,7 +38,7 @@ pub enum Pause {
         /// Host TSC of the next timer, if one is armed.
         until: Option<u64>,
     },
-    /// The VM has ended, or was stopped; [`Vm::end_reason`] says why.
+    /// The VM has ended, or was stopped; [`Vm::take_end_reason`] says why.
     Ended,
 }
 
@@ -111,7 +110,13 @@ impl<V: VirtualCpu> Vcpu<V> {
     /// start-up IPI. `hw` must not be loaded.
     ///
     /// Returns `None` if the VM has no vCPU of this number.
-    pub fn new(vm: Arc<Vm>, id: VcpuId, mut hw: V, start: Option<&CpuState>, pcpu: usize) -> Option<Self> {
+    pub fn new(
+        vm: Arc<Vm>,
+        id: VcpuId,
+        mut hw: V,
+        start: Option<&CpuState>,
+        pcpu: usize,
+    ) -> Option<Self> {
         let config = LocalApicConfig {
             physical_bits: vm.cpuid.physical_bits(),
             ..LocalApicConfig::new(id.0)
@@ -125,10 +130,24 @@ impl<V: VirtualCpu> Vcpu<V> {
         hw.set_tsc_offset(vm.clock.tsc_offset());
         hw.set_state(start.unwrap_or(&CpuState::reset()));
         hw.unload();
-        let activity =
-            if start.is_some() { Activity::Running } else { Activity::WaitForStartup };
-        let rest = Rest { id, vm, apic, msrs: Msrs::default(), nmi_pending: false };
-        Some(Vcpu { hw, rest, activity, counters: [0; Exit::KINDS] })
+        let activity = if start.is_some() {
+            Activity::Running
+        } else {
+            Activity::WaitForStartup
+        };
+        let rest = Rest {
+            id,
+            vm,
+            apic,
+            msrs: Msrs::default(),
+            nmi_pending: false,
+        };
+        Some(Vcpu {
+            hw,
+            rest,
+            activity,
+            counters: [0; Exit::KINDS],
+        })
     }
 
     /// Its number within the VM.
@@ -335,7 +354,10 @@ impl<V: VirtualCpu> Vcpu<V> {
         if single_step {
             let dr6 = self.hw.dr6();
             self.hw.set_dr6(dr6 | DR6_SINGLE_STEP);
-            self.hw.inject(Event::Exception { vector: 1, error_code: None });
+            self.hw.inject(Event::Exception {
+                vector: 1,
+                error_code: None,
+            });
             return Next::Check;
         }
         Next::Enter
@@ -383,7 +405,8 @@ impl<V: VirtualCpu> Vcpu<V> {
         let rax = self.hw.gpr(Gpr::Rax);
         match io.direction {
             Direction::Write => {
-                vm.ports.write(io.port, io.width, (rax & io.width.mask()) as u32);
+                vm.ports
+                    .write(io.port, io.width, (rax & io.width.mask()) as u32);
                 if Vm::is_timer_port(io.port) {
                     vm.timers_changed(self.rest.id);
                 }
@@ -393,7 +416,11 @@ impl<V: VirtualCpu> Vcpu<V> {
             Direction::Read => {
                 let value = u64::from(vm.ports.read(io.port, io.width));
                 // A 32-bit IN clears the upper half of RAX, narrower ones keep the rest.
-                let kept = if io.width == Width::Dword { 0 } else { rax & !io.width.mask() };
+                let kept = if io.width == Width::Dword {
+                    0
+                } else {
+                    rax & !io.width.mask()
+                };
                 self.hw.set_gpr(Gpr::Rax, kept | (value & io.width.mask()));
                 // Reading may acknowledge an interrupt; that only ever lowers a line.
                 self.step_over()
@@ -460,7 +487,8 @@ impl<V: VirtualCpu> Vcpu<V> {
     fn wrmsr<H: Host>(&mut self, host: &mut H) {
         let msr = self.hw.gpr(Gpr::Rcx) as u32;
         let value = self.edx_eax();
-        let known = self.read_msr(msr).is_some() || msr::write_ignored(self.rest.vm.cpuid.vendor(), msr);
+        let known =
+            self.read_msr(msr).is_some() || msr::write_ignored(self.rest.vm.cpuid.vendor(), msr);
         let result = self.write_msr(msr, value);
         if result.is_err() && !known && !LocalApic::owns_msr(msr) {
             self.rest.warn_msr(host, "write to", msr);
@@ -522,9 +550,17 @@ impl<V: VirtualCpu> Vcpu<V> {
                     return if good { Ok(()) } else { Err(GP) };
                 }
                 if hw.msr(msr).is_some() {
-                    return if hw.set_msr(msr, value) { Ok(()) } else { Err(GP) };
+                    return if hw.set_msr(msr, value) {
+                        Ok(())
+                    } else {
+                        Err(GP)
+                    };
                 }
-                if msr::write_ignored(rest.vm.cpuid.vendor(), msr) { Ok(()) } else { Err(GP) }
+                if msr::write_ignored(rest.vm.cpuid.vendor(), msr) {
+                    Ok(())
+                } else {
+                    Err(GP)
+                }
             }
         }
     }
@@ -564,10 +600,17 @@ impl<V: VirtualCpu> Vcpu<V> {
     }
 
     fn end(&mut self, kind: EndKind) {
-        let dump = Box::new(Dump { vcpu: self.rest.id, state: self.hw.state(), counters: self.counters });
+        let dump = Box::new(Dump {
+            vcpu: self.rest.id,
+            state: self.hw.state(),
+            counters: self.counters,
+        });
         let reason = match kind {
             EndKind::TripleFault => EndReason::TripleFault(dump),
-            kind => EndReason::Failure { what: kind.describe(), dump },
+            kind => EndReason::Failure {
+                what: kind.describe(),
+                dump,
+            },
         };
         self.rest.vm.end(reason);
     }
@@ -621,7 +664,11 @@ impl core::fmt::Display for Dump {
         let s = &self.state;
         let cs = s.segments[SegmentName::Cs as usize];
         let ss = s.segments[SegmentName::Ss as usize];
-        writeln!(f, "vCPU {}: RIP {:04x}:{:016x}  RFLAGS {:08x}", self.vcpu.0, cs.selector, s.rip, s.rflags)?;
+        writeln!(
+            f,
+            "vCPU {}: RIP {:04x}:{:016x}  RFLAGS {:08x}",
+            self.vcpu.0, cs.selector, s.rip, s.rflags
+        )?;
         const NAMES: [&str; 16] = [
             "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8 ", "R9 ", "R10", "R11",
             "R12", "R13", "R14", "R15",
@@ -633,12 +680,30 @@ impl core::fmt::Display for Dump {
             }
             writeln!(f)?;
         }
-        writeln!(f, "  CR0 {:08x}  CR2 {:016x}  CR3 {:016x}  CR4 {:08x}  EFER {:04x}", s.cr0, s.cr2, s.cr3, s.cr4, s.efer)?;
-        writeln!(f, "  CS base {:x} limit {:x} rights {:05x}  SS {:04x} base {:x}  GDT {:x}+{:x}  IDT {:x}+{:x}",
-            cs.base, cs.limit, cs.rights.into_bits(), ss.selector, ss.base,
-            s.gdtr.base, s.gdtr.limit, s.idtr.base, s.idtr.limit)?;
+        writeln!(
+            f,
+            "  CR0 {:08x}  CR2 {:016x}  CR3 {:016x}  CR4 {:08x}  EFER {:04x}",
+            s.cr0, s.cr2, s.cr3, s.cr4, s.efer
+        )?;
+        writeln!(
+            f,
+            "  CS base {:x} limit {:x} rights {:05x}  SS {:04x} base {:x}  GDT {:x}+{:x}  IDT {:x}+{:x}",
+            cs.base,
+            cs.limit,
+            cs.rights.into_bits(),
+            ss.selector,
+            ss.base,
+            s.gdtr.base,
+            s.gdtr.limit,
+            s.idtr.base,
+            s.idtr.limit
+        )?;
         write!(f, "  exits:")?;
-        for (name, count) in Exit::NAMES.iter().zip(self.counters).filter(|(_, n)| *n > 0) {
+        for (name, count) in Exit::NAMES
+            .iter()
+            .zip(self.counters)
+            .filter(|(_, n)| *n > 0)
+        {
             write!(f, " {name} {count}")?;
         }
         Ok(())
@@ -683,8 +748,15 @@ impl Rest {
             return;
         }
         self.msrs.warnings += 1;
-        let last = if self.msrs.warnings == MAX_MSR_WARNINGS { "; no more such lines" } else { "" };
-        host.warn(format!("{}: {what} unknown MSR {msr:#x} gives #GP{last}", self.vm.name));
+        let last = if self.msrs.warnings == MAX_MSR_WARNINGS {
+            "; no more such lines"
+        } else {
+            ""
+        };
+        host.warn(format!(
+            "{}: {what} unknown MSR {msr:#x} gives #GP{last}",
+            self.vm.name
+        ));
     }
 
     /// Offset in the xAPIC page, if the address lies there and the APIC answers there.
@@ -697,8 +769,11 @@ impl Rest {
 impl<V: VirtualCpu> Platform<V> for Rest {
     fn mmio_read(&mut self, _cpu: &mut V, gpa: Gpa, width: Width) -> u64 {
         match self.xapic_offset(gpa) {
-            Some(offset) => self.apic.read_mmio(offset, width).map_or(width.mask(), u64::from),
-            None => self.vm.mmio.read(gpa, width),
+            Some(offset) => self
+                .apic
+                .read_mmio(offset, width)
+                .map_or(width.mask(), u64::from),
+            None => self.vm.mmio.read(gpa.0, width),
         }
     }
 
@@ -709,7 +784,7 @@ impl<V: VirtualCpu> Platform<V> for Rest {
                     self.apic_effect(effect);
                 }
             }
-            None => self.vm.mmio.write(gpa, width, value),
+            None => self.vm.mmio.write(gpa.0, width, value),
         }
     }
 
@@ -740,7 +815,10 @@ impl<V: VirtualCpu> Platform<V> for Rest {
             }
             3 => control::write_cr3(cpu, &self.vm.cpuid, value),
             4 => control::write_cr4(cpu, &self.vm.cpuid, value),
-            8 => self.apic.set_cr8(value).map_err(|_| Exception::GENERAL_PROTECTION),
+            8 => self
+                .apic
+                .set_cr8(value)
+                .map_err(|_| Exception::GENERAL_PROTECTION),
             _ => Err(Exception::UNDEFINED_OPCODE),
         }
     }

@@ -13,16 +13,21 @@ use core::{
 use devices::{
     VcpuId,
     bus::{MmioBus, Overlap, PortBus},
-    ioapic::IoApic,
+    i8042::KeyboardController,
+    ioapic::{IOAPIC_BASE, IOAPIC_LEN, IoApic},
     lapic::{ApicBus, IntrPin, VcpuKick},
     line::{GsiRouter, InterruptSink, Line},
     pic::Pic,
+    pit::Pit,
+    pm::{PM_PORTS, PowerManagement, RESET_PORT, ResetControl},
+    rtc::{Rtc, RtcConfig},
     system::{SystemControl, SystemRequest},
     time::{Clock, earliest},
+    uart::{ConsoleSink, UART_PORTS, Uart},
 };
 use mem::{
     Gpa, HostMemory,
-    guest::{AllocateError, GuestMemory, GuestRange, pc_layout},
+    guest::{AllocateError, GuestMemory, GuestRange, LOW_RAM_END, pc_layout},
 };
 use spin::Mutex;
 use virt::CpuState;
@@ -30,12 +35,26 @@ use virt::CpuState;
 use crate::{
     clock::{TimeSource, VmClock},
     cpuid::{CpuidPolicy, HostCpuid},
-    load::{self, LoadError},
+    load::{self, BootLayout, LoadError, MapEntry, MapKind},
     vcpu::Dump,
 };
 
 /// The VGA hole below 1 MiB: device memory, not RAM.
-const VGA_HOLE: GuestRange = GuestRange { start: Gpa(0xa_0000), bytes: 0x2_0000 };
+const VGA_HOLE: GuestRange = GuestRange {
+    start: Gpa(0xa_0000),
+    bytes: 0x2_0000,
+};
+/// Below 1 MiB, where a PC has its firmware: here, the ACPI tables.
+const FIRMWARE_AREA: GuestRange = GuestRange {
+    start: Gpa(0xe_0000),
+    bytes: 0x2_0000,
+};
+/// First port of the first serial port.
+const COM1_BASE: u16 = 0x3f8;
+/// First port of the ACPI power-management block.
+const PM_BASE: u16 = 0x600;
+/// ISA interrupt of ACPI events.
+const SCI_IRQ: u32 = 9;
 /// The vCPU that looks after the devices' timers.
 const TIMER_VCPU: VcpuId = VcpuId(0);
 /// No timer is armed.
@@ -214,8 +233,22 @@ fn ram_layout(bytes: u64) -> Vec<GuestRange> {
             [(range.start.0, below), (above, range.end().0)]
         })
         .filter(|(start, end)| start < end)
-        .map(|(start, end)| GuestRange { start: Gpa(start), bytes: end - start })
+        .map(|(start, end)| GuestRange {
+            start: Gpa(start),
+            bytes: end - start,
+        })
         .collect()
+}
+
+/// What the CMOS memory says of the machine.
+fn cmos(spec: &VmSpec<'_>, epoch: u64) -> RtcConfig {
+    let below_4g = spec.memory_bytes.min(LOW_RAM_END.0);
+    RtcConfig {
+        epoch_ns: epoch.saturating_mul(1_000_000_000),
+        memory_below_4g: below_4g,
+        memory_above_4g: spec.memory_bytes - below_4g,
+        vcpus: u32::from(spec.vcpus),
+    }
 }
 
 /// The devices whose timers the VM's vCPUs drive.
@@ -269,10 +302,36 @@ impl Vm {
         pic.attach(&mut ports)?;
         let pit = Pit::new(time.clone(), irq(0));
         pit.attach(&mut ports)?;
+        let rtc = Rtc::new(&cmos(&spec, host.epoch), time.clone(), irq(8));
+        rtc.attach(&mut ports)?;
         let uart = Uart::new(irq(4), host.console);
-        ports.insert("com1", COM1_BASE, 8, uart.clone())?;
+        ports.insert("com1", COM1_BASE, UART_PORTS, uart.clone())?;
+        KeyboardController::new(irq(1), system.clone()).attach(&mut ports)?;
+        let power = PowerManagement::new(time, irq(SCI_IRQ), system.clone());
+        ports.insert("acpi-pm", PM_BASE, PM_PORTS, power.clone())?;
+        ports.insert("reset", RESET_PORT, 1, ResetControl::new(system))?;
 
-        let (entry, rsdp) = todo!();
+        let reserved = [
+            MapEntry {
+                range: VGA_HOLE,
+                kind: MapKind::Reserved,
+            },
+            MapEntry {
+                range: FIRMWARE_AREA,
+                kind: MapKind::Reserved,
+            },
+        ];
+        let layout = BootLayout {
+            reserved: &reserved,
+            rsdp: None,
+        };
+        let entry = load::load(
+            &memory,
+            spec.kernel,
+            spec.initrd,
+            spec.command_line,
+            &layout,
+        )?;
         let timers = Timers { pit, rtc, power };
         let timer_deadline = AtomicU64::new(timers.deadline());
         let vm = Vm {
@@ -340,6 +399,7 @@ impl Vm {
 
     /// Whether a write to this port may set a device's timer.
     pub(crate) fn is_timer_port(port: u16) -> bool {
-        matches!(port, 0x40..=0x43 | 0x61 | 0x70..=0x71) || PM_PORTS.contains(&port)
+        const PM_LAST: u16 = PM_BASE + PM_PORTS - 1;
+        matches!(port, 0x40..=0x43 | 0x61 | 0x70..=0x71 | PM_BASE..=PM_LAST)
     }
 }
