@@ -15,12 +15,12 @@ use core::{
 };
 
 use devices::{VcpuId, lapic::VcpuKick, uart::ConsoleSink};
+use drivers::wall_clock;
 use manage::{
     bundle::{self, Bundle, BundleEnvironment},
     config::{self, AfterLastVm, Config, Restart, VmConfig},
     console::{ConsoleId, ConsoleMux, Input},
 };
-use drivers::wall_clock;
 use mem::{Owner, nested::NestedTable};
 use sched::{EntityId, RunQueue, Wake};
 use spin::Once;
@@ -156,12 +156,16 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         info!("{line}");
     }
     if !preflight.passed() {
-        return Err(String::from("Plinth cannot run guests on this machine: see the check above"));
+        return Err(String::from(
+            "Plinth cannot run guests on this machine: see the check above",
+        ));
     }
     let backend = B::new(&memory::HOST).map_err(|e| format!("{e}"))?;
     let cpu = percpu::current();
     backend.enable(cpu.number).map_err(|e| format!("{e}"))?;
-    let archive = machine.ramdisk.ok_or("the boot image carries no bundle of files")?;
+    let archive = machine
+        .ramdisk
+        .ok_or("the boot image carries no bundle of files")?;
     let bundle = Bundle::parse(archive).map_err(|e| format!("the image's bundle of files: {e}"))?;
     if let Some(file) = bundle.file(bundle::SYMBOLS) {
         symbols::init(file);
@@ -172,12 +176,22 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
     let mut slots = Vec::new();
     for vm in config.vms {
         let kernel = bundle.guest_file(&vm.boot.kernel).unwrap_or_default();
-        let initrd = vm.boot.initrd.as_deref().and_then(|path| bundle.guest_file(path));
+        let initrd = vm
+            .boot
+            .initrd
+            .as_deref()
+            .and_then(|path| bundle.guest_file(path));
         let console = consoles.attach(&vm.name);
         if vm.focus {
             consoles.show_first(console);
         }
-        slots.push(Slot { config: vm, kernel, initrd, console, live: None });
+        slots.push(Slot {
+            config: vm,
+            kernel,
+            initrd,
+            console,
+            live: None,
+        });
     }
     let now = wall_clock::read_epoch().unwrap_or_else(|| {
         warn!("the CMOS clock shows no date: guests start in 1970");
@@ -225,7 +239,11 @@ fn read_config(bundle: &Bundle<'_>) -> Result<Config, String> {
     };
     config::check(&mut config, &surroundings);
     for line in config.report().lines() {
-        if config.problems.is_empty() { info!("{line}") } else { warn!("{line}") }
+        if config.problems.is_empty() {
+            info!("{line}")
+        } else {
+            warn!("{line}")
+        }
     }
     log::show_up_to(match config.host.log_level {
         config::LogLevel::Error => log::Level::Error,
@@ -256,7 +274,12 @@ pub fn cpu_main(cpu: &'static PerCpu) -> ! {
 /// Asks the host's processor.
 fn host_cpuid(leaf: u32, subleaf: u32) -> vmm::cpuid::CpuidResult {
     let r = core::arch::x86_64::__cpuid_count(leaf, subleaf);
-    vmm::cpuid::CpuidResult { eax: r.eax, ebx: r.ebx, ecx: r.ecx, edx: r.edx }
+    vmm::cpuid::CpuidResult {
+        eax: r.eax,
+        ebx: r.ebx,
+        ecx: r.ecx,
+        edx: r.edx,
+    }
 }
 
 /// Writes guest output to the serial line: what the queue takes at once, the rest when the line has taken some.
@@ -298,7 +321,9 @@ impl<B: Backend> World<B> {
     fn make_vm(&self, index: usize, slot: &Slot<B>) -> Result<(Live<B>, EntityId), String> {
         let id = index as u16 + 1;
         let config = &slot.config;
-        let kick = Arc::new(Kick { entities: Once::new() });
+        let kick = Arc::new(Kick {
+            entities: Once::new(),
+        });
         let console: Arc<dyn ConsoleSink> = if config.console {
             Arc::new(GuestConsole(slot.console))
         } else {
@@ -316,16 +341,18 @@ impl<B: Backend> World<B> {
         let environment = Environment {
             memory: &memory::HOST,
             cpuid: &host_cpuid,
-            time: TimeSource { read: time::now_tsc, hz: time::hz() },
+            time: TimeSource {
+                read: time::now_tsc,
+                hz: time::hz(),
+            },
             epoch: self.boot_epoch + time::ns() / NS_PER_SECOND,
             console,
             kick: kick.clone(),
         };
-        let (vm, entry) = Vm::new(spec, environment)
-            .map_err(|e| format!("{}: {e}", config.boot.kernel))?;
-        let mut table =
-            NestedTable::new(self.backend.format(), &memory::HOST, Owner::VmTables(id))
-                .map_err(|e| format!("{e}"))?;
+        let (vm, entry) =
+            Vm::new(spec, environment).map_err(|e| format!("{}: {e}", config.boot.kernel))?;
+        let mut table = NestedTable::new(self.backend.format(), &memory::HOST, Owner::VmTables(id))
+            .map_err(|e| format!("{e}"))?;
         vm.memory.map_into(&mut table).map_err(|e| format!("{e}"))?;
 
         let pcpu = percpu::current().number;
@@ -348,7 +375,13 @@ impl<B: Backend> World<B> {
                 });
             entities.push(entity);
             match made {
-                Ok(vcpu) => self.place(entity, Entity { slot: index, vcpu: Lock::new(vcpu) }),
+                Ok(vcpu) => self.place(
+                    entity,
+                    Entity {
+                        slot: index,
+                        vcpu: Lock::new(vcpu),
+                    },
+                ),
                 Err(why) => {
                     for entity in entities {
                         self.bury(entity);
@@ -360,7 +393,15 @@ impl<B: Backend> World<B> {
         kick.entities.call_once(|| entities.clone());
         let boot = entities[0];
         let running = entities.len();
-        Ok((Live { vm, entities, running, _table: table }, boot))
+        Ok((
+            Live {
+                vm,
+                entities,
+                running,
+                _table: table,
+            },
+            boot,
+        ))
     }
 
     fn place(&self, id: EntityId, entity: Entity<B>) {
@@ -411,7 +452,9 @@ impl<B: Backend> World<B> {
         let live = {
             let mut slots = self.slots.lock();
             let slot = &mut slots[index];
-            let Some(live) = slot.live.as_mut() else { return };
+            let Some(live) = slot.live.as_mut() else {
+                return;
+            };
             live.running = live.running.saturating_sub(1);
             if live.running > 0 {
                 return;
@@ -441,7 +484,9 @@ impl<B: Backend> World<B> {
         let again = match reason {
             Some(EndReason::Reset) => true,
             Some(EndReason::PowerOff) | None => restart == Restart::Always,
-            Some(EndReason::TripleFault(_) | EndReason::Failure { .. }) => restart != Restart::Never,
+            Some(EndReason::TripleFault(_) | EndReason::Failure { .. }) => {
+                restart != Restart::Never
+            }
         };
         if again && self.start_vm(index) {
             return;
@@ -457,7 +502,11 @@ impl<B: Backend> World<B> {
             let Some(entity) = entity else { continue };
             let vcpu = entity.vcpu.lock();
             let mut line = format!("{name}: vCPU {} exits:", vcpu.id().0);
-            for (kind, count) in Exit::NAMES.iter().zip(vcpu.counters()).filter(|(_, n)| **n > 0) {
+            for (kind, count) in Exit::NAMES
+                .iter()
+                .zip(vcpu.counters())
+                .filter(|(_, n)| **n > 0)
+            {
                 line += &format!(" {kind} {count}");
             }
             info!("{line}");
@@ -558,7 +607,9 @@ impl<B: Backend> Runner for World<B> {
     }
 
     fn guest_output(&self, from: ConsoleId, bytes: &[u8]) {
-        self.consoles.lock().output(from, bytes, &mut write_terminal);
+        self.consoles
+            .lock()
+            .output(from, bytes, &mut write_terminal);
     }
 
     fn run(&'static self, cpu: &'static PerCpu) -> ! {
