@@ -87,7 +87,7 @@ fn entry(boot_info: &'static mut BootInfo) -> ! {
         vendor: preflight::check(),
     };
     #[cfg(feature = "selftest")]
-    crate::selftest::run(&machine);
+    crate::selftest::run(machine);
     #[cfg(not(feature = "selftest"))]
     run::start(machine)
 }

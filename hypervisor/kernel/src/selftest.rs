@@ -1,17 +1,26 @@
-//! With the feature `selftest`: what the ramdisk's file `selftest` says, and then powers off.
+//! With the feature `selftest`: does what the ramdisk's file `selftest` says, and powers off.
 //!
-//! The file holds one word. `page-fault`, `stack-overflow`, `write-code`, `execute-data`, `invalid-opcode`
-//! and `panic` fail on purpose, and the report must name what was done. `backend`, or no file, runs the
-//! checks of the virtualization backend.
+//! The file holds one word. `backend`, or no file, runs the checks of the virtualization backend. `page-fault`, `stack-overflow`, `write-code`, `execute-data`, `invalid-opcode` and
+//! `panic` make the host fail; the report must name what was done. `interrupts` tries timer, kicks and serial
+//! input (it waits for a byte); `absent-processor` starts one that is not there; `reset` restarts
+//! the machine. The last three print `selftest NAME ok`, or `selftest NAME FAILED: why`.
 
 mod backend;
 
-use core::{arch::asm, hint::black_box};
+use alloc::{format, string::String, vec};
+use core::{arch::asm, hint::black_box, sync::atomic::Ordering};
 
-use crate::{boot::Machine, error, fault, info, power};
+use drivers::firmware::Processor;
+
+use crate::{
+    boot::Machine,
+    console, error, fault, info, interrupts,
+    percpu::{self, PerCpu},
+    power, smp, time,
+};
 
 /// Does what the file says.
-pub fn run(machine: &Machine) -> ! {
+pub fn run(machine: Machine) -> ! {
     fault::set_on_fault(fault::OnFault::PowerOff);
     let word = machine.bundle.file("selftest").unwrap_or_default();
     match word.trim_ascii() {
@@ -27,10 +36,159 @@ pub fn run(machine: &Machine) -> ! {
         b"execute-data" => execute_data(),
         b"invalid-opcode" => invalid_opcode(),
         b"panic" => panic!("on purpose"),
+        b"interrupts" => {
+            test("timer", timer());
+            test("early timer", early_timer());
+            test("kick", kick());
+            test("output", output());
+            test("input", input());
+            power::off();
+        }
+        b"absent-processor" => {
+            test("absent processor", absent_processor(machine));
+            power::off();
+        }
+        b"reset" => {
+            info!("selftest reset ok: restarting");
+            power::reset();
+        }
         _ => {}
     }
     error!("nothing failed");
     power::off()
+}
+
+fn test(name: &str, result: Result<String, String>) {
+    match result {
+        Ok(words) => info!("selftest {name} ok: {words}"),
+        Err(why) => error!("selftest {name} FAILED: {why}"),
+    }
+}
+
+/// Halts until `done`, or until `us` microseconds have passed by the timer. Returns whether it was done.
+fn idle_until(us: u64, mut done: impl FnMut(&PerCpu) -> bool) -> bool {
+    let cpu = percpu::current();
+    let end = time::now_tsc() + time::us_to_ticks(us);
+    loop {
+        if done(cpu) {
+            interrupts::disarm_timer();
+            return true;
+        }
+        if time::now_tsc() >= end {
+            return false;
+        }
+        interrupts::arm_timer(end);
+        interrupts::idle();
+    }
+}
+
+fn timer() -> Result<String, String> {
+    let cpu = percpu::current();
+    let mut late = [0; 3];
+    for late in &mut late {
+        cpu.timer_due.store(false, Ordering::Relaxed);
+        let deadline = time::now_tsc() + time::us_to_ticks(5_000);
+        interrupts::arm_timer(deadline);
+        while !cpu.timer_due.load(Ordering::Relaxed) {
+            if time::now_tsc() > deadline + time::us_to_ticks(100_000) {
+                return Err("it did not come".into());
+            }
+            interrupts::window();
+        }
+        let now = time::now_tsc();
+        if now + time::us_to_ticks(100) < deadline {
+            let early = time::ticks_to_us(deadline - now);
+            return Err(format!("it came {early} us early"));
+        }
+        *late = time::ticks_to_us(now.saturating_sub(deadline));
+    }
+    Ok(format!("{late:?} us late"))
+}
+
+/// A deadline in the past must fire at once, and a disarmed timer not at all.
+fn early_timer() -> Result<String, String> {
+    let cpu = percpu::current();
+    cpu.timer_due.store(false, Ordering::Relaxed);
+    interrupts::arm_timer(time::now_tsc() - 1);
+    let end = time::now_tsc() + time::us_to_ticks(200_000);
+    while time::now_tsc() < end && !cpu.timer_due.load(Ordering::Relaxed) {
+        interrupts::window();
+    }
+    if !cpu.timer_due.swap(false, Ordering::Relaxed) {
+        return Err("a deadline in the past did not fire".into());
+    }
+    interrupts::arm_timer(time::now_tsc() + time::us_to_ticks(2_000));
+    interrupts::disarm_timer();
+    let end = time::now_tsc() + time::us_to_ticks(10_000);
+    while time::now_tsc() < end {
+        interrupts::window();
+    }
+    match cpu.timer_due.load(Ordering::Relaxed) {
+        true => Err("a disarmed timer fired".into()),
+        false => Ok("at once, and not when disarmed".into()),
+    }
+}
+
+/// Kicks every other processor, which then kicks back from its loop.
+fn kick() -> Result<String, String> {
+    let me = percpu::current();
+    for cpu in (0..percpu::count()).filter_map(percpu::get) {
+        cpu.kicked.store(false, Ordering::Relaxed);
+        interrupts::kick(cpu);
+        if cpu.number == me.number {
+            interrupts::window();
+        }
+        // A processor in its idle loop takes the kick whenever it comes.
+        let end = time::now_tsc() + time::us_to_ticks(100_000);
+        while !cpu.kicked.load(Ordering::Relaxed) {
+            if time::now_tsc() >= end {
+                return Err(format!("processor {} did not notice", cpu.number));
+            }
+            core::hint::spin_loop();
+        }
+    }
+    Ok(format!("{} processors", percpu::count()))
+}
+
+/// More output than the queue holds, taken as the line drains it.
+fn output() -> Result<String, String> {
+    let text = vec![b'.'; 20_000];
+    let mut sent = 0;
+    let in_time = idle_until(10_000_000, |_| {
+        sent += console::write(&text[sent..]);
+        sent == text.len()
+    });
+    console::write_all(b"\r\n");
+    match in_time {
+        true => Ok(format!("{sent} bytes")),
+        false => Err(format!("only {sent} of {} bytes were taken", text.len())),
+    }
+}
+
+fn input() -> Result<String, String> {
+    info!("selftest waits for a byte");
+    let mut byte = None;
+    idle_until(5_000_000, |_| {
+        byte = console::read();
+        byte.is_some()
+    });
+    match byte {
+        Some(byte) => Ok(format!("{byte:#04x}")),
+        None => Err("no byte came by interrupt".into()),
+    }
+}
+
+fn absent_processor(machine: Machine) -> Result<String, String> {
+    let mut firmware = machine.firmware;
+    firmware.processors = vec![Processor {
+        apic_id: 77,
+        enabled: true,
+    }];
+    let outcome = smp::start(&firmware);
+    match (outcome.online, outcome.listed) {
+        (1, 2) => Ok("left out".into()),
+        other => Err(format!("online and listed: {other:?}")),
+    }
 }
 
 #[inline(never)]
