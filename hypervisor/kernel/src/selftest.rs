@@ -1,9 +1,10 @@
 //! With the feature `selftest`: does what the ramdisk's file `selftest` says, and powers off.
 //!
-//! The file holds one word. `backend`, or no file, runs the checks of the virtualization backend. `page-fault`, `stack-overflow`, `write-code`, `execute-data`, `invalid-opcode` and
-//! `panic` make the host fail; the report must name what was done. `interrupts` tries timer, kicks and serial
-//! input (it waits for a byte); `absent-processor` starts one that is not there; `reset` restarts
-//! the machine. The last three print `selftest NAME ok`, or `selftest NAME FAILED: why`.
+//! The file holds one word. `backend`, or no file, runs the checks of the virtualization backend. `page-fault`,
+//! `stack-overflow`, `write-code`, `execute-data`, `invalid-opcode` and `panic` make the host fail; the report
+//! must name what was done. `interrupts` tries timer, kicks and serial line (it waits for a byte),
+//! `absent-processor` starts one that is not there, `reset` restarts the machine: one line each,
+//! `selftest ok NAME` or `selftest FAILED NAME: REASON`.
 
 mod backend;
 
@@ -49,7 +50,7 @@ pub fn run(machine: Machine) -> ! {
             power::off();
         }
         b"reset" => {
-            info!("selftest reset ok: restarting");
+            info!("selftest ok reset: restarting");
             power::reset();
         }
         _ => {}
@@ -60,8 +61,8 @@ pub fn run(machine: Machine) -> ! {
 
 fn test(name: &str, result: Result<String, String>) {
     match result {
-        Ok(words) => info!("selftest {name} ok: {words}"),
-        Err(why) => error!("selftest {name} FAILED: {why}"),
+        Ok(words) => info!("selftest ok {name}: {words}"),
+        Err(why) => error!("selftest FAILED {name}: {why}"),
     }
 }
 
