@@ -362,9 +362,28 @@ impl Folder {
             std::process::id(),
             NEXT.fetch_add(1, Ordering::Relaxed)
         );
-        let folder = paths::target().join("run").join(name);
+        let all = paths::target().join("run");
+        remove_abandoned(&all);
+        let folder = all.join(name);
         fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
         Ok(Folder(folder))
+    }
+}
+
+/// Removes what machines left whose xtask was killed.
+fn remove_abandoned(all: &Path) {
+    let Ok(entries) = fs::read_dir(all) else {
+        return;
+    };
+    for entry in entries.filter_map(Result::ok) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name
+            .split_once('-')
+            .map(|(pid, _)| Path::new("/proc").join(pid));
+        if owner.is_some_and(|process| !process.exists()) {
+            // Another xtask may be doing the same.
+            let _ = fs::remove_dir_all(entry.path());
+        }
     }
 }
 
@@ -378,6 +397,21 @@ impl Drop for Folder {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn folders_of_dead_owners_are_removed() {
+        let all = std::env::temp_dir().join(format!("plinth-run-{}", std::process::id()));
+        // No process has a number beyond 2^22 (Linux, PID_MAX_LIMIT).
+        let (dead, alive) = (
+            all.join("9999999-0"),
+            all.join(format!("{}-0", std::process::id())),
+        );
+        fs::create_dir_all(&dead).unwrap();
+        fs::create_dir_all(&alive).unwrap();
+        remove_abandoned(&all);
+        assert!(!dead.exists() && alive.exists());
+        fs::remove_dir_all(all).unwrap();
+    }
 
     #[test]
     fn bochs_refuses_what_it_cannot_be() {
