@@ -12,6 +12,8 @@
 //!   [`lapic::ApicInbox`] and the kick. A sink never calls back into a device, so a
 //!   device may drive its line while it holds its own lock; the kick callback must not
 //!   take any of these locks. [`system::SystemControl`] is called without any lock held.
+//! - The PCI bus's BAR tables are locked before a function's lock, and never while a function is called
+//!   for an access.
 //! - A [`lapic::LocalApic`] belongs to its vCPU and has no lock.
 //!
 //! What this crate does not do: guest memory, instruction emulation, scheduling.
@@ -25,8 +27,10 @@ pub mod i8042;
 pub mod ioapic;
 pub mod lapic;
 pub mod line;
+pub mod pci;
 pub mod pic;
 pub mod pit;
+pub mod platform;
 pub mod pm;
 pub mod rtc;
 pub mod system;

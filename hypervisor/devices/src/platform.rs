@@ -1,0 +1,64 @@
+//! Where things are in the guest's PC: one place for addresses, ports and lines.
+
+use core::ops::Range;
+
+/// Memory below 4 GiB ends here at the latest; above are the PCI windows and the APICs.
+pub const LOW_MEMORY_END: u64 = 0xb000_0000;
+/// PCI configuration space (ECAM) of bus 0.
+pub const ECAM_BASE: u64 = 0xb000_0000;
+/// Window for 32-bit memory BARs.
+pub const PCI_MMIO32: Range<u64> = 0xc000_0000..0xfec0_0000;
+/// Window for I/O BARs.
+pub const PCI_IO: Range<u32> = 0xc000..0x1_0000;
+/// First address of memory that did not fit below [`LOW_MEMORY_END`].
+pub const HIGH_MEMORY_BASE: u64 = 1 << 32;
+/// Base port of the ACPI PM block.
+pub const PM_BASE: u16 = 0x600;
+/// ISA IRQ and GSI of the ACPI system control interrupt.
+pub const SCI_IRQ: u8 = 9;
+/// ISA IRQ of the keyboard controller.
+pub const KEYBOARD_IRQ: u8 = 1;
+/// ISA IRQ of the real-time clock.
+pub const RTC_IRQ: u8 = 8;
+/// Port that firmware writes progress codes to, and drivers write for a delay.
+pub const POST_PORT: u16 = 0x80;
+/// First GSI of the PCI interrupt lines; there are [`PCI_GSIS`].
+pub const PCI_GSI_BASE: u32 = 16;
+/// Number of GSIs that the PCI interrupt lines share.
+pub const PCI_GSIS: u32 = 8;
+
+/// A serial port's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SerialPort {
+    /// Base port.
+    pub port: u16,
+    /// ISA IRQ.
+    pub irq: u8,
+}
+
+/// COM1 to COM4.
+pub const SERIAL_PORTS: [SerialPort; 4] = [
+    SerialPort {
+        port: 0x3f8,
+        irq: 4,
+    },
+    SerialPort {
+        port: 0x2f8,
+        irq: 3,
+    },
+    SerialPort {
+        port: 0x3e8,
+        irq: 4,
+    },
+    SerialPort {
+        port: 0x2e8,
+        irq: 3,
+    },
+];
+
+/// The GSI of interrupt pin `pin` (0 is INTA#) of PCI device `device` on bus 0.
+///
+/// The usual swizzle, so that devices with one pin each spread over the lines.
+pub const fn pci_gsi(device: u8, pin: u8) -> u32 {
+    PCI_GSI_BASE + (device as u32 + pin as u32) % PCI_GSIS
+}
