@@ -201,6 +201,8 @@ pub struct Rig {
     builder: Option<image::Builder>,
     /// The folder of kernels and initrds that configurations name.
     files: PathBuf,
+    /// Files that could not be made, and why.
+    missing: Vec<(String, String)>,
     /// The folder of images and configurations.
     scratch: PathBuf,
     /// Places that cannot be used here, and why.
@@ -242,10 +244,11 @@ impl Rig {
             .transpose()?;
         let scratch = paths::target().join("test-scenarios");
         let files = scratch.join("files");
-        make_files(&files)?;
+        let missing = make_files(&files)?;
         Ok(Self {
             builder,
             files,
+            missing,
             scratch,
             obstacles,
             stub_reports: Mutex::default(),
@@ -258,6 +261,14 @@ impl Rig {
             .iter()
             .find(|(known, _)| *known == place)
             .map(|(_, why)| why.clone())
+    }
+
+    /// The file that configurations call `name`.
+    fn file(&self, name: &str) -> Result<PathBuf> {
+        match self.missing.iter().find(|(missing, _)| missing == name) {
+            Some((_, why)) => bail!("{name} is missing: {why}"),
+            None => Ok(self.files.join(name)),
+        }
     }
 
     /// Boots Plinth with this configuration, whatever is wrong with it.
@@ -274,6 +285,11 @@ impl Rig {
         change: impl FnOnce(&mut Machine),
     ) -> Result<Session> {
         let builder = self.builder.as_ref().context("this run boots no Plinth")?;
+        for (name, _) in &self.missing {
+            if vms.contains(&format!("\"{name}\"")) {
+                self.file(name)?;
+            }
+        }
         let path = self.scratch.join(&start.name).with_extension("img");
         let configuration = Configuration::new("plinth.toml", vms, self.files.clone());
         builder.write_unchecked(&configuration, &path)?;
@@ -285,27 +301,39 @@ impl Rig {
     }
 }
 
-/// Makes the files that configurations name.
-fn make_files(folder: &Path) -> Result<()> {
+/// Makes the files that configurations name, and tells of those that could not be made.
+fn make_files(folder: &Path) -> Result<Vec<(String, String)>> {
     let cache = paths::cache();
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let copy = |from: &Path, name: &str| {
-        let bytes = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
-        guests::write_whole(&folder.join(name), &bytes)
+    let mut missing = Vec::new();
+    let mut provide = |name: &str, file: Result<PathBuf>| {
+        let copied = file.and_then(|from| {
+            let bytes =
+                fs::read(&from).with_context(|| format!("cannot read {}", from.display()))?;
+            guests::write_whole(&folder.join(name), &bytes)
+        });
+        if let Err(error) = copied {
+            missing.push((name.to_owned(), format!("{error:#}")));
+        }
     };
     for guest in &guests::CATALOGUE {
-        copy(&guests::ensure_kernel(&cache, guest)?.path, guest.name)?;
+        provide(
+            guest.name,
+            guests::ensure_kernel(&cache, guest).map(|kernel| kernel.path),
+        );
     }
-    copy(&initramfs::ensure(&cache)?, "initramfs")?;
-    copy(&stub::ensure()?, "stub")?;
+    provide("initramfs", initramfs::ensure(&cache));
+    provide("stub", stub::ensure());
     guests::write_whole(&folder.join(EMPTY_DISK), &[0; 1 << 20])?;
-    // Kernels that are none: a text, and the beginning of a real one.
     guests::write_whole(&folder.join("letter"), b"Dear kernel, ...\n")?;
-    let whole = fs::read(folder.join(guests::CATALOGUE[0].name))?;
-    let beginning = whole
-        .get(..64 << 10)
-        .context("a kernel is larger than 64 KiB")?;
-    guests::write_whole(&folder.join("cut-short"), beginning)
+    // The beginning of a real kernel.
+    if let Ok(whole) = fs::read(folder.join(guests::CATALOGUE[0].name)) {
+        let beginning = whole
+            .get(..64 << 10)
+            .context("a kernel is larger than 64 KiB")?;
+        guests::write_whole(&folder.join("cut-short"), beginning)?;
+    }
+    Ok(missing)
 }
 
 /// The guests' memory in MiB, as in the default configuration.
@@ -419,7 +447,7 @@ pub fn reference() -> Vec<Scenario> {
     };
     let linux = guests::CATALOGUE.iter().map(|guest| {
         let boot = move |rig: &Rig, start: &Start| {
-            let initrd = rig.files.join("initramfs");
+            let initrd = rig.file("initramfs")?;
             let command_line = ["-append", "console=ttyS0", "-initrd"].map(String::from);
             let mut session = bare(rig, start, guest.name, MEMORY_MIB, |machine| {
                 machine.extra.extend(command_line);
@@ -452,12 +480,12 @@ fn bare(
     memory_mib: u32,
     change: impl FnOnce(&mut Machine),
 ) -> Result<Session> {
-    let mut machine = Place::QEMU_BIOS.machine(&rig.files.join(EMPTY_DISK));
+    let mut machine = Place::QEMU_BIOS.machine(&rig.file(EMPTY_DISK)?);
     machine.cpus = 1;
     machine.memory_mib = memory_mib;
     machine.extra.extend([
         "-kernel".to_owned(),
-        rig.files.join(kernel).display().to_string(),
+        rig.file(kernel)?.display().to_string(),
     ]);
     change(&mut machine);
     Session::start(&machine, &start.log, 2 * Place::QEMU_BIOS.limits().boot)
