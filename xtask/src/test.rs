@@ -9,7 +9,11 @@
 //! processors, the longest first; the last line is the count.
 
 mod linux;
+mod place;
+mod refusals;
 mod report;
+mod rig;
+mod running;
 mod scenarios;
 mod session;
 mod terminal;
@@ -80,10 +84,7 @@ impl Args {
         };
         all.into_iter()
             .filter(|scenario| self.wants(&scenario.name))
-            .filter(|scenario| {
-                self.emulator
-                    .is_none_or(|only| scenario.emulator == Some(only))
-            })
+            .filter(|scenario| self.emulator.is_none_or(|only| scenario.needs_only(only)))
             .filter(|scenario| scenario.quick || !self.quick)
             .collect()
     }
@@ -187,7 +188,7 @@ fn log_of(name: &str) -> PathBuf {
 /// Runs scenarios side by side, the longest first; those that look at the others' results
 /// come last.
 fn run_scenarios(scenarios: Vec<Scenario>, counts: &mut Counts) {
-    let rig = match scenarios::Rig::prepare(&scenarios) {
+    let rig = match rig::Rig::prepare(&scenarios) {
         Ok(rig) => rig,
         Err(error) => {
             println!("no scenario can run: {error:#}");
@@ -196,7 +197,7 @@ fn run_scenarios(scenarios: Vec<Scenario>, counts: &mut Counts) {
         }
     };
     let (last, mut first): (Vec<_>, Vec<_>) =
-        scenarios.into_iter().partition(|scenario| scenario.last);
+        scenarios.into_iter().partition(Scenario::is_afterwards);
     first.sort_by_key(|scenario| std::cmp::Reverse(scenario.cost_s));
     let next = AtomicUsize::new(0);
     let shared = Mutex::new(counts);

@@ -1,0 +1,101 @@
+//! Where scenarios run: which emulator, which firmware, and how patient to be there.
+
+use std::{path::Path, time::Duration};
+
+use super::linux::Limits;
+use crate::{
+    deps::Program,
+    emulator::{Acceleration, Emulator, Firmware, Machine},
+};
+
+/// Where a scenario runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// QEMU's emulation of AMD-V.
+    Qemu(Firmware),
+    /// Bochs' emulation of VT-x.
+    Bochs,
+    /// The workstation's own virtualization, nested.
+    Kvm,
+    /// QEMU without Plinth: the guest is QEMU's own, for comparison.
+    Bare,
+}
+
+impl Place {
+    /// AMD-V, booted by a BIOS.
+    pub const QEMU_BIOS: Self = Self::Qemu(Firmware::Bios);
+    /// AMD-V, booted by UEFI.
+    pub const QEMU_UEFI: Self = Self::Qemu(Firmware::Uefi);
+
+    /// The beginning of the names of its scenarios.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qemu(Firmware::Bios) => "qemu-amdv/bios",
+            Self::Qemu(Firmware::Uefi) => "qemu-amdv/uefi",
+            Self::Bochs => "bochs-vtx/bios",
+            Self::Kvm => "kvm/uefi",
+            Self::Bare => "reference/qemu",
+        }
+    }
+
+    /// The emulator that is this place.
+    pub fn emulator(self) -> Emulator {
+        match self {
+            Self::Bochs => Emulator::Bochs,
+            Self::Qemu(_) | Self::Kvm | Self::Bare => Emulator::Qemu,
+        }
+    }
+
+    /// The programs that it needs.
+    pub fn programs(self) -> &'static [Program] {
+        match self {
+            Self::Qemu(Firmware::Bios) | Self::Bare => &[Program::Qemu],
+            Self::Qemu(Firmware::Uefi) | Self::Kvm => &[Program::Qemu, Program::Ovmf],
+            Self::Bochs => &[Program::Bochs],
+        }
+    }
+
+    /// The machine that boots `image` there.
+    pub fn machine(self, image: &Path) -> Machine {
+        let mut machine = Machine::new(self.emulator(), image);
+        // Independent of how busy the workstation is.
+        machine.count_instructions = matches!(self, Self::Qemu(_) | Self::Bare);
+        match self {
+            Self::Qemu(firmware) => machine.firmware = firmware,
+            // A second processor costs Bochs as much as the first.
+            Self::Bochs => machine.cpus = 1,
+            Self::Kvm => machine.acceleration = Acceleration::Kvm,
+            Self::Bare => {
+                machine.firmware = Firmware::Bios;
+                machine.cpus = 1;
+            }
+        }
+        machine
+    }
+
+    /// Generous: the workstation may have slow processors, and something else to do.
+    pub fn limits(self) -> Limits {
+        let (boot, command) = match self {
+            Self::Qemu(_) | Self::Bare => (240, 90),
+            Self::Bochs => (480, 180),
+            Self::Kvm => (120, 60),
+        };
+        Limits {
+            boot: Duration::from_secs(boot),
+            command: Duration::from_secs(command),
+        }
+    }
+
+    /// The longest that a whole scenario may take.
+    pub fn patience(self) -> Duration {
+        2 * self.limits().boot
+    }
+
+    /// How many times as long as on QEMU something takes, about.
+    pub fn slowness(self) -> u32 {
+        match self {
+            Self::Qemu(_) | Self::Kvm | Self::Bare => 1,
+            Self::Bochs => 4,
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! What all scenarios share: the hypervisor, the guests' files, and the way to boot them.
+
+use std::{
+    fmt::Write,
+    fs,
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+use anyhow::{Context, Result, bail};
+
+use super::{place::Place, scenarios::Scenario, session::Session};
+use crate::{
+    deps,
+    emulator::{Machine, kvm},
+    guests::{self, Guest},
+    image::{self, Configuration},
+    initramfs, paths, stub,
+    toolchain::Profile,
+};
+
+/// A disk for machines that boot without one, in [`Rig::files`].
+const EMPTY_DISK: &str = "empty.img";
+
+/// What one run of a scenario uses.
+pub struct Start {
+    /// For the names of files.
+    pub name: String,
+    /// Where its machine is.
+    pub place: Place,
+    /// The log of the machine's serial line.
+    pub log: PathBuf,
+}
+
+/// A guest, as a configuration says it.
+pub struct Vm {
+    /// Its name.
+    pub name: &'static str,
+    /// In MiB.
+    pub memory_mib: u32,
+    /// A file of the rig.
+    pub kernel: &'static str,
+    /// A file of the rig.
+    pub initrd: Option<&'static str>,
+    /// For the kernel.
+    pub command_line: &'static str,
+}
+
+impl Vm {
+    /// A Linux guest called `linux`, with the memory of the default configuration.
+    pub fn linux(guest: &Guest) -> Self {
+        Self {
+            name: "linux",
+            memory_mib: 256,
+            kernel: guest.name,
+            initrd: Some("initramfs"),
+            command_line: "console=ttyS0",
+        }
+    }
+
+    /// A guest stub.
+    pub fn stub(name: &'static str, command_line: &'static str) -> Self {
+        Self {
+            name,
+            memory_mib: 32,
+            kernel: "stub",
+            initrd: None,
+            command_line,
+        }
+    }
+
+    /// Its section of a configuration.
+    pub fn section(&self) -> String {
+        let mut text = format!(
+            "[[vm]]\nname = \"{}\"\nmemory = \"{}M\"\n[vm.boot]\nkernel = \"{}\"\n",
+            self.name, self.memory_mib, self.kernel
+        );
+        if let Some(initrd) = self.initrd {
+            writeln!(text, "initrd = \"{initrd}\"").expect("a String takes any text");
+        }
+        writeln!(text, "cmdline = \"{}\"", self.command_line).expect("a String takes any text");
+        text
+    }
+}
+
+/// What all scenarios share.
+pub struct Rig {
+    /// Makes the images; none if no scenario boots Plinth.
+    builder: Option<image::Builder>,
+    /// The folder of kernels and initrds that configurations name.
+    pub files: PathBuf,
+    /// Files that could not be made, and why.
+    missing: Vec<(String, String)>,
+    /// The folder of images.
+    images: PathBuf,
+    /// Places that cannot be used here, and why.
+    obstacles: Vec<(Place, String)>,
+    /// What the stub stated, by place.
+    pub stub_facts: Mutex<Vec<(Place, Vec<String>)>>,
+}
+
+impl Rig {
+    /// Installs, fetches and makes what the scenarios need.
+    ///
+    /// # Errors
+    /// The hypervisor does not compile, or there is no place for files.
+    pub fn prepare(scenarios: &[Scenario]) -> Result<Self> {
+        let mut places: Vec<Place> = Vec::new();
+        for place in scenarios.iter().filter_map(Scenario::place) {
+            if !places.contains(&place) {
+                places.push(place);
+            }
+        }
+        let mut obstacles = Vec::new();
+        for place in places {
+            if let Err(error) = deps::require(place.programs()) {
+                obstacles.push((place, format!("{error:#}")));
+            } else if place == Place::Kvm
+                && let Err(why) = kvm::trial()
+            {
+                obstacles.push((place, why));
+            }
+        }
+        let builder = scenarios
+            .iter()
+            .any(Scenario::boots_plinth)
+            .then(|| image::Builder::new(Profile::Release))
+            .transpose()?;
+        let images = paths::target().join("test-scenarios");
+        let files = images.join("files");
+        let missing = make_files(&files)?;
+        Ok(Self {
+            builder,
+            files,
+            missing,
+            images,
+            obstacles,
+            stub_facts: Mutex::default(),
+        })
+    }
+
+    /// Why a place cannot be used.
+    pub fn obstacle(&self, place: Place) -> Option<String> {
+        self.obstacles
+            .iter()
+            .find(|(known, _)| *known == place)
+            .map(|(_, why)| why.clone())
+    }
+
+    /// Boots these guests: under Plinth, or one of them on the bare emulator.
+    ///
+    /// # Errors
+    /// A file is missing, or the machine does not start.
+    pub fn boot(&self, start: &Start, vms: &[Vm]) -> Result<Session> {
+        if let (Place::Bare, [vm]) = (start.place, vms) {
+            return self.boot_bare(start, vm);
+        }
+        let text: String = vms.iter().map(Vm::section).collect();
+        self.boot_text(start, &text, |_| {})
+    }
+
+    /// Boots Plinth with this configuration, whatever is wrong with it, on a machine that
+    /// `change` may change.
+    ///
+    /// # Errors
+    /// A file is missing, or the machine does not start.
+    pub fn boot_text(
+        &self,
+        start: &Start,
+        configuration: &str,
+        change: impl FnOnce(&mut Machine),
+    ) -> Result<Session> {
+        let builder = self
+            .builder
+            .as_ref()
+            .context("this run prepared no Plinth")?;
+        for (name, why) in &self.missing {
+            if configuration.contains(&format!("\"{name}\"")) {
+                bail!("{name} is missing: {why}");
+            }
+        }
+        let image = self.images.join(&start.name).with_extension("img");
+        let configuration = Configuration::new("plinth.toml", configuration, self.files.clone());
+        builder.write_unchecked(&configuration, &image)?;
+        let mut machine = start.place.machine(&image);
+        change(&mut machine);
+        Session::start(&machine, &start.log, start.place.patience())
+    }
+
+    /// Starts QEMU with the guest's kernel and without Plinth.
+    fn boot_bare(&self, start: &Start, vm: &Vm) -> Result<Session> {
+        if let Some((name, why)) = self.missing.iter().find(|(name, _)| name == vm.kernel) {
+            bail!("{name} is missing: {why}");
+        }
+        let mut machine = start.place.machine(&self.files.join(EMPTY_DISK));
+        machine.memory_mib = vm.memory_mib;
+        let file = |name: &str| self.files.join(name).display().to_string();
+        machine
+            .extra
+            .extend(["-kernel".to_owned(), file(vm.kernel)]);
+        if let Some(initrd) = vm.initrd {
+            machine.extra.extend(["-initrd".to_owned(), file(initrd)]);
+        }
+        machine
+            .extra
+            .extend(["-append", vm.command_line].map(str::to_owned));
+        Session::start(&machine, &start.log, start.place.patience())
+    }
+}
+
+/// Makes the files that configurations name, and tells of those that could not be made.
+fn make_files(folder: &Path) -> Result<Vec<(String, String)>> {
+    let cache = paths::cache();
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let mut missing = Vec::new();
+    let mut provide = |name: &str, file: Result<PathBuf>| {
+        let copied = file.and_then(|from| {
+            let bytes =
+                fs::read(&from).with_context(|| format!("cannot read {}", from.display()))?;
+            guests::write_whole(&folder.join(name), &bytes)
+        });
+        if let Err(error) = copied {
+            missing.push((name.to_owned(), format!("{error:#}")));
+        }
+    };
+    for guest in &guests::CATALOGUE {
+        let kernel = guests::ensure_kernel(&cache, guest);
+        provide(guest.name, kernel.map(|kernel| kernel.path));
+    }
+    provide("initramfs", initramfs::ensure(&cache));
+    provide("stub", stub::ensure());
+    guests::write_whole(&folder.join(EMPTY_DISK), &[0; 1 << 20])?;
+    guests::write_whole(&folder.join("letter"), b"Dear kernel, ...\n")?;
+    // The beginning of a real kernel.
+    if let Ok(whole) = fs::read(folder.join(guests::CATALOGUE[0].name)) {
+        let beginning = whole
+            .get(..64 << 10)
+            .context("a kernel is larger than 64 KiB")?;
+        guests::write_whole(&folder.join("cut-short"), beginning)?;
+    }
+    Ok(missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sections_make_a_right_configuration() {
+        let vms = [
+            Vm::linux(&guests::CATALOGUE[0]),
+            Vm::stub("stub", "end=poweroff"),
+        ];
+        let text: String = vms.iter().map(Vm::section).collect();
+        let config = manage::config::parse("plinth.toml", text.as_bytes());
+        assert_eq!(config.report(), "plinth.toml: 2 VMs can start\n");
+        assert_eq!(config.vms[0].boot.cmdline, "console=ttyS0");
+        assert_eq!(config.vms[1].memory, 32 << 20);
+    }
+}

@@ -1,0 +1,251 @@
+//! Scenarios in which guests run, and what they and Plinth have to do.
+
+use std::{fs, sync::PoisonError};
+
+use anyhow::{Context, Result, ensure};
+use regex::Regex;
+
+use super::{
+    linux::{self, Given, Limits, Shell},
+    place::Place,
+    rig::{Rig, Start, Vm},
+    scenarios::CannotTell,
+    session::Session,
+    terminal::{Terminal, plain},
+};
+use crate::{
+    guests::{self, Guest},
+    paths,
+};
+
+/// The stub's first line.
+pub const STUB_GREETING: &str = "plinth guest-stub: hello";
+
+/// Linux boots, holds its conversation, and powers off; the remark says when the shell was
+/// there.
+pub fn linux(rig: &Rig, start: &Start, guest: &Guest) -> Result<String> {
+    let limits = start.place.limits();
+    let vm = Vm::linux(guest);
+    let given = Given {
+        release: guest.release,
+        memory_mib: vm.memory_mib,
+        cpus: 1,
+    };
+    let mut session = rig.boot(start, &[vm])?;
+    let started = session.started();
+    let (mut shell, release) = Shell::wait_for(&mut session, limits)?;
+    let booted = started.elapsed().as_secs_f64();
+    linux::converse(&mut shell, &release, &given)?;
+    shell.say("poweroff")?;
+    session.wait_for_power_off(limits.command)?;
+    Ok(format!("shell after {booted:.1} s"))
+}
+
+/// The stub's checks, each `ok` or skipped.
+pub fn stub(rig: &Rig, start: &Start) -> Result<String> {
+    let mut session = rig.boot(start, &[Vm::stub("stub", "end=poweroff")])?;
+    let report = stub_to_power_off(&mut session, start.place.limits())?;
+    let mut facts = rig
+        .stub_facts
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    facts.push((start.place, report.facts));
+    Ok(report.remark)
+}
+
+/// What the stub said.
+pub struct StubReport {
+    /// Lines about what it saw.
+    facts: Vec<String>,
+    /// How many checks there were.
+    remark: String,
+}
+
+/// Waits for the stub's sum, and for the end of the machine; all checks must be right.
+///
+/// # Errors
+/// One was not, or something did not come.
+pub fn stub_to_power_off(session: &mut Session, limits: Limits) -> Result<StubReport> {
+    let report = stub_report(session, limits)?;
+    session.wait_for_power_off(limits.command)?;
+    Ok(report)
+}
+
+/// Reads the stub's output from its greeting to its sum.
+fn stub_report(terminal: &mut dyn Terminal, limits: Limits) -> Result<StubReport> {
+    let sum = Regex::new(r"stub: (\d+) passed, (\d+) failed, (\d+) skipped\r?\n")?;
+    terminal
+        .expect(&Regex::new(STUB_GREETING)?, limits.boot)
+        .context("waiting for the stub's greeting")?;
+    let text = terminal
+        .expect(&sum, limits.boot)
+        .context("waiting for the stub's checks")?;
+    let text = plain(&text);
+    let found = sum
+        .captures(&text)
+        .context("what was waited for is in the text")?;
+    let failed: Vec<_> = text
+        .lines()
+        .filter(|line| line.contains(": FAILED"))
+        .collect();
+    ensure!(
+        failed.is_empty() && &found[2] == "0",
+        "{}",
+        failed.join("\n")
+    );
+    ensure!(&found[1] != "0", "no check ran");
+    let remark = match &found[3] {
+        "0" => format!("{} checks", &found[1]),
+        skipped => format!("{} checks, {skipped} not possible here", &found[1]),
+    };
+    let facts = text.lines().filter(|line| line.starts_with("fact "));
+    Ok(StubReport {
+        facts: facts.map(str::to_owned).collect(),
+        remark,
+    })
+}
+
+/// Both backends show a guest the same machine.
+pub fn same_facts(rig: &Rig) -> Result<String> {
+    let facts = rig
+        .stub_facts
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    let of = |place| facts.iter().find(|(known, _)| *known == place);
+    let (Some((_, amd)), Some((_, intel))) = (of(Place::QEMU_BIOS), of(Place::Bochs)) else {
+        return Err(CannotTell("the stub's scenarios did not run on both").into());
+    };
+    ensure!(!amd.is_empty(), "the stub stated no facts");
+    let only = |these: &[String], those: &[String]| {
+        let only = these.iter().filter(|fact| !those.contains(fact));
+        only.cloned().collect::<Vec<_>>().join("\n")
+    };
+    let (only_amd, only_intel) = (only(amd, intel), only(intel, amd));
+    ensure!(
+        only_amd.is_empty() && only_intel.is_empty(),
+        "only on {}:\n{only_amd}\nonly on {}:\n{only_intel}",
+        Place::QEMU_BIOS.name(),
+        Place::Bochs.name()
+    );
+    Ok(format!("{} facts", amd.len()))
+}
+
+/// The default configuration as it is: Linux on the terminal, the stub beside it, and the
+/// escape key between them.
+pub fn two_vms(rig: &Rig, start: &Start) -> Result<String> {
+    let limits = start.place.limits();
+    let mut text = fs::read_to_string(paths::workspace().join("plinth.toml"))?;
+    // The same files, under the names that they have here.
+    for (name, file) in [
+        ("\"@linux\"", guests::CATALOGUE[0].name),
+        ("\"@initramfs\"", "initramfs"),
+        ("\"@stub\"", "stub"),
+    ] {
+        ensure!(text.contains(name), "plinth.toml does not name {name}");
+        text = text.replace(name, &format!("\"{file}\""));
+    }
+    let mut session = rig.boot_text(start, &text, |_| {})?;
+    let (mut shell, _) = Shell::wait_for(&mut session, limits)?;
+    let terminal = shell.terminal();
+    terminal.send("\x1d2")?;
+    terminal.expect(&Regex::new("console 2: stub")?, limits.command)?;
+    let report = stub_report(terminal, limits)?;
+    terminal.send("\x1dl")?;
+    terminal.expect(&Regex::new(r"1\s+linux[\s\S]*2\s+stub")?, limits.command)?;
+    terminal.send("\x1d1")?;
+    terminal.expect(&Regex::new("console 1: linux")?, limits.command)?;
+    shell.still_there()?;
+    ensure!(shell.ask("nproc")? == "1", "the shell has changed");
+    shell.say("poweroff")?;
+    session.wait_for_power_off(limits.command)?;
+    Ok(report.remark)
+}
+
+/// A guest that restarts itself comes up again, as from power-on.
+pub fn reboot(rig: &Rig, start: &Start) -> Result<String> {
+    let limits = start.place.limits();
+    let guest = &guests::CATALOGUE[0];
+    let mut session = rig.boot(start, &[Vm::linux(guest)])?;
+    let (mut shell, _) = Shell::wait_for(&mut session, limits)?;
+    shell.ask("echo left >/tmp/from-before")?;
+    shell.say("reboot")?;
+    let (mut shell, _) =
+        Shell::wait_for(&mut session, limits).context("after the guest's reboot")?;
+    let left = shell.run("cat /tmp/from-before")?;
+    ensure!(left.status != 0, "a file outlived the reboot");
+    shell.say("poweroff")?;
+    session.wait_for_power_off(limits.command)?;
+    Ok(String::new())
+}
+
+/// A guest that destroys itself ends, with its registers shown; the other does not notice.
+pub fn triple_fault(rig: &Rig, start: &Start) -> Result<String> {
+    let limits = start.place.limits();
+    let vms = [
+        Vm::linux(&guests::CATALOGUE[0]),
+        Vm::stub("faulty", "checks=none facts=off end=triple-fault"),
+    ];
+    let mut session = rig.boot(start, &vms)?;
+    let (mut shell, _) = Shell::wait_for(&mut session, limits)?;
+    ensure!(shell.ask("nproc")? == "1", "the other guest has changed");
+    shell.say("poweroff")?;
+    session.wait_for_power_off(limits.command)?;
+    let text = session.text();
+    for (what, pattern) in [
+        ("the VM's end with its reason", r"faulty.*(?i:triple fault)"),
+        ("its registers", r"(?i:\brip\b)"),
+    ] {
+        let shown = Regex::new(pattern)?.is_match(&text);
+        ensure!(shown, "Plinth did not show {what}");
+    }
+    Ok(String::new())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::terminal::fake::Script;
+    use super::*;
+
+    const LIMITS: Limits = Limits {
+        boot: Duration::from_secs(1),
+        command: Duration::from_secs(1),
+    };
+
+    #[test]
+    fn a_failed_check_of_the_stub_is_named() {
+        let said = format!(
+            "{STUB_GREETING}\r\nfact cpu: x\r\ncheck msr.pat: FAILED: 0, not 6\r\n\
+             stub: 4 passed, 1 failed, 0 skipped\r\n"
+        );
+        let report = stub_report(&mut Script::new(&said, Vec::new()), LIMITS);
+        let error = report.err().unwrap().to_string();
+        assert!(error.contains("msr.pat"), "{error}");
+    }
+
+    #[test]
+    fn the_stubs_facts_and_skips_are_kept() {
+        let said = format!(
+            "{STUB_GREETING}\r\nfact cpu: x\r\ncheck fpu.avx: skipped: none\r\n\
+             stub: 4 passed, 0 failed, 1 skipped\r\n"
+        );
+        let report = stub_report(&mut Script::new(&said, Vec::new()), LIMITS).unwrap();
+        assert_eq!(report.facts, ["fact cpu: x"]);
+        assert_eq!(report.remark, "4 checks, 1 not possible here");
+    }
+
+    #[test]
+    fn a_stub_that_checks_nothing_fails() {
+        let said = format!("{STUB_GREETING}\r\nstub: 0 passed, 0 failed, 0 skipped\r\n");
+        assert!(stub_report(&mut Script::new(&said, Vec::new()), LIMITS).is_err());
+    }
+
+    #[test]
+    fn the_default_configuration_is_right() {
+        let text = include_bytes!("../../../plinth.toml");
+        let config = manage::config::parse("plinth.toml", text);
+        assert_eq!(config.report(), "plinth.toml: 2 VMs can start\n");
+        assert!(config.vms[0].focus && config.vms[0].name == "linux");
+    }
+}
