@@ -658,7 +658,7 @@ impl<B: Backend> Host for HostCpu<B> {
         fault::on_nmi();
     }
 
-    fn warn(&mut self, line: String) {
-        warn!("{line}");
+    fn note(&mut self, line: String) {
+        info!("{line}");
     }
 }

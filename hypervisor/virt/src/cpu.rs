@@ -182,6 +182,16 @@ impl FpuFeatures {
         self.write_xcr0(self.mask);
     }
 
+    /// XCR0 of this pCPU; `xsave` must be there, and `prepare` have run.
+    fn read_xcr0(&self) -> u64 {
+        let (low, high): (u32, u32);
+        // SAFETY: the processor has XSAVE and CR4.OSXSAVE is set, so XGETBV of register 0 only reads.
+        unsafe {
+            asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack, preserves_flags));
+        }
+        u64::from(high) << 32 | u64::from(low)
+    }
+
     /// Writes XCR0, if the processor has it and takes the value.
     fn write_xcr0(&self, value: u64) {
         if !self.xsave || !self.accepts_xcr0(value) {
@@ -259,6 +269,7 @@ impl GuestFpu {
     pub unsafe fn save(&mut self) {
         let area = self.area.as_mut_ptr();
         if self.features.xsave {
+            self.xcr0 = self.features.read_xcr0();
             self.features.write_xcr0(self.features.mask);
             // SAFETY: the area is 64-byte aligned and as long as the components of `mask` need.
             unsafe {
@@ -273,9 +284,14 @@ impl GuestFpu {
         }
     }
 
-    /// The guest's XCR0.
-    pub const fn xcr0(&self) -> u64 {
-        self.xcr0
+    /// The guest's XCR0. While `loaded` it is read from the register: QEMU 7.2 and 10.0 (TCG) do not
+    /// intercept XSETBV, so that the guest may have changed it.
+    pub fn xcr0(&self, loaded: bool) -> u64 {
+        if loaded && self.features.xsave {
+            self.features.read_xcr0()
+        } else {
+            self.xcr0
+        }
     }
 
     /// Sets the guest's XCR0. While `loaded`, also the register. A value that the processor
@@ -496,9 +512,9 @@ mod tests {
     fn refused_xcr0_changes_nothing() {
         let mut fpu = GuestFpu::new(FpuFeatures::detect());
         fpu.set_xcr0(0, false);
-        assert_eq!(fpu.xcr0(), 1);
+        assert_eq!(fpu.xcr0(false), 1);
         fpu.set_xcr0(fpu.features.mask, false);
-        assert_eq!(fpu.xcr0(), fpu.features.mask);
+        assert_eq!(fpu.xcr0(false), fpu.features.mask);
     }
 
     #[test]

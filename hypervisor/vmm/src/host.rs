@@ -12,7 +12,7 @@ pub trait Host {
     fn take_interrupts(&mut self);
     /// An NMI made the guest exit: handles it as if it had come in host code.
     fn take_nmi(&mut self);
-    /// A line for the host's log about the VM that runs: what the guest did wrong, at most a
-    /// few per VM and kind (the caller limits them).
-    fn warn(&mut self, line: String);
+    /// A line for the host's log about what the guest in it did: at most a few per vCPU and kind
+    /// (the caller limits them).
+    fn note(&mut self, line: String);
 }

@@ -40,6 +40,7 @@ pub mod number {
     pub const AMD_TOP_MEM2: u32 = 0xc001_001d;
     pub const AMD_NB_CFG: u32 = 0xc001_001f;
     pub const AMD_PATCH_LOADER: u32 = 0xc001_0020;
+    pub const AMD_INT_PENDING: u32 = 0xc001_0055;
     pub const AMD_TSEG_ADDR: u32 = 0xc001_0112;
     pub const AMD_TSEG_MASK: u32 = 0xc001_0113;
     pub const AMD_BU_CFG: u32 = 0xc001_1023;
@@ -163,8 +164,8 @@ pub fn constant(vendor: Vendor, msr: u32) -> Option<u64> {
         (Vendor::Intel, MISC_ENABLE) => Some(MISC_ENABLE_VALUE),
         (
             Vendor::Amd,
-            AMD_SYSCFG | AMD_HWCR | AMD_NB_CFG | AMD_TOP_MEM2 | AMD_TSEG_ADDR | AMD_TSEG_MASK
-            | AMD_BU_CFG,
+            AMD_SYSCFG | AMD_HWCR | AMD_NB_CFG | AMD_TOP_MEM2 | AMD_INT_PENDING | AMD_TSEG_ADDR
+            | AMD_TSEG_MASK | AMD_BU_CFG,
         ) => Some(0),
         // LFENCE is serializing.
         (Vendor::Amd, AMD_DE_CFG) => Some(1 << 1),

@@ -68,7 +68,7 @@ const RFLAGS_IF: u64 = 1 << 9;
 /// DR6.BS.
 const DR6_SINGLE_STEP: u64 = 1 << 14;
 /// Lines that one vCPU may have written to the host's log about unknown MSRs.
-const MAX_MSR_WARNINGS: u32 = 16;
+const MAX_MSR_NOTES: u32 = 16;
 /// Bit 0 of the paravirtual clock MSR: enable.
 const TIME_INFO_ENABLE: u64 = 1;
 /// The result of a hypercall that does not exist (Linux uapi kvm_para.h, KVM_ENOSYS).
@@ -82,7 +82,7 @@ struct Msrs {
     tsc_adjust: u64,
     system_time: u64,
     wall_clock: u64,
-    warnings: u32,
+    notes: u32,
 }
 
 /// Number of exits by kind.
@@ -477,7 +477,7 @@ impl<V: VirtualCpu> Vcpu<V> {
                 self.step_over()
             }
             None => {
-                self.rest.warn_msr(host, "read of", msr);
+                self.rest.note_msr(host, "read of", msr);
                 self.raise(Exception::GENERAL_PROTECTION);
                 Next::Check
             }
@@ -491,7 +491,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             self.read_msr(msr).is_some() || msr::write_ignored(self.rest.vm.cpuid.vendor(), msr);
         let result = self.write_msr(msr, value);
         if result.is_err() && !known && !LocalApic::owns_msr(msr) {
-            self.rest.warn_msr(host, "write to", msr);
+            self.rest.note_msr(host, "write to", msr);
         }
         self.complete(result);
     }
@@ -743,17 +743,17 @@ impl Rest {
         }
     }
 
-    fn warn_msr<H: Host>(&mut self, host: &mut H, what: &str, msr: u32) {
-        if self.msrs.warnings >= MAX_MSR_WARNINGS {
+    fn note_msr<H: Host>(&mut self, host: &mut H, what: &str, msr: u32) {
+        if self.msrs.notes >= MAX_MSR_NOTES {
             return;
         }
-        self.msrs.warnings += 1;
-        let last = if self.msrs.warnings == MAX_MSR_WARNINGS {
+        self.msrs.notes += 1;
+        let last = if self.msrs.notes == MAX_MSR_NOTES {
             "; no more such lines"
         } else {
             ""
         };
-        host.warn(format!(
+        host.note(format!(
             "{}: {what} unknown MSR {msr:#x} gives #GP{last}",
             self.vm.name
         ));

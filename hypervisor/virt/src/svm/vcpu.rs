@@ -696,7 +696,7 @@ impl VirtualCpu for SvmVcpu {
     }
 
     fn xcr0(&self) -> u64 {
-        self.fpu.xcr0()
+        self.fpu.xcr0(self.loaded)
     }
 
     fn set_xcr0(&mut self, value: u64) {
@@ -738,7 +738,7 @@ impl VirtualCpu for SvmVcpu {
             },
             dr6: self.dr6(),
             dr7: save.dr7,
-            xcr0: self.fpu.xcr0(),
+            xcr0: self.fpu.xcr0(self.loaded),
         }
     }
 

@@ -864,7 +864,8 @@ impl VirtualCpu for VtxVcpu {
     }
 
     fn xcr0(&self) -> u64 {
-        self.fpu.xcr0()
+        // XSETBV always exits, so that the copy is good.
+        self.fpu.xcr0(false)
     }
 
     fn set_xcr0(&mut self, value: u64) {
