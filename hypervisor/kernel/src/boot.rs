@@ -10,7 +10,7 @@ use bootloader_api::{
     entry_point,
 };
 use drivers::firmware::{self, Firmware, Window};
-use manage::bundle::Bundle;
+use manage::bundle::{self, Bundle};
 
 use crate::{
     calibrate::{self, Mhz},
@@ -40,6 +40,7 @@ entry_point!(entry, config = &CONFIG);
 /// The machine as it is once the host is up.
 pub struct Machine {
     /// What the firmware's tables say.
+    #[cfg(feature = "selftest")]
     pub firmware: Firmware,
     /// The boot image's files: configuration, kernels, initial ramdisks.
     pub bundle: Bundle<'static>,
@@ -64,7 +65,7 @@ fn entry(boot_info: &'static mut BootInfo) -> ! {
             seal.fixed
         );
     }
-    let bundle = bundle(boot_info);
+    let bundle = read_bundle(boot_info);
     let firmware = read_firmware(boot_info);
     power::init(&firmware);
     interrupts::init(&firmware);
@@ -82,6 +83,7 @@ fn entry(boot_info: &'static mut BootInfo) -> ! {
         Mhz(time::hz())
     );
     let machine = Machine {
+        #[cfg(feature = "selftest")]
         firmware,
         bundle,
         vendor: preflight::check(),
@@ -106,7 +108,7 @@ fn own_tables() {
 }
 
 /// The files of the boot image. The kernel's symbols among them are put to use at once.
-fn bundle(boot_info: &BootInfo) -> Bundle<'static> {
+fn read_bundle(boot_info: &BootInfo) -> Bundle<'static> {
     let Some(start) = boot_info.ramdisk_addr.as_ref().copied() else {
         warn!("the boot image has no ramdisk, so there is no configuration");
         return Bundle::default();
@@ -118,7 +120,7 @@ fn bundle(boot_info: &BootInfo) -> Bundle<'static> {
         error!("ramdisk: {error}");
         Bundle::default()
     });
-    if let Some(file) = bundle.file(symbols::FILE) {
+    if let Some(file) = bundle.file(bundle::SYMBOLS) {
         symbols::init(file);
     }
     bundle

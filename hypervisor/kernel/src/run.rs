@@ -36,7 +36,8 @@ use crate::{
     boot::Machine,
     console, cpu, error, fault, info, interrupts, log, memory,
     percpu::{self, PerCpu},
-    power, symbols,
+    power,
+    preflight::Vendor,
     sync::Lock,
     time, warn,
 };
@@ -127,12 +128,9 @@ impl ConsoleSink for NoConsole {
 
 /// Runs the VMs of the boot image, on this machine. The first processor calls it when the host is up.
 pub fn start(machine: Machine) -> ! {
-    let stopped = match cpu::cpuid().get_vendor_info() {
-        Some(vendor) => match vendor.as_str() {
-            "AuthenticAMD" | "HygonGenuine" => launch::<Svm>(&machine),
-            _ => launch::<Vtx>(&machine),
-        },
-        None => Err(String::from("the processor does not say who made it")),
+    let stopped = match machine.vendor {
+        Vendor::Vtx => launch::<Vtx>(&machine),
+        Vendor::Svm => launch::<Svm>(&machine),
     };
     match stopped {
         Ok(never) => match never {},
@@ -146,31 +144,16 @@ pub fn start(machine: Machine) -> ! {
     }
 }
 
-/// Checks the processor, turns virtualization on, makes the VMs, and becomes the first processor's loop.
+/// Turns virtualization on, makes the VMs, and becomes the first processor's loop.
 ///
 /// # Errors
 /// A text for the screen: why no VM can run here.
 fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
-    let preflight = B::preflight();
-    for line in format!("{} pre-flight check:\n{preflight}", B::NAME).lines() {
-        info!("{line}");
-    }
-    if !preflight.passed() {
-        return Err(String::from(
-            "Plinth cannot run guests on this machine: see the check above",
-        ));
-    }
     let backend = B::new(&memory::HOST).map_err(|e| format!("{e}"))?;
     let cpu = percpu::current();
     backend.enable(cpu.number).map_err(|e| format!("{e}"))?;
-    let archive = machine
-        .ramdisk
-        .ok_or("the boot image carries no bundle of files")?;
-    let bundle = Bundle::parse(archive).map_err(|e| format!("the image's bundle of files: {e}"))?;
-    if let Some(file) = bundle.file(bundle::SYMBOLS) {
-        symbols::init(file);
-    }
-    let config = read_config(&bundle)?;
+    let bundle = &machine.bundle;
+    let config = read_config(bundle)?;
 
     let mut consoles = ConsoleMux::new(config.host.console_escape);
     let mut slots = Vec::new();

@@ -3,9 +3,6 @@
 use drivers::symbols::{Symbol, Symbols};
 use spin::Once;
 
-/// Name of the symbol file in the boot image's ramdisk (format: `drivers::symbols`).
-pub const FILE: &str = "symbols.txt";
-
 static SYMBOLS: Once<Symbols<'static>> = Once::new();
 
 unsafe extern "C" {

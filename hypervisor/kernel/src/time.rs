@@ -30,6 +30,7 @@ pub fn set_hz(hz: u64) {
 }
 
 /// TSC ticks in microseconds; 0 before calibration.
+#[cfg(feature = "selftest")]
 pub fn ticks_to_us(ticks: u64) -> u64 {
     match hz() {
         0 => 0,
