@@ -1,11 +1,12 @@
 //! The way into a guest and back: general-purpose registers, CR2, VMLAUNCH and VMRESUME.
 //!
-//! [`enter_guest`] goes in; the processor comes back at [`exit_landing`], on the stack that
-//! `enter_guest` left. Everything else is switched by the VMCS, or in `load` and `unload`.
+//! [`enter`] saves what the compiler keeps in registers and calls [`enter_guest`], which goes
+//! in; the processor comes back at [`exit_landing`], on the stack that `enter_guest` left.
+//! Everything else is switched by the VMCS, or in `load` and `unload`.
 //!
 //! Unsafe: assembly that replaces every register but RSP.
 
-use core::arch::naked_asm;
+use core::arch::{asm, naked_asm};
 use core::mem::offset_of;
 
 use super::vmcs::Field;
@@ -29,30 +30,69 @@ const _: () = assert!(GPRS == 0 && CR2 == 128 && HOST_RSP == 136);
 
 /// How an attempt to enter ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u64)]
 pub enum Outcome {
     /// The guest ran, or the entry failed late: the exit reason tells.
-    Exit = 0,
+    Exit,
     /// VMfailInvalid: there is no current VMCS.
-    FailInvalid = 1,
+    FailInvalid,
     /// VMfailValid: the VM-instruction error field tells why.
-    FailValid = 2,
+    FailValid,
 }
 
-/// Enters the guest of the current VMCS: VMRESUME when `resume` is not 0, else VMLAUNCH.
+/// What the assembly returns in RAX.
+const EXIT: u64 = 0; // XOR EAX, EAX in `exit_landing`
+const FAIL_INVALID: u64 = 1;
+const FAIL_VALID: u64 = 2;
+
+/// Enters the guest of the current VMCS: VMRESUME when `resume`, else VMLAUNCH.
 ///
 /// # Safety
 /// In VMX operation with interrupts off; the current VMCS has a valid host state with
 /// [`exit_landing`] as its RIP; `registers` is valid, and `host_rsp` is what this VMCS holds, or 0.
+#[inline(always)]
+pub unsafe fn enter(registers: *mut GuestRegisters, resume: bool) -> Outcome {
+    let result: u64;
+    // SAFETY: as the caller promises. Every register that the guest changes is an output or,
+    // where the compiler can't spare it (RBX, RBP), saved on the stack around the call. RFLAGS
+    // comes back as after an exit: all clear, so also DF. No red zone: the kernel has none.
+    unsafe {
+        asm!(
+            "push rbx",
+            "push rbp",
+            "call {stub}",
+            "pop rbp",
+            "pop rbx",
+            stub = sym enter_guest,
+            inout("rdi") registers => _,
+            inout("rsi") u64::from(resume) => _,
+            out("rax") result,
+            out("rcx") _,
+            out("rdx") _,
+            out("r8") _,
+            out("r9") _,
+            out("r10") _,
+            out("r11") _,
+            out("r12") _,
+            out("r13") _,
+            out("r14") _,
+            out("r15") _,
+        );
+    }
+    match result {
+        EXIT => Outcome::Exit,
+        FAIL_INVALID => Outcome::FailInvalid,
+        _ => Outcome::FailValid,
+    }
+}
+
+/// The way in: the registers' address in RDI, 0 for VMLAUNCH in RSI. Returns how it went in
+/// RAX; every other register but RSP is lost.
+///
+/// # Safety
+/// Called by [`enter`] only: it does not keep the registers that a function must.
 #[unsafe(naked)]
-pub unsafe extern "sysv64" fn enter_guest(registers: *mut GuestRegisters, resume: u64) -> Outcome {
+unsafe extern "sysv64" fn enter_guest() {
     naked_asm!(
-        "push rbp",
-        "push rbx",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
         "push rdi",
         "cmp rsp, [rdi + {host_rsp}]",
         "je 2f",
@@ -95,18 +135,12 @@ pub unsafe extern "sysv64" fn enter_guest(registers: *mut GuestRegisters, resume
         "mov ecx, {fail_invalid}",
         "cmovc eax, ecx",
         "add rsp, 8",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbx",
-        "pop rbp",
         "ret",
         host_rsp = const HOST_RSP,
         cr2 = const CR2,
         field_host_rsp = const Field::HostRsp as u32,
-        fail_valid = const Outcome::FailValid as u64,
-        fail_invalid = const Outcome::FailInvalid as u64,
+        fail_valid = const FAIL_VALID,
+        fail_invalid = const FAIL_INVALID,
     )
 }
 
@@ -137,16 +171,9 @@ pub unsafe extern "sysv64" fn exit_landing() {
         "pop [rdi + 7 * 8]",
         "mov rax, cr2",
         "mov [rdi + {cr2}], rax",
-        "mov eax, {exit}",
+        "xor eax, eax",
         "add rsp, 8",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbx",
-        "pop rbp",
         "ret",
         cr2 = const CR2,
-        exit = const Outcome::Exit as u64,
     )
 }

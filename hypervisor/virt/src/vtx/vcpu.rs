@@ -30,8 +30,8 @@ use super::decode::{
     ENTRY_FAILED, InterruptionInfo, NMI_UNBLOCKED_BY_IRET, cr_access, dr6_after_debug_exception,
     nested_page_fault, port_io, reason,
 };
-use super::entry::{GuestRegisters, Outcome, enter_guest, exit_landing};
-use super::vmcs::{Field, SegmentFields, vmclear, vmptrld, vmread, vmwrite};
+use super::entry::{GuestRegisters, Outcome, enter, exit_landing};
+use super::vmcs::{Field, SegmentFields, vmclear, vmptrld, vmread, vmread_universal, vmwrite};
 use crate::cpu::{GuestDebug, GuestFpu, GuestSpecCtrl, PAT_RESET, is_canonical, is_pat};
 use crate::cpu::{msr, rdmsr, rdtsc, wrmsr};
 use crate::state::{AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName};
@@ -137,25 +137,29 @@ const DOUBLE_FAULT: u8 = 8;
 
 /// How far the vCPU is from its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 enum State {
-    /// Not on any pCPU.
-    Unloaded,
     /// On a pCPU; the VMCS is clear.
     Launch,
     /// On a pCPU; the VMCS is launched.
     Resume,
-    /// The processor refused an access to this field, or to the VMCS as a whole.
-    Broken(Option<Field>),
+    /// On a pCPU; the processor refused an access to the VMCS ([`VtxVcpu::broken`]).
+    Broken,
+    /// Not on any pCPU.
+    Unloaded,
 }
 
 /// One virtual processor.
 pub struct VtxVcpu {
     registers: GuestRegisters,
     state: Cell<State>,
+    /// The field that could not be accessed; `None`: the VMCS as a whole.
+    broken: Cell<Option<Field>>,
     due: Due,
     has_timer: bool,
     timer_shift: u8,
-    /// Host TSC of the next `Exit::Deadline`.
+    /// Host TSC of the next `Exit::Deadline`, in periods of the timer, rounded up: an early
+    /// exit would find the deadline still ahead.
     deadline: u64,
     /// For the next entry: by `inject`, or interrupted by the last exit.
     queued: Option<Event>,
@@ -202,6 +206,7 @@ impl VtxVcpu {
                 host_rsp: 0,
             },
             state: Cell::new(State::Unloaded),
+            broken: Cell::new(None),
             due: Due::empty(),
             has_timer: shared.controls.pin.contains(Pin::PREEMPTION_TIMER),
             timer_shift: shared.capabilities.timer_shift,
@@ -233,7 +238,11 @@ impl VtxVcpu {
     /// A field of this vCPU's VMCS; 0 and [`State::Broken`] when the processor refuses.
     #[inline(always)]
     fn read(&self, field: Field) -> u64 {
-        // SAFETY: accessors run only while loaded (`VirtualCpu`), so in VMX operation.
+        if field.is_universal() {
+            // SAFETY: accessors run only while loaded (`VirtualCpu`), so in VMX operation.
+            return unsafe { vmread_universal(field) };
+        }
+        // SAFETY: as above.
         match unsafe { vmread(field) } {
             Some(value) => value,
             None => {
@@ -254,9 +263,11 @@ impl VtxVcpu {
     }
 
     #[cold]
+    #[inline(never)]
     fn break_down(&self, field: Field) {
-        if !matches!(self.state.get(), State::Broken(_)) {
-            self.state.set(State::Broken(Some(field)));
+        if self.state.get() != State::Broken {
+            self.state.set(State::Broken);
+            self.broken.set(Some(field));
         }
     }
 
@@ -395,6 +406,7 @@ impl VtxVcpu {
 
     /// The things that are due before an entry; rarely any.
     #[cold]
+    #[inline(never)]
     fn before_entry(&mut self) {
         let due = core::mem::replace(&mut self.due, Due::empty());
         // Without a VPID each entry drops all translations anyway.
@@ -468,6 +480,7 @@ impl VtxVcpu {
 
     /// The instruction failed, or there was nothing to enter.
     #[cold]
+    #[inline(never)]
     fn refused(&mut self, outcome: Outcome) -> Exit {
         let error = match outcome {
             Outcome::FailValid => self.read(Field::InstructionError) as u32,
@@ -479,6 +492,7 @@ impl VtxVcpu {
 
     /// The processor left the guest state unloaded. `None`: mended, to be entered again.
     #[cold]
+    #[inline(never)]
     fn refused_late(&mut self, reason: u32) -> Option<Exit> {
         if reason as u16 == reason::INVALID_GUEST_STATE && self.mend_for_bochs() {
             return None;
@@ -506,6 +520,7 @@ impl VtxVcpu {
     }
 
     /// Decodes an exit. Reads only the fields that this reason defines.
+    #[inline(always)]
     fn decode(&mut self, basic_reason: u16) -> Exit {
         match basic_reason {
             reason::CPUID => Exit::Cpuid,
@@ -565,6 +580,7 @@ impl VtxVcpu {
     }
 
     #[cold]
+    #[inline(never)]
     fn unknown(&self, basic_reason: u16) -> Exit {
         Exit::Unknown {
             code: basic_reason.into(),
@@ -573,6 +589,7 @@ impl VtxVcpu {
     }
 
     /// An exit by an exception of [`EXCEPTION_BITMAP`], or by an NMI of the host.
+    #[inline(never)]
     fn exception(&mut self) -> Exit {
         let info = InterruptionInfo(self.read(Field::ExitInterruptionInfo) as u32);
         let vector = info.vector();
@@ -676,7 +693,8 @@ impl VirtualCpu for VtxVcpu {
         let cleared = self.initialized || unsafe { vmclear(self.vmcs) };
         // SAFETY: as above.
         if !cleared || !unsafe { vmptrld(self.vmcs) } {
-            self.state.set(State::Broken(None));
+            self.state.set(State::Broken);
+            self.broken.set(None);
         }
         if !self.initialized {
             self.initialized = true;
@@ -718,6 +736,7 @@ impl VirtualCpu for VtxVcpu {
         self.state.set(State::Unloaded);
     }
 
+    #[inline(always)]
     fn enter(&mut self) -> Exit {
         loop {
             if !self.due.is_empty() {
@@ -726,20 +745,19 @@ impl VirtualCpu for VtxVcpu {
             if self.has_timer {
                 // Always armed, since Bochs 2.7 does not deliver a host interrupt to a guest
                 // that was entered with IF = 0 before IF changes.
-                let shift = u32::from(self.timer_shift);
-                let ticks = self.deadline.saturating_sub(rdtsc());
-                // Rounded up: an early exit would find the deadline still ahead.
-                let periods = (ticks >> shift) + u64::from(ticks & ((1 << shift) - 1) != 0);
-                self.write(Field::PreemptionTimer, periods.min(u32::MAX.into()));
+                // The timer counts when a bit of the TSC changes (SDM vol. 3C, section 26.5.1).
+                let now = rdtsc() >> self.timer_shift;
+                let left = self.deadline.saturating_sub(now);
+                self.write(Field::PreemptionTimer, left.min(u32::MAX.into()));
             }
             let resume = match self.state.get() {
-                State::Resume => 1,
-                State::Launch => 0,
-                State::Unloaded | State::Broken(_) => return self.refused(Outcome::FailInvalid),
+                State::Resume => true,
+                State::Launch => false,
+                State::Unloaded | State::Broken => return self.refused(Outcome::FailInvalid),
             };
             // SAFETY: loaded, so in VMX operation with the host state written, interrupts off
             // (`VirtualCpu`), and `registers` belongs to this VMCS.
-            let outcome = unsafe { enter_guest(&raw mut self.registers, resume) };
+            let outcome = unsafe { enter(&raw mut self.registers, resume) };
             if outcome != Outcome::Exit {
                 return self.refused(outcome);
             }
@@ -991,7 +1009,7 @@ impl VirtualCpu for VtxVcpu {
         self.write(Field::TscOffset, offset);
     }
 
-    #[inline]
+    #[inline(always)]
     fn skip_instruction(&mut self, length: Option<u8>) {
         let length = match length {
             Some(bytes) => bytes.into(),
@@ -1056,7 +1074,8 @@ impl VirtualCpu for VtxVcpu {
     }
 
     fn set_deadline(&mut self, host_tsc: u64) -> bool {
-        self.deadline = host_tsc;
+        let period = 1_u64 << self.timer_shift;
+        self.deadline = host_tsc.saturating_add(period - 1) >> self.timer_shift;
         self.has_timer
     }
 
@@ -1067,11 +1086,13 @@ impl VirtualCpu for VtxVcpu {
     fn explain_entry_failure(&self) -> String {
         let mut text = match (self.state.get(), self.refusal) {
             (State::Unloaded, _) => String::from("the vCPU is not loaded\n"),
-            (State::Broken(None), _) => String::from("VMCLEAR or VMPTRLD of its VMCS failed\n"),
-            (State::Broken(Some(field)), _) => format!(
-                "VMREAD or VMWRITE of field {field:?} ({:#x}) failed\n",
-                field as u32
-            ),
+            (State::Broken, _) => match self.broken.get() {
+                None => String::from("VMCLEAR or VMPTRLD of its VMCS failed\n"),
+                Some(field) => format!(
+                    "VMREAD or VMWRITE of field {field:?} ({:#x}) failed\n",
+                    field as u32
+                ),
+            },
             (_, None) => String::from("no entry was refused\n"),
             (_, Some(Refusal::Instruction(error))) => format!(
                 "VM-instruction error {error}: {}\n",

@@ -151,6 +151,33 @@ fields! {
     HostRip = 0x6c16,
 }
 
+impl Field {
+    /// Whether every processor with VT-x has the field, so that VMREAD and VMWRITE of it can't
+    /// fail while a VMCS is current (SDM vol. 3D, appendix B; fields without a footnote there).
+    #[inline(always)]
+    pub const fn is_universal(self) -> bool {
+        !matches!(
+            self,
+            Field::Vpid
+                | Field::MsrBitmap
+                | Field::EptPointer
+                | Field::GuestPhysicalAddress
+                | Field::GuestPat
+                | Field::GuestEfer
+                | Field::GuestPdpte0
+                | Field::GuestPdpte1
+                | Field::GuestPdpte2
+                | Field::GuestPdpte3
+                | Field::HostPat
+                | Field::HostEfer
+                | Field::SecondaryControls
+                | Field::PleGap
+                | Field::PleWindow
+                | Field::PreemptionTimer
+        )
+    }
+}
+
 /// The four fields of a guest segment register.
 #[derive(Clone, Copy, Debug)]
 pub struct SegmentFields {
@@ -211,6 +238,22 @@ pub unsafe fn vmread(field: Field) -> Option<u64> {
     if failed == 0 { Some(value) } else { None }
 }
 
+/// VMREAD of a field that is there; 0 when there is no current VMCS.
+///
+/// # Safety
+/// The calling pCPU is in VMX operation.
+#[inline(always)]
+pub unsafe fn vmread_universal(field: Field) -> u64 {
+    let mut value = 0_u64;
+    // SAFETY: in VMX operation (caller) VMREAD touches nothing but its destination, and not
+    // even that when it fails.
+    unsafe {
+        asm!("vmread {value}, {field}", value = inout(reg) value, field = in(reg) u64::from(field as u32),
+             options(nomem, nostack));
+    }
+    value
+}
+
 /// VMWRITE. `false`: no current VMCS, or this processor lacks the field.
 ///
 /// # Safety
@@ -219,14 +262,13 @@ pub unsafe fn vmread(field: Field) -> Option<u64> {
 #[inline(always)]
 #[must_use]
 pub unsafe fn vmwrite(field: Field, value: u64) -> bool {
-    let failed: u8;
     // SAFETY: in VMX operation (caller) VMWRITE changes the current VMCS only.
     unsafe {
-        asm!("vmwrite {field}, {value}", "setbe {failed}",
-             value = in(reg) value, field = in(reg) u64::from(field as u32), failed = out(reg_byte) failed,
+        asm!("vmwrite {field}, {value}", "jbe {failed}",
+             value = in(reg) value, field = in(reg) u64::from(field as u32), failed = label { return false },
              options(nomem, nostack));
     }
-    failed == 0
+    true
 }
 
 /// Runs a VMX instruction that takes one address in memory; whether it succeeded.
@@ -342,6 +384,19 @@ mod tests {
             assert_eq!(f.rights as u32, 0x4814 + step);
             assert_eq!(f.base as u32, 0x6806 + step);
         }
+    }
+
+    #[test]
+    fn exit_information_and_guest_registers_are_on_every_processor() {
+        for field in [
+            Field::ExitReason,
+            Field::ExitQualification,
+            Field::GuestRip,
+            Field::HostRsp,
+        ] {
+            assert!(field.is_universal());
+        }
+        assert!(!Field::GuestEfer.is_universal() && !Field::PreemptionTimer.is_universal());
     }
 
     #[test]
