@@ -1,1 +1,90 @@
-fn main() {}
+//! guest-stub: a small bare-metal guest that checks, reports and measures its machine.
+//!
+//! One multiboot (and PVH) image that runs unchanged under Plinth and under plain QEMU
+//! (`qemu-system-x86_64 -kernel guest-stub -nographic`). It says hello on COM1, prints facts,
+//! runs its checks, and ends as its command line says:
+//!
+//! | word | meaning |
+//! | --- | --- |
+//! | `checks=A,B.C` | groups or single checks to run; `none`; all when absent |
+//! | `facts=off` | no `fact` lines |
+//! | `mode=bench` | measure instead of checking |
+//! | `iterations=N`, `mmio=ADDRESS` | for the measurements |
+//! | `abuse=NAME` | misbehave in one way after the checks; `abuse=list` names them |
+//! | `end=poweroff`, `halt`, `reset`, `triple-fault`, `spin`, `shell` | how to end; `halt` when absent |
+//!
+//! `boot` enters, `interrupts` catches, `checks` holds the checks by group; the other modules
+//! are what these need: processor, memory, page tables, interrupt controllers, clocks, ACPI.
+
+#![no_std]
+#![no_main]
+
+mod abuse;
+mod acpi;
+mod apic;
+mod bench;
+mod boot;
+mod checks;
+mod console;
+mod cpu;
+mod facts;
+mod interrupts;
+mod machine;
+mod memory;
+mod options;
+mod paging;
+mod power;
+mod shell;
+mod time;
+mod user;
+
+use core::panic::PanicInfo;
+
+use machine::Machine;
+use options::Mode;
+use power::End;
+
+/// Called by the entry code, once, in long mode.
+extern "C" fn main() -> ! {
+    console::init();
+    println!("\nplinth guest-stub: hello");
+    interrupts::init();
+    let Some(handoff) = boot::handoff() else {
+        println!("stub: the loader speaks neither multiboot nor PVH; halting");
+        cpu::halt_forever()
+    };
+    let options = options::parse(&handoff.command_line);
+    let mut machine = Machine::find(handoff);
+    if options.facts {
+        facts::print(&machine);
+    }
+    machine.settle();
+    machine.calibrate();
+    match options.mode {
+        Mode::Check => checks::run(&machine, &options.checks),
+        Mode::Bench => bench::run(&machine, &options),
+    }
+    abuse::run(&machine, &options.abuse);
+    end(&machine, options.end)
+}
+
+/// Ends the run.
+fn end(machine: &Machine, end: End) -> ! {
+    match end {
+        End::PowerOff => power::power_off(machine.acpi.as_ref()),
+        End::Reset => power::reset(machine.acpi.as_ref()),
+        End::TripleFault => power::triple_fault(),
+        End::Spin => power::spin(),
+        End::Shell => shell::run(machine),
+        End::Halt => {
+            console::drain();
+            cpu::halt_forever()
+        }
+    }
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo) -> ! {
+    println!("\nstub: panic: {info}");
+    cpu::halt_forever()
+}

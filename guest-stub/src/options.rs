@@ -1,0 +1,91 @@
+//! The command line: `key=value` words, separated by spaces.
+
+use crate::boot::COMMAND_LINE;
+use crate::console::Text;
+use crate::power::End;
+use crate::println;
+
+/// A value of the command line, kept.
+pub type Value = Text<160>;
+
+/// What the run does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    Check,
+    Bench,
+}
+
+/// The command line, understood.
+pub struct Options {
+    /// Groups and checks to run, separated by commas; empty is all.
+    pub checks: Value,
+    pub abuse: Value,
+    pub end: End,
+    pub mode: Mode,
+    pub facts: bool,
+    /// Repetitions of each measured operation; `None` is the operation's own.
+    pub iterations: Option<u64>,
+    /// Address of the emulated device register that the measurements touch.
+    pub mmio: Option<u64>,
+}
+
+/// Parses a command line. What is not understood is reported and left out; words without `=`
+/// are the loader's (QEMU puts the file name first).
+pub fn parse(line: &Text<COMMAND_LINE>) -> Options {
+    let mut options = Options {
+        checks: Value::new(),
+        abuse: Value::new(),
+        end: End::Halt,
+        mode: Mode::Check,
+        facts: true,
+        iterations: None,
+        mmio: None,
+    };
+    for word in line.as_str().split_ascii_whitespace() {
+        let Some((key, value)) = word.split_once('=') else { continue };
+        let understood = match key {
+            "checks" => {
+                options.checks = Value::format(format_args!("{value}"));
+                true
+            }
+            "abuse" => {
+                options.abuse = Value::format(format_args!("{value}"));
+                true
+            }
+            "end" => End::named(value).map(|end| options.end = end).is_some(),
+            "mode" => match value {
+                "check" => true,
+                "bench" => {
+                    options.mode = Mode::Bench;
+                    true
+                }
+                _ => false,
+            },
+            "facts" => {
+                options.facts = value != "off";
+                matches!(value, "on" | "off")
+            }
+            "iterations" => {
+                options.iterations = number(value).filter(|&count| count > 0);
+                options.iterations.is_some()
+            }
+            "mmio" => {
+                options.mmio = number(value);
+                options.mmio.is_some()
+            }
+            _ => false,
+        };
+        if !understood {
+            println!("stub: option not understood: {word}");
+        }
+    }
+    options
+}
+
+/// A number, decimal or with 0x.
+fn number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    }
+}
