@@ -24,21 +24,81 @@ struct Abuse {
 }
 
 const ABUSES: [Abuse; 15] = [
-    Abuse { name: "triple-fault", what: "shutdown by an empty IDT", run: |_| power::triple_fault() },
-    Abuse { name: "jump-nowhere", what: "execute where no memory is", run: jump_nowhere },
-    Abuse { name: "stack-nowhere", what: "take an exception on a stack without memory", run: stack_nowhere },
-    Abuse { name: "tables-nowhere", what: "page tables where no memory is", run: tables_nowhere },
-    Abuse { name: "idt-nowhere", what: "an IDT where no memory is", run: idt_nowhere },
-    Abuse { name: "odd-mmio", what: "unusual instructions on addresses without memory", run: odd_mmio },
-    Abuse { name: "endless-string", what: "a string instruction that never ends", run: endless_string },
-    Abuse { name: "port-storm", what: "all ports, all widths", run: port_storm },
-    Abuse { name: "msr-storm", what: "reads and writes of thousands of MSRs", run: msr_storm },
-    Abuse { name: "mmio-storm", what: "APIC registers at random", run: mmio_storm },
-    Abuse { name: "pci-storm", what: "writes all over PCI configuration space", run: pci_storm },
-    Abuse { name: "hypercall-storm", what: "hypercalls with any arguments", run: hypercall_storm },
-    Abuse { name: "control-storm", what: "control registers with any bits", run: control_storm },
-    Abuse { name: "timer-flood", what: "a timer that is always due", run: timer_flood },
-    Abuse { name: "bad-ipi", what: "interrupt commands that make no sense", run: bad_ipi },
+    Abuse {
+        name: "triple-fault",
+        what: "shutdown by an empty IDT",
+        run: |_| power::triple_fault(),
+    },
+    Abuse {
+        name: "jump-nowhere",
+        what: "execute where no memory is",
+        run: jump_nowhere,
+    },
+    Abuse {
+        name: "stack-nowhere",
+        what: "take an exception on a stack without memory",
+        run: stack_nowhere,
+    },
+    Abuse {
+        name: "tables-nowhere",
+        what: "page tables where no memory is",
+        run: tables_nowhere,
+    },
+    Abuse {
+        name: "idt-nowhere",
+        what: "an IDT where no memory is",
+        run: idt_nowhere,
+    },
+    Abuse {
+        name: "odd-mmio",
+        what: "unusual instructions on addresses without memory",
+        run: odd_mmio,
+    },
+    Abuse {
+        name: "endless-string",
+        what: "a string instruction that never ends",
+        run: endless_string,
+    },
+    Abuse {
+        name: "port-storm",
+        what: "all ports, all widths",
+        run: port_storm,
+    },
+    Abuse {
+        name: "msr-storm",
+        what: "reads and writes of thousands of MSRs",
+        run: msr_storm,
+    },
+    Abuse {
+        name: "mmio-storm",
+        what: "APIC registers at random",
+        run: mmio_storm,
+    },
+    Abuse {
+        name: "pci-storm",
+        what: "writes all over PCI configuration space",
+        run: pci_storm,
+    },
+    Abuse {
+        name: "hypercall-storm",
+        what: "hypercalls with any arguments",
+        run: hypercall_storm,
+    },
+    Abuse {
+        name: "control-storm",
+        what: "control registers with any bits",
+        run: control_storm,
+    },
+    Abuse {
+        name: "timer-flood",
+        what: "a timer that is always due",
+        run: timer_flood,
+    },
+    Abuse {
+        name: "bad-ipi",
+        what: "interrupt commands that make no sense",
+        run: bad_ipi,
+    },
 ];
 
 /// Runs what the command line asks for: names separated by commas, or `list`.
@@ -124,33 +184,72 @@ fn odd_mmio(machine: &Machine) {
     // or put back by the handler; what comes is caught or ends this guest.
     unsafe {
         let outcomes = [
-            ("PUSH m", probe!("push qword ptr [{}]", "add rsp, 8"; in(reg) address)),
-            ("POP m", probe!("push 1", "pop qword ptr [{}]"; in(reg) address)),
+            (
+                "PUSH m",
+                probe!("push qword ptr [{}]", "add rsp, 8"; in(reg) address),
+            ),
+            (
+                "POP m",
+                probe!("push 1", "pop qword ptr [{}]"; in(reg) address),
+            ),
             ("CALL m", probe!("call qword ptr [{}]"; in(reg) address)),
             ("MOVUPS load", probe!("movups xmm0, [{}]"; in(reg) address)),
             ("MOVUPS store", probe!("movups [{}], xmm0"; in(reg) address)),
             ("FXSAVE", probe!("fxsave [{}]"; in(reg) address)),
-            ("FLD", probe!("fld tbyte ptr [{}]", "fninit"; in(reg) address)),
-            ("CMPXCHG16B", probe!("xor eax, eax", "xor edx, edx", "lock cmpxchg16b [{}]";
-                in(reg) address, out("rax") _, out("rdx") _)),
-            ("CMPXCHG8B", probe!("lock cmpxchg8b [{}]"; in(reg) address,
-                inout("rax") 0_u64 => _, inout("rdx") 0_u64 => _)),
+            (
+                "FLD",
+                probe!("fld tbyte ptr [{}]", "fninit"; in(reg) address),
+            ),
+            (
+                "CMPXCHG16B",
+                probe!("xor eax, eax", "xor edx, edx", "lock cmpxchg16b [{}]";
+                in(reg) address, out("rax") _, out("rdx") _),
+            ),
+            (
+                "CMPXCHG8B",
+                probe!("lock cmpxchg8b [{}]"; in(reg) address,
+                inout("rax") 0_u64 => _, inout("rdx") 0_u64 => _),
+            ),
             ("LGDT", probe!("sgdt [{}]"; in(reg) address)),
             ("LLDT", probe!("lldt word ptr [{}]"; in(reg) address)),
             ("INVLPG", probe!("invlpg [{}]"; in(reg) address)),
             ("CLFLUSH", probe!("clflush [{}]"; in(reg) address)),
-            ("MOV across pages", probe!("mov rax, [{}]"; in(reg) address - 0x40 + PAGE - 3, out("rax") _)),
-            ("MOVBE", probe!("movbe eax, [{}]"; in(reg) address, out("rax") _)),
-            ("IMUL", probe!("imul eax, [{}], 3"; in(reg) address, out("rax") _)),
+            (
+                "MOV across pages",
+                probe!("mov rax, [{}]"; in(reg) address - 0x40 + PAGE - 3, out("rax") _),
+            ),
+            (
+                "MOVBE",
+                probe!("movbe eax, [{}]"; in(reg) address, out("rax") _),
+            ),
+            (
+                "IMUL",
+                probe!("imul eax, [{}], 3"; in(reg) address, out("rax") _),
+            ),
             ("SHLD", probe!("shld [{}], eax, 4"; in(reg) address)),
-            ("OUTSB", probe!("outsb"; inout("rsi") address => _, in("dx") 0x80_u16)),
-            ("INSB", probe!("insb"; inout("rdi") address => _, in("dx") 0x80_u16)),
-            ("CMPSB", probe!("repe cmpsb"; inout("rsi") address => _, inout("rdi") address => _,
-                inout("rcx") 9_u64 => _)),
-            ("SCASB", probe!("repne scasb"; inout("rdi") address => _, inout("rcx") 9_u64 => _,
-                in("al") 1_u8)),
-            ("MOVSB", probe!("rep movsb"; inout("rsi") address => _, inout("rdi") address + 0x100 => _,
-                inout("rcx") 9_u64 => _)),
+            (
+                "OUTSB",
+                probe!("outsb"; inout("rsi") address => _, in("dx") 0x80_u16),
+            ),
+            (
+                "INSB",
+                probe!("insb"; inout("rdi") address => _, in("dx") 0x80_u16),
+            ),
+            (
+                "CMPSB",
+                probe!("repe cmpsb"; inout("rsi") address => _, inout("rdi") address => _,
+                inout("rcx") 9_u64 => _),
+            ),
+            (
+                "SCASB",
+                probe!("repne scasb"; inout("rdi") address => _, inout("rcx") 9_u64 => _,
+                in("al") 1_u8),
+            ),
+            (
+                "MOVSB",
+                probe!("rep movsb"; inout("rsi") address => _, inout("rdi") address + 0x100 => _,
+                inout("rcx") 9_u64 => _),
+            ),
         ];
         for (name, trap) in outcomes {
             match trap {
@@ -185,7 +284,10 @@ fn endless_string(machine: &Machine) {
 
 /// Ports that end the run, or the output.
 fn port_is_spared(machine: &Machine, number: u16) -> bool {
-    let control = machine.acpi.and_then(|acpi| acpi.fadt).map(|fadt| (fadt.pm1a_control, fadt.smi_command));
+    let control = machine
+        .acpi
+        .and_then(|acpi| acpi.fadt)
+        .map(|fadt| (fadt.pm1a_control, fadt.smi_command));
     let near = |port: u16| number.wrapping_add(3).wrapping_sub(port) < 5;
     control.is_some_and(|(control, smi)| near(control) || near(smi))
         || (COM1_FIRST..=COM1_LAST).contains(&number)
@@ -211,13 +313,23 @@ fn port_storm(machine: &Machine) {
 fn msr_storm(_: &Machine) {
     let mut noise = Noise(0x0FED_CBA9_8765_4321);
     let (mut read, mut written) = (0_u32, 0_u32);
-    let ranges = [0..0x2000, 0x4000_0000..0x4000_0200, 0xC000_0000..0xC000_2000, 0xC001_0000..0xC001_2000];
+    let ranges = [
+        0..0x2000,
+        0x4000_0000..0x4000_0200,
+        0xC000_0000..0xC000_2000,
+        0xC001_0000..0xC001_2000,
+    ];
     for index in ranges.into_iter().flatten() {
         let before = probe_rdmsr(index);
         read += u32::from(before.is_ok());
         // What this program stands on: EFER, segment bases, APIC base.
         let spared = matches!(index, cpu::msr::EFER | cpu::msr::APIC_BASE);
-        for value in [noise.next(), noise.next() & 0xFF, u64::MAX, before.unwrap_or(0)] {
+        for value in [
+            noise.next(),
+            noise.next() & 0xFF,
+            u64::MAX,
+            before.unwrap_or(0),
+        ] {
             if !spared {
                 // SAFETY: paging, mode and descriptor tables are not in MSRs but for EFER.
                 written += u32::from(unsafe { probe_wrmsr(index, value) }.is_ok());
@@ -231,15 +343,19 @@ fn mmio_storm(machine: &Machine) {
     let mut noise = Noise(0x5555_1234_9999_4321);
     for _ in 0..20_000 {
         let (offset, value) = ((noise.next() & 0xFFC) as u16, noise.next() as u32);
-        let pages = [Some(apic::local().address(Register::Id).wrapping_byte_sub(0x20)),
-            machine.ioapic.map(|ioapic| ioapic.select())];
+        let pages = [
+            Some(apic::local().address(Register::Id).wrapping_byte_sub(0x20)),
+            machine.ioapic.map(|ioapic| ioapic.select()),
+        ];
         for page in pages.into_iter().flatten() {
             let register = page.wrapping_byte_add(offset.into());
             // The command register could start or reset processors.
             if !matches!(offset, 0x300..=0x31F) {
                 // SAFETY: a device register; a fault is caught.
-                let _ = unsafe { probe!("mov [{0}], {1:e}", "mov {1:e}, [{0}]", "mov {1:l}, [{0} + 1]";
-                    in(reg) register, inout(reg) value => _) };
+                let _ = unsafe {
+                    probe!("mov [{0}], {1:e}", "mov {1:e}, [{0}]", "mov {1:l}, [{0} + 1]";
+                    in(reg) register, inout(reg) value => _)
+                };
             }
         }
     }
@@ -310,7 +426,10 @@ fn timer_flood(machine: &Machine) {
     time::wait_ms(machine.tsc_hz, 500, || false);
     cpu::cli();
     local.write(Register::InitialCount, 0);
-    println!("abuse timer-flood: {} interrupts in half a second", count(STOP_VECTOR));
+    println!(
+        "abuse timer-flood: {} interrupts in half a second",
+        count(STOP_VECTOR)
+    );
 }
 
 /// Reserved vectors, reserved delivery modes, processors that are not there.
@@ -328,6 +447,9 @@ fn bad_ipi(_: &Machine) {
         local.command(3 << 18 | apic::ASSERT | mode << 8 | shorthand, 0);
     }
     local.write(Register::ErrorStatus, 0);
-    println!("abuse bad-ipi: error status {:#x}", local.read(Register::ErrorStatus));
+    println!(
+        "abuse bad-ipi: error status {:#x}",
+        local.read(Register::ErrorStatus)
+    );
     interrupts::clear_hooks();
 }

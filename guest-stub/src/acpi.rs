@@ -15,7 +15,11 @@ impl Table {
     fn at(address: u64) -> Self {
         let mut signature = [0; 4];
         read_bytes(address, &mut signature);
-        Self { signature, address, length: read32(address + 4) }
+        Self {
+            signature,
+            address,
+            length: read32(address + 4),
+        }
     }
 
     /// All bytes sum up to zero.
@@ -61,15 +65,19 @@ pub struct Madt {
 impl Madt {
     /// Redirections of ISA interrupts.
     pub fn overrides(&self) -> &[Override] {
-        self.overrides.get(..self.override_count).unwrap_or_default()
+        self.overrides
+            .get(..self.override_count)
+            .unwrap_or_default()
     }
 
     /// The IOAPIC pin, polarity and trigger of an ISA interrupt: (pin, active low, level).
     pub fn isa_pin(&self, irq: u8) -> (u8, bool, bool) {
         match self.overrides().iter().find(|entry| entry.irq == irq) {
-            Some(entry) => {
-                (entry.gsi as u8, entry.flags & 3 == 3, entry.flags >> 2 & 3 == 3)
-            }
+            Some(entry) => (
+                entry.gsi as u8,
+                entry.flags & 3 == 3,
+                entry.flags >> 2 & 3 == 3,
+            ),
             None => (irq, false, false),
         }
     }
@@ -106,7 +114,11 @@ impl Fadt {
         let has_reset = u64::from(table.length) > 128
             && flags & Self::RESET_SUPPORTED != 0
             && read8(base + 116) == Self::IO_SPACE;
-        let extended_dsdt = if table.length >= 148 { read64(base + 140) } else { 0 };
+        let extended_dsdt = if table.length >= 148 {
+            read64(base + 140)
+        } else {
+            0
+        };
         Self {
             sci: read16(base + 46),
             smi_command: read32(base + 48) as u16,
@@ -116,7 +128,11 @@ impl Fadt {
             pm1b_control: read32(base + 68) as u16,
             pm_timer: read32(base + 76) as u16,
             flags,
-            dsdt: if extended_dsdt == 0 { read32(base + 40).into() } else { extended_dsdt },
+            dsdt: if extended_dsdt == 0 {
+                read32(base + 40).into()
+            } else {
+                extended_dsdt
+            },
             boot_flags: read16(base + 109),
             reset: has_reset.then(|| (read64(base + 120) as u16, read8(base + 128))),
         }
@@ -124,8 +140,10 @@ impl Fadt {
 
     /// The power-management timer, if there is one.
     pub fn timer(&self) -> Option<PmTimer> {
-        (self.pm_timer != 0)
-            .then_some(PmTimer { port: self.pm_timer, extended: self.flags & Self::TIMER_EXTENDED != 0 })
+        (self.pm_timer != 0).then_some(PmTimer {
+            port: self.pm_timer,
+            extended: self.flags & Self::TIMER_EXTENDED != 0,
+        })
     }
 }
 
@@ -147,10 +165,16 @@ pub struct Acpi {
 impl Acpi {
     /// Finds the tables; `rsdp` is where the loader says they start, if it does.
     pub fn find(rsdp: Option<u64>) -> Option<Self> {
-        let rsdp = rsdp.filter(|&address| is_rsdp(address)).or_else(scan_for_rsdp)?;
+        let rsdp = rsdp
+            .filter(|&address| is_rsdp(address))
+            .or_else(scan_for_rsdp)?;
         let revision = read8(rsdp + 15);
         let xsdt = if revision >= 2 { read64(rsdp + 24) } else { 0 };
-        let root = if xsdt != 0 { xsdt } else { read32(rsdp + 16).into() };
+        let root = if xsdt != 0 {
+            xsdt
+        } else {
+            read32(rsdp + 16).into()
+        };
         let mut acpi = Self {
             rsdp,
             revision,
@@ -166,7 +190,11 @@ impl Acpi {
         let count = length.saturating_sub(HEADER) / width;
         for index in 0..count.min(15) {
             let slot = root + HEADER + index * width;
-            let address = if width == 8 { read64(slot) } else { read32(slot).into() };
+            let address = if width == 8 {
+                read64(slot)
+            } else {
+                read32(slot).into()
+            };
             acpi.add(Table::at(address));
         }
         acpi.fadt = acpi.table(b"FACP").map(|table| Fadt::parse(&table));
@@ -197,7 +225,10 @@ impl Acpi {
 
     /// The first table of a name.
     pub fn table(&self, signature: &[u8; 4]) -> Option<Table> {
-        self.tables().iter().find(|table| &table.signature == signature).copied()
+        self.tables()
+            .iter()
+            .find(|table| &table.signature == signature)
+            .copied()
     }
 
     /// The root table itself.
@@ -215,7 +246,9 @@ fn is_rsdp(address: u64) -> bool {
 /// Looks where ACPI says: the first KiB of the EBDA, then the BIOS area (ACPI 5.2.5.1).
 fn scan_for_rsdp() -> Option<u64> {
     let ebda = u64::from(read16(0x40E)) << 4;
-    let ebda = (0x8_0000..0xA_0000).contains(&ebda).then_some((ebda, ebda + 1024));
+    let ebda = (0x8_0000..0xA_0000)
+        .contains(&ebda)
+        .then_some((ebda, ebda + 1024));
     ebda.into_iter()
         .chain([(0xE_0000, 0x10_0000)])
         .flat_map(|(start, end)| (start..end).step_by(16))

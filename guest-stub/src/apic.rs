@@ -78,7 +78,9 @@ pub struct LocalApic {
 
 /// The local APIC, in the mode last set by [`LocalApic::enter_x2apic`] and [`LocalApic::enter_xapic`].
 pub fn local() -> LocalApic {
-    LocalApic { x2apic: X2APIC_MODE.load(Relaxed) }
+    LocalApic {
+        x2apic: X2APIC_MODE.load(Relaxed),
+    }
 }
 
 impl LocalApic {
@@ -158,9 +160,17 @@ impl LocalApic {
 
     /// Turns the APIC on with everything masked: the state in which a check starts.
     pub fn quiet(self) {
-        self.write(Register::Spurious, SOFTWARE_ENABLE | u32::from(SPURIOUS_VECTOR));
+        self.write(
+            Register::Spurious,
+            SOFTWARE_ENABLE | u32::from(SPURIOUS_VECTOR),
+        );
         self.write(Register::TaskPriority, 0);
-        for entry in [Register::Timer, Register::Lint0, Register::Lint1, Register::Error] {
+        for entry in [
+            Register::Timer,
+            Register::Lint0,
+            Register::Lint1,
+            Register::Error,
+        ] {
             self.write(entry, MASKED | u32::from(SPURIOUS_VECTOR));
         }
         self.write(Register::InitialCount, 0);

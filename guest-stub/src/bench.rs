@@ -125,13 +125,17 @@ fn processor(bench: &Bench) {
     hypercall(bench);
     bench.measure("rdmsr", || {
         // SAFETY: reading changes nothing.
-        unsafe { asm!("rdmsr", in("ecx") msr::APIC_BASE, out("eax") _, out("edx") _, options(nostack)) };
+        unsafe {
+            asm!("rdmsr", in("ecx") msr::APIC_BASE, out("eax") _, out("edx") _, options(nostack))
+        };
     });
     let base = cpu::rdmsr(msr::APIC_BASE);
     let (low, high) = (base as u32, (base >> 32) as u32);
     bench.measure("wrmsr", || {
         // SAFETY: its own value.
-        unsafe { asm!("wrmsr", in("ecx") msr::APIC_BASE, in("eax") low, in("edx") high, options(nostack)) };
+        unsafe {
+            asm!("wrmsr", in("ecx") msr::APIC_BASE, in("eax") low, in("edx") high, options(nostack))
+        };
     });
     // SAFETY: caches are written back, nothing else.
     bench.measure("wbinvd", || unsafe { asm!("wbinvd", options(nostack)) });
@@ -162,10 +166,14 @@ fn hypercall(bench: &Bench) {
         println!("bench hypercall skipped: exception {}", trap.vector);
     } else if amd {
         // SAFETY: as above.
-        bench.measure("hypercall", || unsafe { asm!("vmmcall", inout("rax") POLL => _) });
+        bench.measure("hypercall", || unsafe {
+            asm!("vmmcall", inout("rax") POLL => _)
+        });
     } else {
         // SAFETY: as above.
-        bench.measure("hypercall", || unsafe { asm!("vmcall", inout("rax") POLL => _) });
+        bench.measure("hypercall", || unsafe {
+            asm!("vmcall", inout("rax") POLL => _)
+        });
     }
 }
 
@@ -197,7 +205,12 @@ fn ports(bench: &Bench) {
     port_read!(bench, "unclaimed-in", 0x100_u16);
     port_write!(bench, "unclaimed-out", 0x100_u16, 0_u8);
     port_read!(bench, "uart-in", 0x3FF_u16);
-    if let Some(timer) = bench.machine.acpi.and_then(|acpi| acpi.fadt).and_then(|fadt| fadt.timer()) {
+    if let Some(timer) = bench
+        .machine
+        .acpi
+        .and_then(|acpi| acpi.fadt)
+        .and_then(|fadt| fadt.timer())
+    {
         bench.measure("pm-timer-in", || {
             // SAFETY: reading the timer has no effect.
             unsafe { asm!("in eax, dx", in("dx") timer.port, out("eax") _, options(nostack)) };
@@ -391,7 +404,9 @@ fn fresh_pages(bench: &Bench) {
         return;
     };
     let end = end.saturating_sub(SCRATCH_BYTES);
-    let iterations = bench.iterations.min((end.saturating_sub(start) / PAGE).saturating_sub(WARM_UP));
+    let iterations = bench
+        .iterations
+        .min((end.saturating_sub(start) / PAGE).saturating_sub(WARM_UP));
     let mut pages = (start..end).step_by(PAGE as usize);
     bench.sample("fault-4k", iterations, || {
         let page = pages.next().unwrap_or(start);

@@ -95,10 +95,23 @@ fn multiboot(information: u64) -> Handoff {
     } else if flags & HAS_MEMORY != 0 {
         let lower = u64::from(read32(information + 4)) << 10;
         let upper = u64::from(read32(information + 8)) << 10;
-        map.push(Region { base: 0, length: lower, kind: crate::memory::USABLE });
-        map.push(Region { base: 1 << 20, length: upper, kind: crate::memory::USABLE });
+        map.push(Region {
+            base: 0,
+            length: lower,
+            kind: crate::memory::USABLE,
+        });
+        map.push(Region {
+            base: 1 << 20,
+            length: upper,
+            kind: crate::memory::USABLE,
+        });
     }
-    Handoff { protocol: Protocol::Multiboot, command_line, map, rsdp: None }
+    Handoff {
+        protocol: Protocol::Multiboot,
+        command_line,
+        map,
+        rsdp: None,
+    }
 }
 
 /// Xen's `hvm_start_info`, version 1.
@@ -121,7 +134,12 @@ fn pvh(information: u64) -> Handoff {
             });
         }
     }
-    Handoff { protocol: Protocol::Pvh, command_line, map, rsdp }
+    Handoff {
+        protocol: Protocol::Pvh,
+        command_line,
+        map,
+        rsdp,
+    }
 }
 
 /// A zero-terminated text in memory.

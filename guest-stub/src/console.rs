@@ -47,7 +47,11 @@ fn com1() -> Uart16550<PioBackend> {
 /// Sets 115200 8n1, FIFO on, interrupts off. A UART that fails its self-test is used anyway:
 /// there is no other place to say so.
 pub fn init() {
-    let _ = com1().init(Config { baud_rate: BaudRate::Baud115200, fifo_trigger_level: Some(FifoTriggerLevel::One), ..Config::DEFAULT });
+    let _ = com1().init(Config {
+        baud_rate: BaudRate::Baud115200,
+        fifo_trigger_level: Some(FifoTriggerLevel::One),
+        ..Config::DEFAULT
+    });
 }
 
 /// Sends bytes as they are.
@@ -118,7 +122,10 @@ pub struct Text<const CAPACITY: usize> {
 impl<const CAPACITY: usize> Text<CAPACITY> {
     /// An empty text.
     pub const fn new() -> Self {
-        Self { bytes: [0; CAPACITY], length: 0 }
+        Self {
+            bytes: [0; CAPACITY],
+            length: 0,
+        }
     }
 
     /// The text of a format.

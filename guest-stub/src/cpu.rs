@@ -204,19 +204,31 @@ pub fn leaf1_edx() -> Leaf1Edx {
 
 /// Feature bits of leaf 7, EBX; none when there is no such leaf.
 pub fn leaf7_ebx() -> Leaf7Ebx {
-    let bits = if max_basic_leaf() >= 7 { cpuid(7, 0).ebx } else { 0 };
+    let bits = if max_basic_leaf() >= 7 {
+        cpuid(7, 0).ebx
+    } else {
+        0
+    };
     Leaf7Ebx::from_bits_retain(bits)
 }
 
 /// Feature bits of leaf 0x8000_0001, ECX; none when there is no such leaf.
 pub fn extended_ecx() -> ExtendedEcx {
-    let bits = if max_extended_leaf() > 0x8000_0000 { cpuid(0x8000_0001, 0).ecx } else { 0 };
+    let bits = if max_extended_leaf() > 0x8000_0000 {
+        cpuid(0x8000_0001, 0).ecx
+    } else {
+        0
+    };
     ExtendedEcx::from_bits_retain(bits)
 }
 
 /// Feature bits of leaf 0x8000_0001, EDX; none when there is no such leaf.
 pub fn extended_edx() -> ExtendedEdx {
-    let bits = if max_extended_leaf() > 0x8000_0000 { cpuid(0x8000_0001, 0).edx } else { 0 };
+    let bits = if max_extended_leaf() > 0x8000_0000 {
+        cpuid(0x8000_0001, 0).edx
+    } else {
+        0
+    };
     ExtendedEdx::from_bits_retain(bits)
 }
 

@@ -44,8 +44,14 @@ fn processor(_: &Machine) {
     for (base, signature) in signatures() {
         println!("fact cpuid.signature.{base:#x} = {}", printable(&signature));
     }
-    println!("fact cpuid.baseline = {:?}", cpu::leaf1_edx() & Leaf1Edx::all());
-    println!("fact cpuid.extended = {:?}", cpu::extended_edx() & ExtendedEdx::all());
+    println!(
+        "fact cpuid.baseline = {:?}",
+        cpu::leaf1_edx() & Leaf1Edx::all()
+    );
+    println!(
+        "fact cpuid.extended = {:?}",
+        cpu::extended_edx() & ExtendedEdx::all()
+    );
     println!("fact cpuid.apic-id = {}", cpuid(1, 0).ebx >> 24);
 }
 
@@ -90,7 +96,10 @@ fn interrupt_controllers(machine: &Machine) {
     }
     if let Some(ioapic) = machine.ioapic {
         println!("fact ioapic.id = {:#x}", ioapic.read(apic::IOAPIC_ID));
-        println!("fact ioapic.version = {:#x}", ioapic.read(apic::IOAPIC_VERSION));
+        println!(
+            "fact ioapic.version = {:#x}",
+            ioapic.read(apic::IOAPIC_VERSION)
+        );
         println!("fact ioapic.entry0 = {:#x}", ioapic.entry(0));
     }
     println!("fact pic.masks = {:#x}", pic::masks());
@@ -120,7 +129,10 @@ fn devices(_: &Machine) {
 
 fn memory(machine: &Machine) {
     for region in machine.handoff.map.regions() {
-        println!("fact memory.{:#x} = {:#x} bytes, kind {}", region.base, region.length, region.kind);
+        println!(
+            "fact memory.{:#x} = {:#x} bytes, kind {}",
+            region.base, region.length, region.kind
+        );
     }
 }
 
@@ -133,7 +145,9 @@ fn tables(machine: &Machine) {
     for table in acpi.tables() {
         println!(
             "fact acpi.{} = {} bytes, by {}",
-            printable(&table.signature), table.length, printable(&table.oem_id())
+            printable(&table.signature),
+            table.length,
+            printable(&table.oem_id())
         );
     }
     if let Some(fadt) = acpi.fadt {
@@ -147,7 +161,10 @@ fn tables(machine: &Machine) {
         println!("fact acpi.processors = {}", madt.processors);
         println!("fact acpi.pic = {}", madt.pic);
         for entry in madt.overrides() {
-            println!("fact acpi.irq{} = gsi {}, flags {:#x}", entry.irq, entry.gsi, entry.flags);
+            println!(
+                "fact acpi.irq{} = gsi {}, flags {:#x}",
+                entry.irq, entry.gsi, entry.flags
+            );
         }
     }
 }
@@ -155,9 +172,16 @@ fn tables(machine: &Machine) {
 /// Bytes as text, with dots for what cannot be printed and without trailing blanks.
 fn printable(bytes: &[u8]) -> Text<16> {
     let mut text = Text::new();
-    let end = bytes.iter().rposition(|byte| !matches!(byte, 0 | b' ')).map_or(0, |last| last + 1);
+    let end = bytes
+        .iter()
+        .rposition(|byte| !matches!(byte, 0 | b' '))
+        .map_or(0, |last| last + 1);
     for &byte in &bytes[..end] {
-        text.push(if byte.is_ascii_graphic() || byte == b' ' { byte } else { b'.' });
+        text.push(if byte.is_ascii_graphic() || byte == b' ' {
+            byte
+        } else {
+            b'.'
+        });
     }
     text
 }

@@ -230,8 +230,14 @@ pub fn init() {
 
 /// Loads the tables into the processor.
 fn load() {
-    let gdt = TablePointer { limit: size_of::<[u64; 9]>() as u16 - 1, base: GDT.0.get() as u64 };
-    let idt = TablePointer { limit: size_of::<[Gate; 256]>() as u16 - 1, base: IDT.0.get() as u64 };
+    let gdt = TablePointer {
+        limit: size_of::<[u64; 9]>() as u16 - 1,
+        base: GDT.0.get() as u64,
+    };
+    let idt = TablePointer {
+        limit: size_of::<[Gate; 256]>() as u16 - 1,
+        base: IDT.0.get() as u64,
+    };
     // SAFETY: both tables are filled and static; the selectors are those of the GDT, whose first
     // three entries equal the boot table's.
     unsafe {
@@ -266,7 +272,8 @@ pub fn set_gate_present(index: u8, present: bool) {
 pub fn set_raw_handler(index: u8, handler: extern "C" fn()) {
     let address = handler as usize as u64;
     set_gate(index, |gate| {
-        gate.with_offset_low(address & 0xFFFF).with_offset_high(address >> 16)
+        gate.with_offset_low(address & 0xFFFF)
+            .with_offset_high(address >> 16)
     });
 }
 
@@ -391,7 +398,11 @@ pub fn take_trap() -> Option<Trap> {
         rip,
         cs: LAST.cs.load(Relaxed) as u16,
         rflags: LAST.rflags.load(Relaxed),
-        address: if vector == vector::PAGE_FAULT { LAST.address.load(Relaxed) } else { 0 },
+        address: if vector == vector::PAGE_FAULT {
+            LAST.address.load(Relaxed)
+        } else {
+            0
+        },
         offset: rip.wrapping_sub(PROBE.start.load(Relaxed)).cast_signed(),
         at_end: rip == PROBE.end.load(Relaxed),
     })
@@ -535,7 +546,10 @@ pub fn last_interrupt_rip() -> u64 {
 
 /// Takes the vector of an interrupt that nobody hooked.
 pub fn take_unexpected() -> Option<u8> {
-    UNEXPECTED.swap(0, Relaxed).checked_sub(1).map(|vector| vector as u8)
+    UNEXPECTED
+        .swap(0, Relaxed)
+        .checked_sub(1)
+        .map(|vector| vector as u8)
 }
 
 /// A hook that ends the interrupt at the local APIC.
@@ -586,7 +600,13 @@ extern "C" fn on_trap(frame: &mut Frame) {
 fn die(frame: &Frame) -> ! {
     println!(
         "\nstub: exception {} error {:#x} at {:#x}:{:#x} rflags {:#x} rsp {:#x} cr2 {:#x}",
-        frame.vector, frame.error, frame.cs, frame.rip, frame.rflags, frame.rsp, cpu::cr2()
+        frame.vector,
+        frame.error,
+        frame.cs,
+        frame.rip,
+        frame.rflags,
+        frame.rsp,
+        cpu::cr2()
     );
     println!("stub: stopped");
     cpu::halt_forever()
@@ -599,9 +619,8 @@ fn die(frame: &Frame) -> ! {
 pub fn probe_rdmsr(index: u32) -> Result<u64, Trap> {
     let (low, high): (u32, u32);
     // SAFETY: reading an MSR changes nothing that Rust relies on, and a fault is caught.
-    let trap = unsafe {
-        probe!("rdmsr"; in("ecx") index, inout("eax") 0 => low, inout("edx") 0 => high)
-    };
+    let trap =
+        unsafe { probe!("rdmsr"; in("ecx") index, inout("eax") 0 => low, inout("edx") 0 => high) };
     trap.map_or(Ok(u64::from(high) << 32 | u64::from(low)), Err)
 }
 

@@ -42,7 +42,9 @@ impl Host {
         if signatures().any(|(_, signature)| signature.starts_with(b"Plinth")) {
             return Self::Plinth;
         }
-        let oem = acpi.and_then(|acpi| acpi.table(b"FACP")).map(|table| table.oem_id());
+        let oem = acpi
+            .and_then(|acpi| acpi.table(b"FACP"))
+            .map(|table| table.oem_id());
         if oem.is_some_and(|oem| oem.eq_ignore_ascii_case(b"PLINTH")) {
             return Self::Plinth;
         }
@@ -79,7 +81,9 @@ impl Machine {
         // SAFETY: global pages and x87/SSE set-up are off after boot; these add error reporting
         // for x87 and permission to execute SSE, which this program's own code does not use.
         unsafe {
-            cpu::set_cr0((cpu::cr0() | (cpu::Cr0::MP | cpu::Cr0::NE).bits()) & !cpu::Cr0::EM.bits());
+            cpu::set_cr0(
+                (cpu::cr0() | (cpu::Cr0::MP | cpu::Cr0::NE).bits()) & !cpu::Cr0::EM.bits(),
+            );
             cpu::set_cr4(cpu::cr4() | (Cr4::OSFXSR | Cr4::OSXMMEXCPT | Cr4::DE).bits());
         }
         Self {

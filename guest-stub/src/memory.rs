@@ -40,7 +40,11 @@ impl Map {
     /// No memory.
     pub const fn new() -> Self {
         Self {
-            regions: [Region { base: 0, length: 0, kind: 0 }; Self::CAPACITY],
+            regions: [Region {
+                base: 0,
+                length: 0,
+                kind: 0,
+            }; Self::CAPACITY],
             length: 0,
         }
     }
@@ -62,11 +66,15 @@ impl Map {
     /// which holds what firmware left: (first address, first address after).
     pub fn free_ranges(&self) -> impl Iterator<Item = (u64, u64)> {
         let image = image();
-        self.regions().iter().filter(|region| region.kind == USABLE).flat_map(move |region| {
-            let start = region.base.max(PAGE).next_multiple_of(PAGE);
-            let end = region.end() & !(PAGE - 1);
-            [(start, end.min(image.0)), (start.max(image.1), end)]
-        }).filter(|(start, end)| start < end)
+        self.regions()
+            .iter()
+            .filter(|region| region.kind == USABLE)
+            .flat_map(move |region| {
+                let start = region.base.max(PAGE).next_multiple_of(PAGE);
+                let end = region.end() & !(PAGE - 1);
+                [(start, end.min(image.0)), (start.max(image.1), end)]
+            })
+            .filter(|(start, end)| start < end)
     }
 
     /// First address after the last usable region.
@@ -154,10 +162,16 @@ pub fn write_bytes(address: u64, bytes: &[u8]) {
 
 /// Sum of all bytes of a stretch, as ACPI and others check it: 0 is right.
 pub fn byte_sum(address: u64, length: u64) -> u8 {
-    (0..length).fold(0, |sum: u8, offset| sum.wrapping_add(read8(address + offset)))
+    (0..length).fold(0, |sum: u8, offset| {
+        sum.wrapping_add(read8(address + offset))
+    })
 }
 
 /// Width of physical addresses in bits.
 pub fn physical_bits() -> u32 {
-    if cpu::max_extended_leaf() >= 0x8000_0008 { cpu::cpuid(0x8000_0008, 0).eax & 0xFF } else { 36 }
+    if cpu::max_extended_leaf() >= 0x8000_0008 {
+        cpu::cpuid(0x8000_0008, 0).eax & 0xFF
+    } else {
+        36
+    }
 }

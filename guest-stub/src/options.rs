@@ -42,7 +42,9 @@ pub fn parse(line: &Text<COMMAND_LINE>) -> Options {
         mmio: None,
     };
     for word in line.as_str().split_ascii_whitespace() {
-        let Some((key, value)) = word.split_once('=') else { continue };
+        let Some((key, value)) = word.split_once('=') else {
+            continue;
+        };
         let understood = match key {
             "checks" => {
                 options.checks = Value::format(format_args!("{value}"));

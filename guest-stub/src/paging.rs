@@ -83,7 +83,9 @@ pub fn init(top: u64) -> u64 {
     let (directory, index) = directory_entry(WINDOW);
     let (apic_directory, ioapic_index) = directory_entry(0xFEC0_0000);
     let (_, local_apic_index) = directory_entry(0xFEE0_0000);
-    let high = (top.saturating_sub(1) >> 30).saturating_sub(3).min(HIGH_DIRECTORIES as u64);
+    let high = (top.saturating_sub(1) >> 30)
+        .saturating_sub(3)
+        .min(HIGH_DIRECTORIES as u64);
     // SAFETY: the boot tables are ours and live forever; the window is in the PCI hole, the
     // device pages stay where they are, and what is above 4 GiB maps one to one.
     unsafe {
@@ -100,9 +102,15 @@ pub fn init(top: u64) -> u64 {
         for (gigabyte, table) in (4..).zip(HIGH.iter().take(high as usize)) {
             for slot in 0..512 {
                 let address = (gigabyte as u64) << 30 | (slot as u64) << 21;
-                table.set(slot, address | (Entry::PRESENT | Entry::WRITABLE | Entry::LARGE).bits());
+                table.set(
+                    slot,
+                    address | (Entry::PRESENT | Entry::WRITABLE | Entry::LARGE).bits(),
+                );
             }
-            pointers.set(gigabyte, table.address() | (Entry::PRESENT | Entry::WRITABLE).bits());
+            pointers.set(
+                gigabyte,
+                table.address() | (Entry::PRESENT | Entry::WRITABLE).bits(),
+            );
         }
         cpu::set_cr3(cpu::cr3());
     }
@@ -118,7 +126,10 @@ pub fn window_page(page: usize) -> u64 {
 /// Maps a page of the window to a physical page outside of this program; returns its address.
 pub fn map(page: usize, physical: u64, flags: Entry) -> u64 {
     let (start, end) = crate::memory::image();
-    assert!(physical + PAGE <= start || physical >= end, "a window onto the image");
+    assert!(
+        physical + PAGE <= start || physical >= end,
+        "a window onto the image"
+    );
     // SAFETY: the physical page is not this program's.
     unsafe { WINDOW_TABLE.set(page, physical | flags.bits()) };
     let address = window_page(page);

@@ -28,7 +28,10 @@ impl End {
 
     /// The end of that name.
     pub fn named(name: &str) -> Option<Self> {
-        Self::NAMES.iter().find(|(known, _)| *known == name).map(|&(_, end)| end)
+        Self::NAMES
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|&(_, end)| end)
     }
 }
 
@@ -55,9 +58,15 @@ pub fn power_off(acpi: Option<&Acpi>) -> ! {
         }
     }
     let keep = port::read16(fadt.pm1a_control) & 0x0203;
-    port::write16(fadt.pm1a_control, keep | u16::from(type_a) << 10 | SLEEP_ENABLE);
+    port::write16(
+        fadt.pm1a_control,
+        keep | u16::from(type_a) << 10 | SLEEP_ENABLE,
+    );
     if fadt.pm1b_control != 0 {
-        port::write16(fadt.pm1b_control, keep | u16::from(type_b) << 10 | SLEEP_ENABLE);
+        port::write16(
+            fadt.pm1b_control,
+            keep | u16::from(type_b) << 10 | SLEEP_ENABLE,
+        );
     }
     // Power goes away a moment later, or not at all.
     for _ in 0..1_000_000 {

@@ -111,11 +111,7 @@ fn read_line(machine: &Machine) -> Text<120> {
                 port::write8(COM1 + register::INTERRUPT_ENABLE, 0);
                 return line;
             }
-            BACKSPACE | DELETE => {
-                if line.pop().is_some() {
-                    print!("\x08 \x08");
-                }
-            }
+            BACKSPACE | DELETE if line.pop().is_some() => print!("\x08 \x08"),
             byte if byte.is_ascii_graphic() || byte == b' ' => {
                 line.push(byte);
                 console::send(&[byte]);

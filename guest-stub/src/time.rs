@@ -87,7 +87,10 @@ impl PmTimer {
 /// A window is too long when the emulator is not run for a while, never too short, so the
 /// measure whose two ends are tightest counts.
 pub fn measure_tsc_hz() -> u64 {
-    (0..3).map(|_| measure_tsc_window()).min_by_key(|&(_, slack)| slack).map_or(1, |(hz, _)| hz)
+    (0..3)
+        .map(|_| measure_tsc_window())
+        .min_by_key(|&(_, slack)| slack)
+        .map_or(1, |(hz, _)| hz)
 }
 
 fn measure_tsc_window() -> (u64, u64) {
@@ -122,7 +125,10 @@ pub struct Limit {
 impl Limit {
     /// A limit of so many milliseconds from now.
     pub fn after_ms(tsc_hz: u64, milliseconds: u64) -> Self {
-        Self { until: cpu::tsc() + tsc_hz / 1000 * milliseconds, turns: 200_000_000 }
+        Self {
+            until: cpu::tsc() + tsc_hz / 1000 * milliseconds,
+            turns: 200_000_000,
+        }
     }
 
     /// Whether waiting may go on.
@@ -183,6 +189,10 @@ pub mod rtc {
 
     /// A number as status B says it is coded.
     pub fn decode(value: u8) -> u8 {
-        if read(STATUS_B) & BINARY != 0 { value } else { (value >> 4) * 10 + (value & 0xF) }
+        if read(STATUS_B) & BINARY != 0 {
+            value
+        } else {
+            (value >> 4) * 10 + (value & 0xF)
+        }
     }
 }

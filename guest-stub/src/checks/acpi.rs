@@ -21,7 +21,10 @@ fn name(table: &Table) -> &str {
 
 /// Both checksums; under Plinth an XSDT.
 fn rsdp(machine: &Machine) -> Verdict {
-    ensure!(machine.host != Host::Plinth || machine.acpi.is_some(), "no RSDP found");
+    ensure!(
+        machine.host != Host::Plinth || machine.acpi.is_some(),
+        "no RSDP found"
+    );
     let acpi = acpi(machine)?;
     ensure_eq!(byte_sum(acpi.rsdp, 20), 0, "sum of the first 20 bytes");
     if acpi.revision >= 2 {
@@ -29,7 +32,11 @@ fn rsdp(machine: &Machine) -> Verdict {
         ensure_eq!(length, 36, "length");
         ensure_eq!(byte_sum(acpi.rsdp, length), 0, "sum of all bytes");
     }
-    ensure!(machine.host != Host::Plinth || acpi.revision >= 2, "revision {}", acpi.revision);
+    ensure!(
+        machine.host != Host::Plinth || acpi.revision >= 2,
+        "revision {}",
+        acpi.revision
+    );
     Ok(())
 }
 
@@ -37,10 +44,19 @@ fn rsdp(machine: &Machine) -> Verdict {
 fn tables(machine: &Machine) -> Verdict {
     let acpi = acpi(machine)?;
     let root = acpi.root_table();
-    ensure!(matches!(&root.signature, b"XSDT" | b"RSDT"), "root table {}", name(&root));
+    ensure!(
+        matches!(&root.signature, b"XSDT" | b"RSDT"),
+        "root table {}",
+        name(&root)
+    );
     ensure!(root.checksum_ok(), "checksum of {}", name(&root));
     for table in acpi.tables() {
-        ensure!(table.checksum_ok(), "checksum of {} at {:#x}", name(table), table.address);
+        ensure!(
+            table.checksum_ok(),
+            "checksum of {} at {:#x}",
+            name(table),
+            table.address
+        );
     }
     for needed in [b"FACP", b"APIC", b"DSDT"] {
         let name = core::str::from_utf8(needed).unwrap_or("?");
@@ -52,12 +68,25 @@ fn tables(machine: &Machine) -> Verdict {
 /// The PM registers are there, and ACPI mode can be on.
 fn fadt(machine: &Machine) -> Verdict {
     const SCI_ENABLE: u16 = 1;
-    let Some(fadt) = acpi(machine)?.fadt else { ensure!(false, "no FADT"); return Ok(()) };
-    ensure!(fadt.pm1a_control != 0 && fadt.pm1a_event != 0, "no PM1a blocks");
+    let Some(fadt) = acpi(machine)?.fadt else {
+        ensure!(false, "no FADT");
+        return Ok(());
+    };
+    ensure!(
+        fadt.pm1a_control != 0 && fadt.pm1a_event != 0,
+        "no PM1a blocks"
+    );
     let control = port::read16(fadt.pm1a_control);
-    ensure!(control != u16::MAX, "nothing at the PM1a control port {:#x}", fadt.pm1a_control);
+    ensure!(
+        control != u16::MAX,
+        "nothing at the PM1a control port {:#x}",
+        fadt.pm1a_control
+    );
     if control & SCI_ENABLE == 0 {
-        ensure!(fadt.smi_command != 0, "ACPI mode is off, and there is no SMI command port");
+        ensure!(
+            fadt.smi_command != 0,
+            "ACPI mode is off, and there is no SMI command port"
+        );
         port::write8(fadt.smi_command, fadt.acpi_enable);
         let on = (0..100_000).any(|_| port::read16(fadt.pm1a_control) & SCI_ENABLE != 0);
         ensure!(on, "ACPI mode does not come on");
@@ -68,23 +97,41 @@ fn fadt(machine: &Machine) -> Verdict {
     port::write16(enable, before | 1 << 8);
     let kept = port::read16(enable);
     port::write16(enable, before);
-    ensure!(kept & 1 << 8 != 0, "PM1 enable does not keep PWRBTN_EN: {kept:#x}");
+    ensure!(
+        kept & 1 << 8 != 0,
+        "PM1 enable does not keep PWRBTN_EN: {kept:#x}"
+    );
     Ok(())
 }
 
 /// The MADT's processors, local APIC and IOAPIC are those of the machine.
 fn madt(machine: &Machine) -> Verdict {
-    let Some(madt) = acpi(machine)?.madt else { ensure!(false, "no MADT"); return Ok(()) };
+    let Some(madt) = acpi(machine)?.madt else {
+        ensure!(false, "no MADT");
+        return Ok(());
+    };
     ensure_eq!(madt.local_apic, LOCAL_APIC_ADDRESS, "local APIC address");
     ensure!(madt.processors >= 1, "no processors");
-    let Some((address, base)) = madt.ioapic else { ensure!(false, "no IOAPIC"); return Ok(()) };
-    ensure!((0xFEC0_0000..0xFEE0_0000).contains(&address), "IOAPIC at {address:#x}");
+    let Some((address, base)) = madt.ioapic else {
+        ensure!(false, "no IOAPIC");
+        return Ok(());
+    };
+    ensure!(
+        (0xFEC0_0000..0xFEE0_0000).contains(&address),
+        "IOAPIC at {address:#x}"
+    );
     ensure_eq!(base, 0, "first interrupt of the IOAPIC");
     if let Some(ioapic) = machine.ioapic {
         let id = ioapic.read(apic::IOAPIC_ID);
-        ensure!(id >> 28 == 0 && id & 0xFF_FFFF == 0, "IOAPIC id register {id:#x}");
+        ensure!(
+            id >> 28 == 0 && id & 0xFF_FFFF == 0,
+            "IOAPIC id register {id:#x}"
+        );
         for entry in madt.overrides() {
-            ensure!(entry.gsi < ioapic.entries().into(), "{entry:?} is beyond the IOAPIC");
+            ensure!(
+                entry.gsi < ioapic.entries().into(),
+                "{entry:?} is beyond the IOAPIC"
+            );
         }
     }
     Ok(())
@@ -107,7 +154,10 @@ fn mcfg(machine: &Machine) -> Verdict {
     };
     ensure!(table.length >= 60, "MCFG of {} bytes", table.length);
     let base = u64::from(read32(table.address + 44));
-    ensure!(base != 0 && base < 1 << 32, "configuration space at {base:#x}");
+    ensure!(
+        base != 0 && base < 1 << 32,
+        "configuration space at {base:#x}"
+    );
     for device in 0..32_u32 {
         port::write32(ADDRESS, 1 << 31 | device << 11);
         let by_port = port::read32(DATA);

@@ -35,7 +35,10 @@ fn vendor(_: &Machine) -> Verdict {
     ensure!(name.iter().all(u8::is_ascii_graphic), "vendor {name:x?}");
     let (basic, extended) = (cpu::max_basic_leaf(), cpu::max_extended_leaf());
     ensure!((1..0x100).contains(&basic), "highest basic leaf {basic:#x}");
-    ensure!((0x8000_0001..0x8000_0100).contains(&extended), "highest extended leaf {extended:#x}");
+    ensure!(
+        (0x8000_0001..0x8000_0100).contains(&extended),
+        "highest extended leaf {extended:#x}"
+    );
     Ok(())
 }
 
@@ -46,7 +49,10 @@ fn baseline(_: &Machine) -> Verdict {
     ensure!(missing.is_empty(), "missing in leaf 1: {missing:?}");
     let needed = ExtendedEdx::SYSCALL | ExtendedEdx::NX | ExtendedEdx::LONG_MODE;
     let missing = needed - cpu::extended_edx();
-    ensure!(missing.is_empty(), "missing in leaf 0x80000001: {missing:?}");
+    ensure!(
+        missing.is_empty(),
+        "missing in leaf 0x80000001: {missing:?}"
+    );
     Ok(())
 }
 
@@ -68,10 +74,15 @@ fn hypervisor(machine: &Machine) -> Verdict {
     let mut groups = 0;
     for (base, signature) in signatures() {
         groups += 1;
-        let printable = signature.iter().all(|&byte| byte == 0 || byte.is_ascii_graphic());
+        let printable = signature
+            .iter()
+            .all(|&byte| byte == 0 || byte.is_ascii_graphic());
         ensure!(printable, "signature of {base:#x}: {signature:x?}");
     }
-    ensure!(groups > 0, "the hypervisor bit is set, and there is no leaf 0x40000000");
+    ensure!(
+        groups > 0,
+        "the hypervisor bit is set, and there is no leaf 0x40000000"
+    );
     Ok(())
 }
 
@@ -87,7 +98,10 @@ fn no_nested_virtualization(machine: &Machine) -> Verdict {
     ensure!(trap.is_some(), "EFER.SVME can be set");
     // SAFETY: SVM is off: #UD, or #GP where the hypervisor chooses so.
     let trap = unsafe { probe!("vmrun rax"; in("rax") 0) };
-    ensure!(trap.is_some_and(|trap| trap.vector == vector::INVALID_OPCODE), "VMRUN is not #UD");
+    ensure!(
+        trap.is_some_and(|trap| trap.vector == vector::INVALID_OPCODE),
+        "VMRUN is not #UD"
+    );
     // SAFETY: CR4.VMXE is clear: #UD.
     let trap = unsafe { probe!("vmcall"; inout("rax") u64::MAX => _, in("rcx") 0, in("rdx") 0) };
     if let Some(trap) = trap {
@@ -97,19 +111,26 @@ fn no_nested_virtualization(machine: &Machine) -> Verdict {
     let memory = [0_u64; 1];
     // SAFETY: CR4.VMXE is clear: #UD.
     let trap = unsafe { probe!("vmxon [{}]"; in(reg) &memory) };
-    ensure!(trap.is_some_and(|trap| trap.vector == vector::INVALID_OPCODE), "VMXON is not #UD");
+    ensure!(
+        trap.is_some_and(|trap| trap.vector == vector::INVALID_OPCODE),
+        "VMXON is not #UD"
+    );
     Ok(())
 }
 
 /// Two readings of every leaf are the same.
 fn steady(_: &Machine) -> Verdict {
-    for (first, last) in
-        [(0, cpu::max_basic_leaf()), (0x8000_0000, cpu::max_extended_leaf())]
-    {
+    for (first, last) in [
+        (0, cpu::max_basic_leaf()),
+        (0x8000_0000, cpu::max_extended_leaf()),
+    ] {
         for leaf in first..=last.min(first + 0x40) {
             for subleaf in 0..2 {
                 let (one, two) = (cpuid(leaf, subleaf), cpuid(leaf, subleaf));
-                ensure!(one == two, "leaf {leaf:#x}.{subleaf}: {one:x?}, then {two:x?}");
+                ensure!(
+                    one == two,
+                    "leaf {leaf:#x}.{subleaf}: {one:x?}, then {two:x?}"
+                );
             }
         }
     }
@@ -133,10 +154,20 @@ fn upper_halves_cleared(_: &Machine) -> Verdict {
 
 /// The initial APIC id is that of the local APIC, and the APIC bit follows its enable bit.
 fn apic_id(_: &Machine) -> Verdict {
-    ensure_eq!(cpuid(1, 0).ebx >> 24, apic::local().id(), "APIC id of leaf 1");
+    ensure_eq!(
+        cpuid(1, 0).ebx >> 24,
+        apic::local().id(),
+        "APIC id of leaf 1"
+    );
     let base = ApicBase::from_bits_retain(cpu::rdmsr(msr::APIC_BASE));
-    ensure!(base.contains(ApicBase::ENABLE), "the local APIC is disabled: {base:?}");
-    ensure!(base.contains(ApicBase::BSP), "not the bootstrap processor: {base:?}");
+    ensure!(
+        base.contains(ApicBase::ENABLE),
+        "the local APIC is disabled: {base:?}"
+    );
+    ensure!(
+        base.contains(ApicBase::BSP),
+        "not the bootstrap processor: {base:?}"
+    );
     Ok(())
 }
 
@@ -153,8 +184,15 @@ fn topology(_: &Machine) -> Verdict {
             ensure!(level > 0, "no levels");
             return Ok(());
         }
-        ensure!(leaf.eax & 0x1F >= shift, "level {level}: shift {} after {shift}", leaf.eax & 0x1F);
-        ensure!(leaf.ebx & 0xFFFF >= processors, "level {level}: fewer processors than below");
+        ensure!(
+            leaf.eax & 0x1F >= shift,
+            "level {level}: shift {} after {shift}",
+            leaf.eax & 0x1F
+        );
+        ensure!(
+            leaf.ebx & 0xFFFF >= processors,
+            "level {level}: fewer processors than below"
+        );
         shift = leaf.eax & 0x1F;
         processors = leaf.ebx & 0xFFFF;
     }
@@ -176,7 +214,10 @@ fn osxsave_follows_cr4(_: &Machine) -> Verdict {
         let trap = unsafe { probe!("xgetbv"; in("ecx") 0, out("eax") _, out("edx") _) };
         let vector = trap.map(|trap| trap.vector);
         let wanted = (!on).then_some(vector::INVALID_OPCODE);
-        ensure!(vector == wanted, "XGETBV with CR4.OSXSAVE {on}: exception {vector:?}");
+        ensure!(
+            vector == wanted,
+            "XGETBV with CR4.OSXSAVE {on}: exception {vector:?}"
+        );
     }
     Ok(())
 }
@@ -198,7 +239,11 @@ fn xsave_sizes(_: &Machine) -> Verdict {
         let component = cpuid(0xD, 2);
         ensure_eq!(component.eax, 256, "size of the AVX state");
         cpu::set_xcr0(3 | AVX);
-        ensure_eq!(cpuid(0xD, 0).ebx, component.ebx + component.eax, "size for XCR0 = 7");
+        ensure_eq!(
+            cpuid(0xD, 0).ebx,
+            component.ebx + component.eax,
+            "size for XCR0 = 7"
+        );
     }
     let largest = cpuid(0xD, 0).ecx;
     let mut end = LEGACY;
@@ -217,7 +262,10 @@ fn xsave_sizes(_: &Machine) -> Verdict {
             probe!("xsetbv"; in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32)
         };
         let vector = trap.map(|trap| trap.vector);
-        ensure!(vector == Some(vector::GENERAL_PROTECTION), "XCR0 = {value:#x}: {vector:?}");
+        ensure!(
+            vector == Some(vector::GENERAL_PROTECTION),
+            "XCR0 = {value:#x}: {vector:?}"
+        );
         ensure_eq!(cpu::xcr0(), before, "XCR0 after a refused write");
     }
     Ok(())
@@ -327,16 +375,25 @@ fn rdtscp(_: &Machine) -> Verdict {
     if shown {
         ensure!(vector.is_none(), "RDTSCP: exception {vector:?}");
         ensure_eq!(aux, 0x1234, "TSC_AUX by RDTSCP");
-        ensure!(probe_rdmsr(msr::TSC_AUX).is_ok_and(|aux| aux == 0x1234), "TSC_AUX by RDMSR");
+        ensure!(
+            probe_rdmsr(msr::TSC_AUX).is_ok_and(|aux| aux == 0x1234),
+            "TSC_AUX by RDMSR"
+        );
     } else {
-        ensure!(vector == Some(vector::INVALID_OPCODE), "hidden RDTSCP: exception {vector:?}");
+        ensure!(
+            vector == Some(vector::INVALID_OPCODE),
+            "hidden RDTSCP: exception {vector:?}"
+        );
     }
     Ok(())
 }
 
 /// WRFSBASE and RDGSBASE work when shown and enabled, and agree with the MSRs.
 fn fsgsbase(_: &Machine) -> Verdict {
-    skip_if!(!cpu::leaf7_ebx().contains(Leaf7Ebx::FSGSBASE), "no FSGSBASE");
+    skip_if!(
+        !cpu::leaf7_ebx().contains(Leaf7Ebx::FSGSBASE),
+        "no FSGSBASE"
+    );
     let (fs, gs): (u64, u64);
     // SAFETY: this program's own code uses neither FS nor GS.
     unsafe {

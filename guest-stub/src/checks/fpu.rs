@@ -12,7 +12,13 @@ use crate::{checks, ensure, ensure_eq, paging, probe, skip_if};
 
 use super::Verdict;
 
-checks![xmm_registers, ymm_registers, mxcsr, x87_registers, xsave_round_trip];
+checks![
+    xmm_registers,
+    ymm_registers,
+    mxcsr,
+    x87_registers,
+    xsave_round_trip
+];
 
 const WAKE_VECTOR: u8 = 0x52;
 
@@ -72,7 +78,12 @@ fn xmm_registers(_: &Machine) -> Verdict {
     // SAFETY: writes the first half of each local row.
     unsafe { for_all_registers!("movups [rdi + 32 * \\i], xmm\\i", &mut got) };
     for (index, (got, wanted)) in got.0.iter().zip(&wanted.0).enumerate() {
-        ensure!(got[..2] == wanted[..2], "XMM{index}: {:x?}, not {:x?}", &got[..2], &wanted[..2]);
+        ensure!(
+            got[..2] == wanted[..2],
+            "XMM{index}: {:x?}, not {:x?}",
+            &got[..2],
+            &wanted[..2]
+        );
     }
     Ok(())
 }
@@ -170,9 +181,17 @@ fn xsave_round_trip(_: &Machine) -> Verdict {
         asm!("xrstor64 [{}]", in(reg) &area, in("eax") mask, in("edx") 0, options(nostack));
         for_all_registers!("movups [rdi + 32 * \\i], xmm\\i", &mut got);
     }
-    ensure!(area.0[64] & 2 != 0, "XSTATE_BV {:#x} without SSE", area.0[64]);
+    ensure!(
+        area.0[64] & 2 != 0,
+        "XSTATE_BV {:#x} without SSE",
+        area.0[64]
+    );
     for (index, (got, wanted)) in got.0.iter().zip(&wanted.0).enumerate() {
-        ensure!(got[..2] == wanted[..2], "XMM{index} after XRSTOR: {:x?}", &got[..2]);
+        ensure!(
+            got[..2] == wanted[..2],
+            "XMM{index} after XRSTOR: {:x?}",
+            &got[..2]
+        );
     }
     Ok(())
 }

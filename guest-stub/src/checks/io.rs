@@ -50,8 +50,16 @@ fn unclaimed_ports(_: &Machine) -> Verdict {
         port::write16(number, 0);
         port::write32(number, 0);
         ensure_eq!(port::read8(number), u8::MAX, "8 bits of port {number:#x}");
-        ensure_eq!(port::read16(number), u16::MAX, "16 bits of port {number:#x}");
-        ensure_eq!(port::read32(number), u32::MAX, "32 bits of port {number:#x}");
+        ensure_eq!(
+            port::read16(number),
+            u16::MAX,
+            "16 bits of port {number:#x}"
+        );
+        ensure_eq!(
+            port::read32(number),
+            u32::MAX,
+            "32 bits of port {number:#x}"
+        );
     }
     // The upper part of RAX: kept by 8 and 16 bits, cleared by 32.
     let (byte, word, double): (u64, u64, u64);
@@ -82,11 +90,19 @@ fn scratch_register(_: &Machine) -> Verdict {
 fn wide_access(_: &Machine) -> Verdict {
     port::write8(SCRATCH, 0x5A);
     let word = port::read16(COM1 + register::MODEM_STATUS);
-    ensure_eq!(word >> 8, 0x5A, "scratch register as the high byte of 16 bits");
+    ensure_eq!(
+        word >> 8,
+        0x5A,
+        "scratch register as the high byte of 16 bits"
+    );
     // Line control, modem control, line status, modem status.
     let control = port::read8(COM1 + register::LINE_CONTROL);
     let double = port::read32(COM1 + register::LINE_CONTROL);
-    ensure_eq!(double as u8, control, "line control as the low byte of 32 bits");
+    ensure_eq!(
+        double as u8,
+        control,
+        "line control as the low byte of 32 bits"
+    );
     Ok(())
 }
 
@@ -100,7 +116,11 @@ fn string_out(_: &Machine) -> Verdict {
             inout("rsi") bytes.as_ptr() => end);
     }
     ensure_eq!(left, 0, "RCX after REP OUTSB");
-    ensure_eq!(end as u64, bytes.as_ptr() as u64 + bytes.len() as u64, "RSI after REP OUTSB");
+    ensure_eq!(
+        end as u64,
+        bytes.as_ptr() as u64 + bytes.len() as u64,
+        "RSI after REP OUTSB"
+    );
     ensure_eq!(port::read8(SCRATCH), b't', "last byte of REP OUTSB");
 
     let last = bytes.as_ptr().wrapping_add(bytes.len() - 1);
@@ -109,12 +129,20 @@ fn string_out(_: &Machine) -> Verdict {
         asm!("std", "rep outsb", "cld", in("dx") SCRATCH,
             inout("rcx") bytes.len() as u64 => _, inout("rsi") last => _);
     }
-    ensure_eq!(port::read8(SCRATCH), b's', "last byte of REP OUTSB backwards");
+    ensure_eq!(
+        port::read8(SCRATCH),
+        b's',
+        "last byte of REP OUTSB backwards"
+    );
 
     port::write8(SCRATCH, 0x77);
     // SAFETY: a count of zero reads nothing.
     unsafe { asm!("rep outsb", in("dx") SCRATCH, inout("rcx") 0_u64 => _, inout("rsi") last => _) };
-    ensure_eq!(port::read8(SCRATCH), 0x77, "scratch register after REP OUTSB of nothing");
+    ensure_eq!(
+        port::read8(SCRATCH),
+        0x77,
+        "scratch register after REP OUTSB of nothing"
+    );
 
     let words = [1_u32, 2, 3, 4];
     let end: *const u32;
@@ -123,7 +151,11 @@ fn string_out(_: &Machine) -> Verdict {
         asm!("rep outsd", "rep outsw", "outsb", in("dx") DIAGNOSTIC,
             inout("rcx") 3_u64 => _, inout("rsi") words.as_ptr() => end);
     }
-    ensure_eq!(end as u64, words.as_ptr() as u64 + 13, "RSI after OUTSD, OUTSW, OUTSB");
+    ensure_eq!(
+        end as u64,
+        words.as_ptr() as u64 + 13,
+        "RSI after OUTSD, OUTSW, OUTSB"
+    );
     Ok(())
 }
 
@@ -138,8 +170,16 @@ fn string_in(machine: &Machine) -> Verdict {
             inout("rdi") bytes.as_mut_ptr() => end);
     }
     ensure_eq!(end as u64, bytes.as_ptr() as u64 + 16, "RDI after REP INSB");
-    ensure!(bytes[..16].iter().all(|&byte| byte == 0x3C), "REP INSB: {:x?}", &bytes[..16]);
-    ensure!(bytes[16..].iter().all(|&byte| byte == 0), "beyond: {:x?}", &bytes[16..]);
+    ensure!(
+        bytes[..16].iter().all(|&byte| byte == 0x3C),
+        "REP INSB: {:x?}",
+        &bytes[..16]
+    );
+    ensure!(
+        bytes[16..].iter().all(|&byte| byte == 0),
+        "beyond: {:x?}",
+        &bytes[16..]
+    );
 
     let boundary = scratch(machine)? + PAGE;
     memory::write64(boundary - 8, 0);
@@ -149,7 +189,11 @@ fn string_in(machine: &Machine) -> Verdict {
         asm!("std", "rep insb", "cld", in("dx") SCRATCH, inout("rcx") 6_u64 => _,
             inout("rdi") boundary + 2 => _);
     }
-    ensure_eq!(memory::read64(boundary - 8), 0x3C3C_3C00_0000_0000, "before the boundary");
+    ensure_eq!(
+        memory::read64(boundary - 8),
+        0x3C3C_3C00_0000_0000,
+        "before the boundary"
+    );
     ensure_eq!(memory::read64(boundary), 0x003C_3C3C, "after the boundary");
 
     let mut words = [0_u16; 4];
@@ -170,9 +214,8 @@ fn string_fault(machine: &Machine) -> Verdict {
     paging::unmap(1);
     let (mut count, mut target) = (10_u64, page + PAGE - 4);
     // SAFETY: free RAM, then a fault, which is caught.
-    let trap = unsafe {
-        probe!("rep insb"; in("dx") SCRATCH, inout("rcx") count, inout("rdi") target)
-    };
+    let trap =
+        unsafe { probe!("rep insb"; in("dx") SCRATCH, inout("rcx") count, inout("rdi") target) };
     let trap = trapped(trap, "REP INSB into no page")?;
     let right = trap.vector == vector::PAGE_FAULT
         && trap.page_fault_code() == PageFaultCode::WRITE
@@ -181,26 +224,41 @@ fn string_fault(machine: &Machine) -> Verdict {
     ensure_eq!(trap.address, page + PAGE, "CR2");
     ensure_eq!(count, 6, "RCX at the fault");
     ensure_eq!(target, page + PAGE, "RDI at the fault");
-    ensure_eq!(memory::read32(base + PAGE as u64 - 4), 0xC3C3_C3C3, "bytes before the fault");
+    ensure_eq!(
+        memory::read32(base + PAGE - 4),
+        0xC3C3_C3C3,
+        "bytes before the fault"
+    );
 
     paging::map(1, base + PAGE, Entry::PRESENT | Entry::WRITABLE);
     // SAFETY: free RAM.
-    let trap = unsafe {
-        probe!("rep insb"; in("dx") SCRATCH, inout("rcx") count, inout("rdi") target)
-    };
-    ensure!(trap.is_none() && (count, target) == (0, page + PAGE + 6), "the rest of REP INSB");
-    ensure_eq!(memory::read32(base + PAGE), 0xC3C3_C3C3, "bytes after the fault");
+    let trap =
+        unsafe { probe!("rep insb"; in("dx") SCRATCH, inout("rcx") count, inout("rdi") target) };
+    ensure!(
+        trap.is_none() && (count, target) == (0, page + PAGE + 6),
+        "the rest of REP INSB"
+    );
+    ensure_eq!(
+        memory::read32(base + PAGE),
+        0xC3C3_C3C3,
+        "bytes after the fault"
+    );
 
     // Reading from no page: nothing goes out.
     paging::unmap(1);
     let (mut count, mut source) = (3_u64, page + PAGE);
     // SAFETY: faults at once, which is caught.
-    let trap = unsafe {
-        probe!("rep outsb"; in("dx") SCRATCH, inout("rcx") count, inout("rsi") source)
-    };
+    let trap =
+        unsafe { probe!("rep outsb"; in("dx") SCRATCH, inout("rcx") count, inout("rsi") source) };
     let trap = trapped(trap, "REP OUTSB from no page")?;
-    ensure!(trap.vector == vector::PAGE_FAULT && trap.error == 0, "REP OUTSB: {trap}");
-    ensure!((count, source) == (3, page + PAGE), "REP OUTSB moved: {count}, {source:#x}");
+    ensure!(
+        trap.vector == vector::PAGE_FAULT && trap.error == 0,
+        "REP OUTSB: {trap}"
+    );
+    ensure!(
+        (count, source) == (3, page + PAGE),
+        "REP OUTSB moved: {count}, {source:#x}"
+    );
     paging::unmap(0);
     Ok(())
 }
@@ -252,18 +310,29 @@ fn pci_configuration(_: &Machine) -> Verdict {
     ensure!(identity != 0, "host bridge without an identity");
     let words = [port::read16(DATA), port::read16(DATA + 2)];
     let bytes = [0, 1, 2, 3].map(|offset| port::read8(DATA + offset));
-    ensure_eq!(u32::from(words[1]) << 16 | u32::from(words[0]), identity, "by 16 bits");
+    ensure_eq!(
+        u32::from(words[1]) << 16 | u32::from(words[0]),
+        identity,
+        "by 16 bits"
+    );
     ensure_eq!(u32::from_le_bytes(bytes), identity, "by 8 bits");
     port::write32(ADDRESS, ENABLE | 8);
     ensure_eq!(port::read32(DATA) >> 16, 0x0600, "class of the host bridge");
     port::write32(ADDRESS, ENABLE | 31 << 11);
     let last = port::read32(DATA);
     // A q35 has its LPC bridge in slot 31; bus 0xEE is empty everywhere.
-    ensure!(last == u32::MAX || last & 0xFFFF == 0x8086, "slot 31: {last:#x}");
+    ensure!(
+        last == u32::MAX || last & 0xFFFF == 0x8086,
+        "slot 31: {last:#x}"
+    );
     port::write32(ADDRESS, ENABLE | 0xEE << 16);
     ensure_eq!(port::read32(DATA), u32::MAX, "bus 0xEE");
     port::write32(ADDRESS, 0);
-    ensure_eq!(port::read32(DATA), u32::MAX, "configuration space while disabled");
+    ensure_eq!(
+        port::read32(DATA),
+        u32::MAX,
+        "configuration space while disabled"
+    );
     Ok(())
 }
 
@@ -274,7 +343,11 @@ fn memory_register() -> *mut u32 {
 
 /// Checks the register after an instruction.
 fn holds(value: u32, instruction: &str) -> Verdict {
-    ensure_eq!(apic::local().read(Register::InitialCount), value, "{instruction}");
+    ensure_eq!(
+        apic::local().read(Register::InitialCount),
+        value,
+        "{instruction}"
+    );
     Ok(())
 }
 
@@ -318,7 +391,9 @@ fn mmio_addressing(_: &Machine) -> Verdict {
     }
     holds(0x1111_1111, "base, index, disp8")?;
     // SAFETY: as above.
-    unsafe { asm!("mov [r12 + 0x12345], r15d", in("r12") register - 0x12345, in("r15") 0x2222_2222) };
+    unsafe {
+        asm!("mov [r12 + 0x12345], r15d", in("r12") register - 0x12345, in("r15") 0x2222_2222)
+    };
     holds(0x2222_2222, "R12, disp32, R15")?;
     // SAFETY: as above.
     unsafe { asm!("mov [r13], r8d", in("r13") register, in("r8") 0x3333_3333) };
@@ -390,7 +465,10 @@ fn mmio_arithmetic(_: &Machine) -> Verdict {
             in(reg) register, out(reg_byte) equal, out(reg_byte) test, out(reg_byte) below,
             out(reg) _);
     }
-    ensure!((equal, test, below) == (1, 1, 1), "flags of CMP, TEST, CMP: {equal}{test}{below}");
+    ensure!(
+        (equal, test, below) == (1, 1, 1),
+        "flags of CMP, TEST, CMP: {equal}{test}{below}"
+    );
     let sum: u32;
     // SAFETY: as above.
     unsafe { asm!("add {:e}, [{}]", inout(reg) 0x100_u32 => sum, in(reg) register) };
@@ -421,8 +499,15 @@ fn mmio_strings(_: &Machine) -> Verdict {
 
 /// The IOAPIC by index and data, and that its reserved bits stay clear.
 fn ioapic_access(machine: &Machine) -> Verdict {
-    let Some(ioapic) = machine.ioapic else { skip_if!(true, "no IOAPIC"); return Ok(()) };
-    ensure!((16..=240).contains(&ioapic.entries()), "{} entries", ioapic.entries());
+    let Some(ioapic) = machine.ioapic else {
+        skip_if!(true, "no IOAPIC");
+        return Ok(());
+    };
+    ensure!(
+        (16..=240).contains(&ioapic.entries()),
+        "{} entries",
+        ioapic.entries()
+    );
     for pin in [3, 5, ioapic.entries() - 1] {
         let wanted = apic::MASKED | apic::LEVEL | apic::ACTIVE_LOW | 0x91;
         ioapic.route(pin, wanted, 0);
@@ -430,7 +515,15 @@ fn ioapic_access(machine: &Machine) -> Verdict {
         ioapic.route(pin, apic::MASKED, 0);
     }
     // Delivery status and remote IRR cannot be written.
-    ioapic.route(5, apic::MASKED | apic::LEVEL | apic::REMOTE_IRR | apic::PENDING, 0);
-    ensure_eq!(ioapic.entry(5), apic::MASKED | apic::LEVEL, "entry with read-only bits");
+    ioapic.route(
+        5,
+        apic::MASKED | apic::LEVEL | apic::REMOTE_IRR | apic::PENDING,
+        0,
+    );
+    ensure_eq!(
+        ioapic.entry(5),
+        apic::MASKED | apic::LEVEL,
+        "entry with read-only bits"
+    );
     Ok(())
 }

@@ -6,7 +6,9 @@ use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use crate::cpu::PageFaultCode;
 use crate::interrupts::vector;
 use crate::machine::{Host, Machine, SCRATCH_BYTES};
-use crate::memory::{self, LARGE_PAGE, PAGE, USABLE, read8, read16, read32, read64, write8, write64};
+use crate::memory::{
+    self, LARGE_PAGE, PAGE, USABLE, read8, read16, read32, read64, write8, write64,
+};
 use crate::paging::{self, Entry};
 use crate::{checks, ensure, ensure_eq, probe, skip_if};
 
@@ -32,18 +34,32 @@ checks![
 fn map(machine: &Machine) -> Verdict {
     let regions = machine.handoff.map.regions();
     ensure!(!regions.is_empty(), "the loader gave no memory map");
-    let usable: u64 = regions.iter().filter(|r| r.kind == USABLE).map(|r| r.length).sum();
+    let usable: u64 = regions
+        .iter()
+        .filter(|r| r.kind == USABLE)
+        .map(|r| r.length)
+        .sum();
     ensure!(usable >= 8 << 20, "only {usable:#x} bytes of usable RAM");
     for (index, one) in regions.iter().enumerate() {
         ensure!(one.length > 0, "region {index} is empty");
-        ensure!(one.base.checked_add(one.length).is_some(), "region {index} wraps around");
+        ensure!(
+            one.base.checked_add(one.length).is_some(),
+            "region {index} wraps around"
+        );
         for other in &regions[..index] {
             let apart = one.end() <= other.base || other.end() <= one.base;
-            ensure!(apart, "regions at {:#x} and {:#x} overlap", one.base, other.base);
+            ensure!(
+                apart,
+                "regions at {:#x} and {:#x} overlap",
+                one.base,
+                other.base
+            );
         }
     }
     let (start, end) = memory::image();
-    let inside = regions.iter().any(|r| r.kind == USABLE && r.base <= start && end <= r.end());
+    let inside = regions
+        .iter()
+        .any(|r| r.kind == USABLE && r.base <= start && end <= r.end());
     ensure!(inside, "this program at {start:#x} is not in usable RAM");
     Ok(())
 }
@@ -67,7 +83,10 @@ static WRITTEN: AtomicBool = AtomicBool::new(false);
 fn fresh_is_zero(machine: &Machine) -> Verdict {
     /// Loaders and firmware leave things below.
     const FROM: u64 = 16 << 20;
-    skip_if!(machine.host != Host::Plinth, "firmware ran in this RAM before");
+    skip_if!(
+        machine.host != Host::Plinth,
+        "firmware ran in this RAM before"
+    );
     skip_if!(WRITTEN.load(Relaxed), "earlier checks have written to RAM");
     let scratch = machine.scratch.unwrap_or(0);
     let mut pages = 0_u64;
@@ -149,7 +168,11 @@ fn rom_ignores_writes(_: &Machine) -> Verdict {
     const RESET_VECTOR: u64 = 0xFFFF_FFF0;
     let before = read64(RESET_VECTOR);
     write64(RESET_VECTOR, !before);
-    ensure_eq!(read64(RESET_VECTOR), before, "{RESET_VECTOR:#x} after a write");
+    ensure_eq!(
+        read64(RESET_VECTOR),
+        before,
+        "{RESET_VECTOR:#x} after a write"
+    );
     Ok(())
 }
 
@@ -164,7 +187,11 @@ fn address_lines(machine: &Machine) -> Verdict {
             write64(other, line);
         }
     }
-    ensure_eq!(read64(base), 0x5555, "{base:#x} after writes to its neighbours");
+    ensure_eq!(
+        read64(base),
+        0x5555,
+        "{base:#x} after writes to its neighbours"
+    );
     Ok(())
 }
 
@@ -172,11 +199,22 @@ fn address_lines(machine: &Machine) -> Verdict {
 fn accessed_dirty(machine: &Machine) -> Verdict {
     let status = Entry::ACCESSED | Entry::DIRTY;
     let page = paging::map(0, scratch(machine)?, Entry::PRESENT | Entry::WRITABLE);
-    ensure!(!paging::flags(0).intersects(status), "set before the first access");
+    ensure!(
+        !paging::flags(0).intersects(status),
+        "set before the first access"
+    );
     read8(page);
-    ensure!(paging::flags(0) & status == Entry::ACCESSED, "after a read: {:?}", paging::flags(0));
+    ensure!(
+        paging::flags(0) & status == Entry::ACCESSED,
+        "after a read: {:?}",
+        paging::flags(0)
+    );
     write8(page, 1);
-    ensure!(paging::flags(0) & status == status, "after a write: {:?}", paging::flags(0));
+    ensure!(
+        paging::flags(0) & status == status,
+        "after a write: {:?}",
+        paging::flags(0)
+    );
     paging::unmap(0);
     Ok(())
 }
@@ -185,7 +223,10 @@ fn accessed_dirty(machine: &Machine) -> Verdict {
 fn large_page_accessed_dirty(machine: &Machine) -> Verdict {
     let address = scratch(machine)? + 0x1000;
     let status = Entry::ACCESSED | Entry::DIRTY;
-    ensure!(paging::large_page_flags(address).contains(Entry::LARGE), "not a large page");
+    ensure!(
+        paging::large_page_flags(address).contains(Entry::LARGE),
+        "not a large page"
+    );
     paging::clear_large_page_flags(address);
     read8(address);
     let flags = paging::large_page_flags(address) & status;

@@ -14,6 +14,9 @@ mod io;
 mod memory;
 mod msr;
 
+use core::cell::UnsafeCell;
+use core::fmt;
+
 use crate::console::Text;
 use crate::cpu;
 use crate::interrupts::{Trap, guarded, take_unexpected};
@@ -25,8 +28,30 @@ use crate::{print, println};
 pub enum Why {
     /// What it checks is not there.
     Skipped(&'static str),
-    /// The machine is wrong.
-    Failed(Text<200>),
+    /// The machine is wrong; [`reason`] says how.
+    Failed,
+}
+
+/// Text of the last failure. Apart from [`Why`], to keep that small.
+struct Reason(UnsafeCell<Text<240>>);
+
+// SAFETY: one processor, the handlers do not touch it, and no reference to it is ever kept.
+unsafe impl Sync for Reason {}
+
+static REASON: Reason = Reason(UnsafeCell::new(Text::new()));
+
+/// A failure with its reason.
+pub fn fail(reason: fmt::Arguments) -> Why {
+    let reason = Text::format(reason);
+    // SAFETY: see `Reason`.
+    unsafe { *REASON.0.get() = reason };
+    Why::Failed
+}
+
+/// The reason of the last failure.
+fn reason() -> Text<240> {
+    // SAFETY: see `Reason`.
+    unsafe { *REASON.0.get() }
 }
 
 /// Outcome of a check.
@@ -43,8 +68,7 @@ pub struct Check {
 macro_rules! ensure {
     ($condition:expr, $($reason:tt)+) => {
         if !$condition {
-            return Err($crate::checks::Why::Failed(
-                $crate::console::Text::format(format_args!($($reason)+))));
+            return Err($crate::checks::fail(format_args!($($reason)+)));
         }
     };
 }
@@ -55,8 +79,12 @@ macro_rules! ensure_eq {
     ($got:expr, $wanted:expr, $($what:tt)+) => {{
         let (got, wanted) = ($got, $wanted);
         if got != wanted {
-            return Err($crate::checks::Why::Failed($crate::console::Text::format(
-                format_args!("{}: {:#x}, not {:#x}", format_args!($($what)+), got, wanted))));
+            return Err($crate::checks::fail(format_args!(
+                "{}: {:#x}, not {:#x}",
+                format_args!($($what)+),
+                got,
+                wanted
+            )));
         }
     }};
 }
@@ -106,7 +134,10 @@ fn selected(selection: &str, group: &str, check: &str) -> bool {
 pub fn run(machine: &Machine, selection: &Value) {
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for (group, checks) in GROUPS {
-        for check in checks.iter().filter(|check| selected(selection.as_str(), group, check.name)) {
+        for check in checks
+            .iter()
+            .filter(|check| selected(selection.as_str(), group, check.name))
+        {
             print!("check {group}.{}: ", check.name);
             match run_one(machine, check) {
                 Ok(()) => {
@@ -117,9 +148,9 @@ pub fn run(machine: &Machine, selection: &Value) {
                     skipped += 1;
                     println!("skipped: {why}");
                 }
-                Err(Why::Failed(why)) => {
+                Err(Why::Failed) => {
                     failed += 1;
-                    println!("FAILED: {why}");
+                    println!("FAILED: {}", reason());
                 }
             }
         }
@@ -134,7 +165,7 @@ fn scratch(machine: &Machine) -> Result<u64, Why> {
 
 /// The trap that must have come.
 fn trapped(trap: Option<Trap>, what: &str) -> Result<Trap, Why> {
-    trap.ok_or_else(|| Why::Failed(Text::format(format_args!("{what}: no exception"))))
+    trap.ok_or_else(|| fail(format_args!("{what}: no exception")))
 }
 
 /// The trap must be that exception, at the first probed instruction, with that error code.

@@ -31,7 +31,12 @@ checks![
 ];
 
 /// Values that a 64-bit address register must keep: canonical, both halves busy.
-const ADDRESSES: [u64; 4] = [0, 0x0000_7FFF_FFFF_F000, 0xFFFF_8000_0000_0000, 0xFFFF_FFFF_1234_5678];
+const ADDRESSES: [u64; 4] = [
+    0,
+    0x0000_7FFF_FFFF_F000,
+    0xFFFF_8000_0000_0000,
+    0xFFFF_FFFF_1234_5678,
+];
 
 /// Writes each value, reads it back, and puts the old one back.
 ///
@@ -63,7 +68,10 @@ fn segment_bases(_: &Machine) -> Verdict {
         cpu::wrmsr(msr::FS_BASE, words.as_ptr() as u64);
         asm!("mov {}, fs:[0]", "mov {}, fs:[8]", out(reg) first, out(reg) second);
     }
-    ensure!((first, second) == (0x1111, 0x2222), "FS:[0], FS:[8] = {first:#x}, {second:#x}");
+    ensure!(
+        (first, second) == (0x1111, 0x2222),
+        "FS:[0], FS:[8] = {first:#x}, {second:#x}"
+    );
     Ok(())
 }
 
@@ -75,7 +83,11 @@ fn swapgs(_: &Machine) -> Verdict {
         asm!("swapgs", options(nostack));
     }
     ensure_eq!(cpu::rdmsr(msr::GS_BASE), 0xFFFF_FFFF_2222_0000, "GS.base");
-    ensure_eq!(cpu::rdmsr(msr::KERNEL_GS_BASE), 0x1111_0000, "kernel GS.base");
+    ensure_eq!(
+        cpu::rdmsr(msr::KERNEL_GS_BASE),
+        0x1111_0000,
+        "kernel GS.base"
+    );
     Ok(())
 }
 
@@ -136,22 +148,43 @@ fn syscall_round_trip(machine: &Machine) -> Verdict {
         cpu::wrmsr(msr::SFMASK, (Rflags::IF | Rflags::DF | Rflags::CF).bits());
     }
     // stc; syscall; ud2
-    let trap = user::run(scratch, user::Mode::Long, &[0xF9, 0x0F, 0x05, 0x0F, 0x0B], 0, 0);
+    let trap = user::run(
+        scratch,
+        user::Mode::Long,
+        &[0xF9, 0x0F, 0x05, 0x0F, 0x0B],
+        0,
+        0,
+    );
     // SAFETY: SYSCALL off again.
     unsafe { cpu::wrmsr(msr::EFER, cpu::rdmsr(msr::EFER) & !Efer::SCE.bits()) };
     let trap = super::trapped(trap, "ring 3")?;
-    ensure_eq!(trap.vector, vector::INVALID_OPCODE, "exception at the end of ring 3");
+    ensure_eq!(
+        trap.vector,
+        vector::INVALID_OPCODE,
+        "exception at the end of ring 3"
+    );
     ensure_eq!(trap.rip, user::code_address() + 3, "RIP after SYSRET");
     ensure_eq!(trap.cs, USER_CODE_64, "CS after SYSRET");
     ensure_eq!(trap.rflags & Rflags::CF.bits(), 1, "CF after SYSRET");
-    ensure_eq!(SYSCALL_RCX.load(Relaxed), user::code_address() + 3, "RCX in SYSCALL");
+    ensure_eq!(
+        SYSCALL_RCX.load(Relaxed),
+        user::code_address() + 3,
+        "RCX in SYSCALL"
+    );
     ensure_eq!(SYSCALL_R11.load(Relaxed) & 1, 1, "R11.CF in SYSCALL");
     ensure_eq!(SYSCALL_RFLAGS.load(Relaxed) & 1, 0, "CF, masked by SFMASK");
-    ensure_eq!(SYSCALL_SEGMENTS.load(Relaxed), 0x0008_0010, "CS and SS in SYSCALL");
+    ensure_eq!(
+        SYSCALL_SEGMENTS.load(Relaxed),
+        0x0008_0010,
+        "CS and SS in SYSCALL"
+    );
 
     let trap = user::run(scratch, user::Mode::Long, &[0x0F, 0x05], 0, 0);
     let vector = trap.map(|trap| trap.vector);
-    ensure!(vector == Some(vector::INVALID_OPCODE), "SYSCALL with EFER.SCE clear: {vector:?}");
+    ensure!(
+        vector == Some(vector::INVALID_OPCODE),
+        "SYSCALL with EFER.SCE clear: {vector:?}"
+    );
     Ok(())
 }
 
@@ -176,19 +209,32 @@ fn pat(_: &Machine) -> Verdict {
 
 fn efer(_: &Machine) -> Verdict {
     let efer = Efer::from_bits_retain(cpu::rdmsr(msr::EFER));
-    ensure!(efer.contains(Efer::LME | Efer::LMA), "EFER in long mode: {efer:?}");
+    ensure!(
+        efer.contains(Efer::LME | Efer::LMA),
+        "EFER in long mode: {efer:?}"
+    );
     // SAFETY: neither changes how this program runs: it has no NX pages mapped now.
     unsafe {
-        round_trip(msr::EFER, &[(efer | Efer::SCE).bits(), (efer - Efer::SCE).bits()])?;
+        round_trip(
+            msr::EFER,
+            &[(efer | Efer::SCE).bits(), (efer - Efer::SCE).bits()],
+        )?;
         if cpu::extended_edx().contains(ExtendedEdx::NX) {
-            round_trip(msr::EFER, &[(efer | Efer::NXE).bits(), (efer - Efer::NXE).bits()])?;
+            round_trip(
+                msr::EFER,
+                &[(efer | Efer::NXE).bits(), (efer - Efer::NXE).bits()],
+            )?;
         }
     }
     // LMA is the processor's: writing it as 0 changes nothing.
     // SAFETY: as said.
     let outcome = unsafe { probe_wrmsr(msr::EFER, (efer - Efer::LMA).bits()) };
     ensure!(outcome.is_ok(), "writing EFER without LMA is an exception");
-    ensure_eq!(cpu::rdmsr(msr::EFER), efer.bits(), "EFER after writing LMA as 0");
+    ensure_eq!(
+        cpu::rdmsr(msr::EFER),
+        efer.bits(),
+        "EFER after writing LMA as 0"
+    );
     Ok(())
 }
 
@@ -200,24 +246,36 @@ fn efer_reserved_bits(machine: &Machine) -> Verdict {
         // SAFETY: refused, or without meaning.
         let outcome = unsafe { probe_wrmsr(msr::EFER, efer | 1 << bit) };
         let vector = outcome.err().map(|trap| trap.vector);
-        ensure!(vector == Some(vector::GENERAL_PROTECTION), "EFER bit {bit}: {vector:?}");
+        ensure!(
+            vector == Some(vector::GENERAL_PROTECTION),
+            "EFER bit {bit}: {vector:?}"
+        );
         ensure_eq!(cpu::rdmsr(msr::EFER), efer, "EFER after a refused write");
     }
     // Paging is on: long mode cannot be turned off.
     // SAFETY: refused, or this guest dies, which is as good a sign.
     let outcome = unsafe { probe_wrmsr(msr::EFER, efer & !Efer::LME.bits()) };
     let vector = outcome.err().map(|trap| trap.vector);
-    ensure!(vector == Some(vector::GENERAL_PROTECTION), "EFER.LME cleared: {vector:?}");
+    ensure!(
+        vector == Some(vector::GENERAL_PROTECTION),
+        "EFER.LME cleared: {vector:?}"
+    );
     Ok(())
 }
 
 fn apic_base(_: &Machine) -> Verdict {
     let base = cpu::rdmsr(msr::APIC_BASE);
     ensure_eq!(base & !0xFFF, LOCAL_APIC_ADDRESS, "APIC address");
-    ensure!(base & ApicBase::ENABLE.bits() != 0, "the APIC is off: {base:#x}");
+    ensure!(
+        base & ApicBase::ENABLE.bits() != 0,
+        "the APIC is off: {base:#x}"
+    );
     // SAFETY: its own value.
     let outcome = unsafe { probe_wrmsr(msr::APIC_BASE, base) };
-    ensure!(outcome.is_ok(), "writing APIC_BASE its own value is an exception");
+    ensure!(
+        outcome.is_ok(),
+        "writing APIC_BASE its own value is an exception"
+    );
     ensure_eq!(cpu::rdmsr(msr::APIC_BASE), base, "APIC_BASE");
     Ok(())
 }
@@ -228,7 +286,11 @@ fn tsc(machine: &Machine) -> Verdict {
     let by_msr = machine.host != Host::Tcg;
     let mut last = cpu::tsc();
     for turn in 0..1000 {
-        let now = if by_msr && turn % 8 == 0 { cpu::rdmsr(msr::TSC) } else { cpu::tsc() };
+        let now = if by_msr && turn % 8 == 0 {
+            cpu::rdmsr(msr::TSC)
+        } else {
+            cpu::tsc()
+        };
         ensure!(now >= last, "turn {turn}: {now:#x} after {last:#x}");
         last = now;
     }
@@ -237,7 +299,10 @@ fn tsc(machine: &Machine) -> Verdict {
 }
 
 fn tsc_adjust(machine: &Machine) -> Verdict {
-    skip_if!(!cpu::leaf7_ebx().contains(Leaf7Ebx::TSC_ADJUST), "no TSC_ADJUST");
+    skip_if!(
+        !cpu::leaf7_ebx().contains(Leaf7Ebx::TSC_ADJUST),
+        "no TSC_ADJUST"
+    );
     let before = cpu::rdmsr(msr::TSC_ADJUST);
     let step = machine.tsc_hz.saturating_mul(1000);
     let start = cpu::tsc();
@@ -250,7 +315,10 @@ fn tsc_adjust(machine: &Machine) -> Verdict {
     ensure_eq!(kept, before.wrapping_add(step), "TSC_ADJUST");
     let moved = shifted.wrapping_sub(start);
     // A thousand seconds forward; the writing itself takes less than a hundred.
-    ensure!(moved >= step && moved < step + step / 10, "the TSC moved by {moved}, not {step}");
+    ensure!(
+        moved >= step && moved < step + step / 10,
+        "the TSC moved by {moved}, not {step}"
+    );
     ensure!(cpu::tsc() < shifted, "the TSC did not come back");
     Ok(())
 }
@@ -261,10 +329,16 @@ fn mtrrs(_: &Machine) -> Verdict {
     ensure!(count <= 32, "{count} variable ranges");
     for index in 0..2 * count as u32 {
         let register = msr::MTRR_PHYS_BASE0 + index;
-        ensure!(probe_rdmsr(register).is_ok(), "MSR {register:#x} of {count} ranges is an exception");
+        ensure!(
+            probe_rdmsr(register).is_ok(),
+            "MSR {register:#x} of {count} ranges is an exception"
+        );
     }
     for register in [0x250, 0x258, 0x259].into_iter().chain(0x268..=0x26F) {
-        ensure!(probe_rdmsr(register).is_ok(), "fixed range {register:#x} is an exception");
+        ensure!(
+            probe_rdmsr(register).is_ok(),
+            "fixed range {register:#x} is an exception"
+        );
     }
     let default = cpu::rdmsr(msr::MTRR_DEF_TYPE);
     ensure_eq!(default & !0xCFF, 0, "reserved bits of the default type");
@@ -274,13 +348,23 @@ fn mtrrs(_: &Machine) -> Verdict {
 fn unknown_registers(machine: &Machine) -> Verdict {
     // QEMU TCG (7.2) reads unknown registers as zero and ignores writes.
     skip_if!(machine.host == Host::Tcg, "QEMU TCG has no unknown MSRs");
-    for index in [0x0000_1234, 0x3FFF_FFFF, 0xC000_1FFF, 0xC100_0000, 0xFFFF_FFFF] {
-        let vector = probe_rdmsr(index).err().map(|trap| (trap.vector, trap.error, trap.offset));
+    for index in [
+        0x0000_1234,
+        0x3FFF_FFFF,
+        0xC000_1FFF,
+        0xC100_0000,
+        0xFFFF_FFFF,
+    ] {
+        let vector = probe_rdmsr(index)
+            .err()
+            .map(|trap| (trap.vector, trap.error, trap.offset));
         let wanted = Some((vector::GENERAL_PROTECTION, 0, 0));
         ensure!(vector == wanted, "RDMSR {index:#x}: {vector:?}");
         // SAFETY: no such register.
         let outcome = unsafe { probe_wrmsr(index, 0) };
-        let vector = outcome.err().map(|trap| (trap.vector, trap.error, trap.offset));
+        let vector = outcome
+            .err()
+            .map(|trap| (trap.vector, trap.error, trap.offset));
         ensure!(vector == wanted, "WRMSR {index:#x}: {vector:?}");
     }
     if machine.host == Host::Plinth {
@@ -288,7 +372,10 @@ fn unknown_registers(machine: &Machine) -> Verdict {
         let outcome = unsafe { probe_wrmsr(msr::VM_CR, 1 << 4) };
         // Linux reads VM_CR on AMD; a hypervisor may let it, but not let SVM be turned on.
         if outcome.is_ok() {
-            ensure!(!cpu::extended_ecx().contains(cpu::ExtendedEcx::SVM), "SVM shows");
+            ensure!(
+                !cpu::extended_ecx().contains(cpu::ExtendedEcx::SVM),
+                "SVM shows"
+            );
         }
     }
     Ok(())
@@ -305,7 +392,11 @@ fn nx_follows_efer(machine: &Machine) -> Verdict {
     crate::memory::write_bytes(scratch, &[0xC3]);
     let efer = cpu::rdmsr(msr::EFER);
     for on in [true, false] {
-        let value = if on { efer | Efer::NXE.bits() } else { efer & !Efer::NXE.bits() };
+        let value = if on {
+            efer | Efer::NXE.bits()
+        } else {
+            efer & !Efer::NXE.bits()
+        };
         // SAFETY: the only page with the NX bit is the one mapped next.
         unsafe { cpu::wrmsr(msr::EFER, value) };
         let page = paging::map(0, scratch, Entry::PRESENT | Entry::NO_EXECUTE);
@@ -314,7 +405,10 @@ fn nx_follows_efer(machine: &Machine) -> Verdict {
         // SAFETY: reads a mapped page, or faults.
         let read = unsafe { probe!("mov al, [{}]"; in(reg) page, out("al") _) };
         paging::unmap(0);
-        let (fetch, read) = (fetch.map(|trap| trap.page_fault_code()), read.map(|trap| trap.page_fault_code()));
+        let (fetch, read) = (
+            fetch.map(|trap| trap.page_fault_code()),
+            read.map(|trap| trap.page_fault_code()),
+        );
         if on {
             let wanted = PageFaultCode::PRESENT | PageFaultCode::FETCH;
             ensure!(fetch == Some(wanted), "fetch with NXE: {fetch:?}");
