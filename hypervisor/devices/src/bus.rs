@@ -127,7 +127,7 @@ pub struct PortBus {
     /// Per high byte: index into `pages`. Page 0 is the empty page.
     index: Box<[u16; 256]>,
     /// Per port: 1 + index into `entries`, or 0 for nobody.
-    pages: Vec<Box<[u16; PORTS_PER_PAGE]>>,
+    pages: Vec<[u16; PORTS_PER_PAGE]>,
     entries: Vec<PortEntry>,
     counters: Counters,
 }
@@ -137,7 +137,7 @@ impl PortBus {
     pub fn new() -> Self {
         PortBus {
             index: Box::new([0; 256]),
-            pages: alloc::vec![Box::new([0; PORTS_PER_PAGE])],
+            pages: alloc::vec![[0; PORTS_PER_PAGE]],
             entries: Vec::new(),
             counters: Counters::default(),
         }
@@ -172,7 +172,7 @@ impl PortBus {
             let page = &mut self.index[usize::from(high)];
             if *page == 0 {
                 *page = self.pages.len() as u16;
-                self.pages.push(Box::new([0; PORTS_PER_PAGE]));
+                self.pages.push([0; PORTS_PER_PAGE]);
             }
             self.pages[usize::from(*page)][usize::from(low)] = slot;
         }

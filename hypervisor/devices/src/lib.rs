@@ -22,6 +22,7 @@
 
 extern crate alloc;
 
+pub mod acpi;
 pub mod bus;
 pub mod i8042;
 pub mod ioapic;

@@ -9,6 +9,8 @@
 use alloc::sync::Arc;
 use core::fmt;
 
+use spin::Mutex;
+
 /// Something with numbered interrupt inputs: PIC, IOAPIC, router.
 pub trait InterruptSink: Send + Sync {
     /// Asserts (`high`) or releases `input`. Idempotent; inputs out of range are ignored.
@@ -108,10 +110,57 @@ impl InterruptSink for GsiRouter {
     }
 }
 
+/// Several devices on one interrupt input: it is asserted while any of them asserts it.
+///
+/// Inputs 0 to 63 are the devices'. The lock comes after a device's and before a controller's.
+pub struct WiredOr {
+    asserted: Mutex<u64>,
+    target: Line,
+}
+
+impl WiredOr {
+    /// Devices share `target`.
+    pub fn new(target: Line) -> Arc<Self> {
+        Arc::new(WiredOr {
+            asserted: Mutex::new(0),
+            target,
+        })
+    }
+}
+
+impl InterruptSink for WiredOr {
+    fn set_level(&self, input: u32, high: bool) {
+        let Some(bit) = 1u64.checked_shl(input) else {
+            return;
+        };
+        let mut asserted = self.asserted.lock();
+        if high {
+            *asserted |= bit;
+        } else {
+            *asserted &= !bit;
+        }
+        self.target.set(*asserted != 0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::RecordingSink;
+
+    #[test]
+    fn a_shared_input_falls_with_the_last_device() {
+        let sink = Arc::new(RecordingSink::default());
+        let shared = WiredOr::new(Line::new(sink.clone(), 17));
+        let (a, b) = (Line::new(shared.clone(), 0), Line::new(shared.clone(), 63));
+        a.raise();
+        b.raise();
+        a.lower();
+        assert_eq!(sink.take(), [(17, true)]);
+        b.lower();
+        Line::new(shared, 64).raise();
+        assert_eq!(sink.take(), [(17, false)]);
+    }
 
     #[test]
     fn isa_irqs_reach_both_controllers() {

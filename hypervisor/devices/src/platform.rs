@@ -1,17 +1,15 @@
 //! Where things are in the guest's PC: one place for addresses, ports and lines.
+//!
+//! RAM below 4 GiB ends at 3 GiB (`mem::guest::LOW_RAM_END`); devices have the rest.
 
 use core::ops::Range;
 
-/// Memory below 4 GiB ends here at the latest; above are the PCI windows and the APICs.
-pub const LOW_MEMORY_END: u64 = 0xb000_0000;
 /// PCI configuration space (ECAM) of bus 0.
-pub const ECAM_BASE: u64 = 0xb000_0000;
+pub const ECAM_BASE: u64 = 0xe000_0000;
 /// Window for 32-bit memory BARs.
-pub const PCI_MMIO32: Range<u64> = 0xc000_0000..0xfec0_0000;
+pub const PCI_MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
 /// Window for I/O BARs.
 pub const PCI_IO: Range<u32> = 0xc000..0x1_0000;
-/// First address of memory that did not fit below [`LOW_MEMORY_END`].
-pub const HIGH_MEMORY_BASE: u64 = 1 << 32;
 /// Base port of the ACPI PM block.
 pub const PM_BASE: u16 = 0x600;
 /// ISA IRQ and GSI of the ACPI system control interrupt.

@@ -407,7 +407,7 @@ impl State {
         if self.b.binary() {
             value
         } else {
-            value / 10 << 4 | value % 10
+            ((value / 10) << 4) | (value % 10)
         }
     }
 
@@ -858,9 +858,9 @@ mod tests {
         assert_eq!(word(0x15), 640);
         assert_eq!(word(0x17), 0xffff);
         assert_eq!(word(0x30), 0xffff);
-        assert_eq!(word(0x34), ((3u64 << 30) - (16 << 20) >> 16) as u16);
+        assert_eq!(word(0x34), (((3u64 << 30) - (16 << 20)) >> 16) as u16);
         let above = u32::from_le_bytes([s.get(0x5b), s.get(0x5c), s.get(0x5d), 0]);
-        assert_eq!(above, (5u64 << 30 >> 16) as u32);
+        assert_eq!(above, ((5u64 << 30) >> 16) as u32);
         assert_eq!(s.get(0x5f), 3);
         s.set(0x40, 0x5a);
         s.set(0xc0, 0xa5);

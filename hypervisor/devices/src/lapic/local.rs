@@ -496,7 +496,7 @@ impl LocalApic {
         if width != Width::Dword {
             return Err(IoError::InvalidWidth);
         }
-        if offset % 16 != 0 {
+        if !offset.is_multiple_of(16) {
             return Err(IoError::Unaligned);
         }
         u8::try_from(offset / 16).map_err(|_| IoError::InvalidRegister)

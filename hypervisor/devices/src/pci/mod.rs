@@ -274,7 +274,7 @@ impl Default for PciBus {
 fn check_config_access(offset: u16, width: Width) -> Result<(), IoError> {
     if width == Width::Qword {
         Err(IoError::InvalidWidth)
-    } else if offset % width.bytes() as u16 != 0 {
+    } else if !offset.is_multiple_of(width.bytes() as u16) {
         Err(IoError::Unaligned)
     } else {
         Ok(())

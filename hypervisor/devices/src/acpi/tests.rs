@@ -1,0 +1,162 @@
+//! Tests of the tables: structure, checksums, and what operating systems look for.
+
+use super::*;
+use crate::platform::SERIAL_PORTS;
+
+fn config(apic_ids: &[u32]) -> AcpiConfig<'_> {
+    AcpiConfig {
+        apic_ids,
+        ioapic_id: 0,
+        serial_ports: &SERIAL_PORTS[..2],
+        keyboard: false,
+        pci: PciLayout {
+            mmio64: Some(1 << 36..1 << 37),
+            ..PciLayout::default()
+        },
+    }
+}
+
+const BASE: Gpa = Gpa(0xe_0000);
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum, &b| sum.wrapping_add(b))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
+}
+
+fn at(tables: &AcpiTables, address: u64) -> &[u8] {
+    let found = tables.tables.iter().find(|(gpa, _)| gpa.0 == address);
+    &found.expect("a pointer to a table").1
+}
+
+/// Follows the pointers from the RSDP, through the XSDT.
+fn find<'a>(tables: &'a AcpiTables, signature: &[u8; 4]) -> &'a [u8] {
+    let rsdp = at(tables, tables.rsdp.0);
+    let xsdt = at(tables, u64_at(rsdp, 24));
+    let entries = xsdt[36..].chunks(8).map(|c| at(tables, u64_at(c, 0)));
+    let mut matching = entries.filter(|t| &t[..4] == signature);
+    matching.next().expect("the table is listed")
+}
+
+#[test]
+fn structure_and_checksums() {
+    let tables = build(&config(&[0, 1]), BASE).unwrap();
+    assert_eq!(tables.rsdp, BASE);
+    let rsdp = at(&tables, BASE.0);
+    assert_eq!(&rsdp[..8], b"RSD PTR ");
+    assert_eq!((sum(&rsdp[..20]), sum(rsdp), rsdp[15]), (0, 0, 2));
+    let mut end = BASE.0;
+    for (gpa, bytes) in &tables.tables {
+        assert!(gpa.0 >= end && gpa.is_aligned(64));
+        end = gpa.0 + bytes.len() as u64;
+        if &bytes[..4] != b"FACS" && *gpa != tables.rsdp {
+            assert_eq!(sum(bytes), 0, "{:?}", &bytes[..4]);
+            assert_eq!(u32_at(bytes, 4) as usize, bytes.len());
+        }
+    }
+    assert!(end <= tables.end.0);
+    let rsdt = at(&tables, u64::from(u32_at(rsdp, 16)));
+    let xsdt = at(&tables, u64_at(rsdp, 24));
+    let narrow: Vec<u64> = rsdt[36..]
+        .chunks(4)
+        .map(|c| u64::from(u32_at(c, 0)))
+        .collect();
+    let wide: Vec<u64> = xsdt[36..].chunks(8).map(|c| u64_at(c, 0)).collect();
+    assert_eq!(narrow, wide);
+}
+
+#[test]
+fn fadt_describes_the_fixed_hardware() {
+    let tables = build(&config(&[0]), BASE).unwrap();
+    let fadt = find(&tables, b"FACP");
+    assert_eq!((fadt.len(), fadt[8]), (276, 6));
+    assert_eq!(&at(&tables, u64::from(u32_at(fadt, 36)))[..4], b"FACS");
+    assert_eq!(&at(&tables, u64_at(fadt, 132))[..4], b"FACS");
+    assert_eq!(&at(&tables, u64_at(fadt, 140))[..4], b"DSDT");
+    assert_eq!(fadt[46], 9);
+    assert_eq!(u32_at(fadt, 48), 0, "no SMI: always in ACPI mode");
+    assert_eq!(u32_at(fadt, 56), 0x600);
+    assert_eq!(u32_at(fadt, 64), 0x604);
+    assert_eq!(u32_at(fadt, 76), 0x608);
+    assert_eq!(fadt[108], 0x32);
+    assert_eq!(fadt[109], 0x15, "legacy devices, no VGA, no ASPM, no 8042");
+    assert_eq!(fadt[116..120], [1, 8, 0, 1]);
+    assert_eq!((u64_at(fadt, 120), fadt[128]), (0xcf9, 6));
+    let with_keyboard = AcpiConfig {
+        keyboard: true,
+        ..config(&[0])
+    };
+    let tables = build(&with_keyboard, BASE).unwrap();
+    assert_eq!(find(&tables, b"FACP")[109], 0x17);
+}
+
+/// MADT entries as (type, bytes).
+fn madt_entries(tables: &AcpiTables) -> Vec<(u8, Vec<u8>)> {
+    let mut rest = &find(tables, b"APIC")[44..];
+    let mut entries = Vec::new();
+    while !rest.is_empty() {
+        let length = usize::from(rest[1]);
+        entries.push((rest[0], rest[..length].to_vec()));
+        rest = &rest[length..];
+    }
+    entries
+}
+
+#[test]
+fn madt_lists_processors_and_overrides() {
+    let tables = build(&config(&[0, 2, 255, 300]), BASE).unwrap();
+    let madt = find(&tables, b"APIC");
+    assert_eq!((u32_at(madt, 36), u32_at(madt, 40)), (0xfee0_0000, 1));
+    let entries = madt_entries(&tables);
+    let kinds: Vec<u8> = entries.iter().map(|(kind, _)| *kind).collect();
+    assert_eq!(kinds, [0, 0, 9, 9, 1, 2, 2, 4, 10]);
+    assert_eq!(entries[1].1[2..], [1, 2, 1, 0, 0, 0]);
+    assert_eq!(u32_at(&entries[3].1, 4), 300);
+    assert_eq!(u32_at(&entries[3].1, 12), 3);
+    assert_eq!(u32_at(&entries[4].1, 4), 0xfec0_0000);
+    assert_eq!(entries[5].1[3..], [0, 2, 0, 0, 0, 0, 0]);
+    assert_eq!(entries[6].1[3..], [9, 9, 0, 0, 0, 0xd, 0]);
+    assert_eq!(entries[7].1[2..], [0xff, 0, 0, 1]);
+    let tables = build(&config(&[0, 1]), BASE).unwrap();
+    assert!(madt_entries(&tables).iter().all(|(kind, _)| *kind != 10));
+}
+
+#[test]
+fn mcfg_names_the_ecam_of_bus_0() {
+    let tables = build(&config(&[0]), BASE).unwrap();
+    let mcfg = find(&tables, b"MCFG");
+    assert_eq!(mcfg.len(), 60);
+    assert_eq!(u64_at(mcfg, 44), 0xe000_0000);
+    assert_eq!(mcfg[52..56], [0, 0, 0, 0]);
+}
+
+#[test]
+fn bad_bases_are_refused() {
+    for base in [0x1001, 1 << 32, (1 << 32) - 64, !63] {
+        assert_eq!(build(&config(&[0]), Gpa(base)), Err(BadBase(Gpa(base))));
+    }
+    let many: Vec<u32> = (0..1024).collect();
+    let tables = build(&config(&many), Gpa(0x10_0000)).unwrap();
+    assert!(tables.end.0 - 0x10_0000 < 1 << 17);
+}
+
+/// Writes each table to the directory that PLINTH_ACPI_DUMP names, for a look with iasl.
+#[test]
+#[ignore = "development aid: needs PLINTH_ACPI_DUMP"]
+fn dump() {
+    let directory = std::env::var("PLINTH_ACPI_DUMP").expect("PLINTH_ACPI_DUMP names a directory");
+    let with_keyboard = AcpiConfig {
+        keyboard: true,
+        ..config(&[0, 1, 255])
+    };
+    for (gpa, bytes) in build(&with_keyboard, BASE).unwrap().tables {
+        let name = String::from_utf8_lossy(&bytes[..4]).trim().to_string();
+        std::fs::write(format!("{directory}/{name}-{gpa}.aml"), bytes).unwrap();
+    }
+}
