@@ -89,8 +89,7 @@ fn entry(boot_info: &'static mut BootInfo) -> ! {
         vendor: preflight::check(),
     };
     #[cfg(feature = "selftest")]
-    crate::selftest::run(machine);
-    #[cfg(not(feature = "selftest"))]
+    let machine = crate::selftest::run(machine);
     run::start(machine)
 }
 

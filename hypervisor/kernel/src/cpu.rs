@@ -18,6 +18,9 @@ pub fn protect() {
     let cpuid = cpuid();
     let extended = cpuid.get_extended_feature_info();
     let mut cr4 = Cr4::read();
+    // A machine check is reported instead of resetting the machine.
+    let machine_check = cpuid.get_feature_info().is_some_and(|f| f.has_mce());
+    cr4.set(Cr4Flags::MACHINE_CHECK_EXCEPTION, machine_check);
     if let Some(features) = extended {
         cr4.set(
             Cr4Flags::SUPERVISOR_MODE_EXECUTION_PROTECTION,
@@ -33,7 +36,8 @@ pub fn protect() {
         );
     }
     // SAFETY: no page is mapped for user mode, so SMEP, SMAP and UMIP take nothing away from the
-    // kernel; with write protection only writes to read-only pages fault, and the kernel makes none.
+    // kernel; with write protection only writes to read-only pages fault, and the kernel makes none; machine
+    // checks have a handler by the time that anything is worth reporting.
     unsafe {
         Efer::update(|efer| efer.insert(EferFlags::NO_EXECUTE_ENABLE));
         Cr0::update(|cr0| {

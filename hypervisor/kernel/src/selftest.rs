@@ -1,6 +1,8 @@
-//! With the feature `selftest`: does what the ramdisk's file `selftest` says, and powers off.
+//! With the feature `selftest`: does what the ramdisk's file `selftest` says, and powers off. Without that
+//! file an image that has a configuration runs its VMs as ever, and one that has none is as if the file
+//! said `backend`.
 //!
-//! The file holds one word. `backend`, or no file, runs the checks of the virtualization backend. `page-fault`,
+//! The file holds one word. `backend` runs the checks of the virtualization backend. `page-fault`,
 //! `stack-overflow`, `write-code`, `execute-data`, `invalid-opcode` and `panic` make the host fail; the report
 //! must name what was done. `interrupts` tries timer, kicks and serial line (it waits for a byte),
 //! `absent-processor` starts one that is not there, `reset` restarts the machine: one line each,
@@ -12,6 +14,7 @@ use alloc::{format, string::String, vec};
 use core::{arch::asm, hint::black_box, sync::atomic::Ordering};
 
 use drivers::firmware::Processor;
+use manage::bundle;
 
 use crate::{
     boot::Machine,
@@ -20,12 +23,16 @@ use crate::{
     power, smp, time,
 };
 
-/// Does what the file says.
-pub fn run(machine: Machine) -> ! {
+/// Does what the file says. Returns only when VMs are to run.
+pub fn run(machine: Machine) -> Machine {
+    let word = match machine.bundle.file("selftest") {
+        Some(word) => word,
+        None if machine.bundle.file(bundle::CONFIG).is_some() => return machine,
+        None => b"backend",
+    };
     fault::set_on_fault(fault::OnFault::PowerOff);
-    let word = machine.bundle.file("selftest").unwrap_or_default();
     match word.trim_ascii() {
-        b"" | b"backend" => {
+        b"backend" => {
             backend::run();
             power::off()
         }
