@@ -32,6 +32,8 @@ pub fn run(machine: &Machine) -> ! {
         listen(machine);
         print!("stub> ");
         let line = read_line(machine);
+        // The line's last interrupt may still be pending: it is not for what comes next.
+        cpu::take_interrupts();
         machine.settle();
         let line = line.as_str().trim();
         let (command, rest) = line.split_once(' ').unwrap_or((line, ""));
