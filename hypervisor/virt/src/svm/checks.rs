@@ -9,7 +9,9 @@ use bitflags::bitflags;
 
 use super::features::Capabilities;
 use super::permissions::{IOPM_BYTES, MSRPM_BYTES};
-use super::vmcb::{EventField, EventType, Intercepts2, NestedControl, Vmcb};
+use super::vmcb::{
+    ATTRIBUTE_BIG, ATTRIBUTE_LONG, EventField, EventType, Intercepts2, NestedControl, Vmcb,
+};
 use crate::cpu::is_pat;
 
 bitflags! {
@@ -39,9 +41,6 @@ bitflags! {
 }
 
 const CR4_PAE: u64 = 1 << 5;
-/// L and D/B in the packed attributes of a segment.
-const ATTRIBUTE_LONG: u16 = 1 << 9;
-const ATTRIBUTE_BIG: u16 = 1 << 10;
 
 /// The checks of section 15.5.1 that this VMCB fails, one sentence each.
 pub fn failures(vmcb: &Vmcb, capabilities: &Capabilities) -> Vec<String> {

@@ -72,22 +72,33 @@ pub const fn has_error_code(vector: u8) -> bool {
     matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30)
 }
 
-/// Why the guest was left.
-///
-/// IRET, and #DB while single-stepping, are the vCPU's own business and don't get here.
-#[inline]
-pub fn exit(control: &ControlArea, decode_assists: bool) -> Exit {
-    match control.exit_code as u32 {
+/// The exits that a running system makes all the time; `None` for any other.
+#[inline(always)]
+pub fn frequent_exit(control: &ControlArea) -> Option<Exit> {
+    Some(match control.exit_code as u32 {
         code::CPUID => Exit::Cpuid,
         // EXITINFO1 is 1 for WRMSR (section 15.11).
         code::MSR if control.exit_info1 & 1 == 0 => Exit::MsrRead,
         code::MSR => Exit::MsrWrite,
         code::IOIO => port_io(control),
         code::NESTED_PAGE_FAULT => nested_page_fault(control),
-        // An SMI is taken by the host as soon as it opens the global interrupt flag.
-        code::INTR | code::SMI => Exit::ExternalInterrupt,
+        code::INTR => Exit::ExternalInterrupt,
         code::HLT => Exit::Halt,
         code::VMMCALL => Exit::Hypercall,
+        _ => return None,
+    })
+}
+
+/// Why the guest was left.
+///
+/// IRET, and #DB while single-stepping, are the vCPU's own business and don't get here.
+pub fn exit(control: &ControlArea, decode_assists: bool) -> Exit {
+    if let Some(exit) = frequent_exit(control) {
+        return exit;
+    }
+    match control.exit_code as u32 {
+        // The host takes an SMI as soon as it opens the global interrupt flag.
+        code::SMI => Exit::ExternalInterrupt,
         code::VINTR => Exit::InterruptWindow,
         code::NMI => Exit::Nmi,
         code::READ_CR8 => cr_access(control, decode_assists, |gpr| CrAccess::MovFrom {
@@ -146,6 +157,7 @@ fn unknown(control: &ControlArea) -> Exit {
     }
 }
 
+#[inline]
 fn port_io(control: &ControlArea) -> Exit {
     let info = IoInfo::from_bits(control.exit_info1);
     let Some(width) = Width::from_bytes(usize::from(info.bytes())) else {
@@ -165,6 +177,7 @@ fn port_io(control: &ControlArea) -> Exit {
 
 /// QEMU 7.2 TCG leaves out the present bit of some faults, so nothing here looks at it: the
 /// VMM's own tables say whether the page is mapped.
+#[inline]
 fn nested_page_fault(control: &ControlArea) -> Exit {
     let info = NestedFaultInfo::from_bits(control.exit_info1);
     let gpa = Gpa(control.exit_info2);
@@ -195,14 +208,47 @@ fn cr_access(
 /// it on processors without NRIP save. 0: the VMM must decode.
 ///
 /// A guest that puts needless prefixes before such an instruction misleads only itself.
-pub const fn architectural_length(exit_code: u64) -> u8 {
-    match exit_code as u32 {
-        code::HLT => 1,
-        code::CPUID | code::MSR | code::RDPMC | code::INVD | code::WBINVD | code::PAUSE => 2,
-        code::VMMCALL | code::XSETBV | code::MONITOR | code::MWAIT | code::MWAIT_ARMED => 3,
-        _ => 0,
-    }
+#[inline]
+pub fn architectural_length(exit_code: u64) -> u8 {
+    let index = (exit_code as u32).wrapping_sub(LENGTHS_FROM) as usize;
+    LENGTHS.get(index).copied().unwrap_or(0)
 }
+
+/// First exit code of [`LENGTHS`].
+const LENGTHS_FROM: u32 = code::RDPMC;
+
+/// Lengths by exit code, in bytes.
+const LENGTHS: [u8; (code::XSETBV - LENGTHS_FROM) as usize + 1] = {
+    let mut lengths = [0; (code::XSETBV - LENGTHS_FROM) as usize + 1];
+    let of_one = [code::HLT];
+    let of_two = [
+        code::CPUID,
+        code::MSR,
+        code::RDPMC,
+        code::INVD,
+        code::WBINVD,
+        code::PAUSE,
+    ];
+    let of_three = [
+        code::VMMCALL,
+        code::XSETBV,
+        code::MONITOR,
+        code::MWAIT,
+        code::MWAIT_ARMED,
+    ];
+    let lists: [(u8, &[u32]); 3] = [(1, &of_one), (2, &of_two), (3, &of_three)];
+    let mut list = 0;
+    while list < lists.len() {
+        let (length, codes) = lists[list];
+        let mut i = 0;
+        while i < codes.len() {
+            lengths[(codes[i] - LENGTHS_FROM) as usize] = length;
+            i += 1;
+        }
+        list += 1;
+    }
+    lengths
+};
 
 #[cfg(test)]
 mod tests {

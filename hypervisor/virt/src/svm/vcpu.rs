@@ -22,9 +22,9 @@ use super::decode;
 use super::permissions::PRED_CMD;
 use super::switch::{self, Frame};
 use super::vmcb::{
-    Clean, ControlArea, CrIntercepts, EventField, EventType, ExceptionIntercepts, Extensions,
-    Intercepts1, Intercepts2, InterruptControl, NestedControl, SaveArea, TlbControl, Vmcb,
-    VmcbSegment, exit_code,
+    ATTRIBUTE_LONG, Clean, ControlArea, CrIntercepts, EventField, EventType, ExceptionIntercepts,
+    Extensions, Intercepts1, Intercepts2, InterruptControl, NestedControl, SaveArea, TlbControl,
+    Vmcb, VmcbSegment, exit_code,
 };
 use super::{Shared, checks, features::SvmFeatures};
 use crate::cpu::{
@@ -276,21 +276,34 @@ impl SvmVcpu {
         }
     }
 
-    /// After #VMEXIT: what must be kept, and why it came; `None` when that was for us alone.
+    /// After #VMEXIT: why it came; `None` when that was for us alone.
     #[inline]
     fn after_exit(&mut self) -> Option<Exit> {
         let clean = self.clean;
-        let decode_assists = self.has(SvmFeatures::DECODE_ASSISTS);
         let control = self.control_mut();
         control.clean = clean;
         control.tlb_control = TlbControl::Keep;
+        if !control.exit_interrupt_info.valid()
+            && let Some(exit) = decode::frequent_exit(control)
+        {
+            // EVENTINJ was delivered; the processor clears V, the rest of the field may linger.
+            control.event_injection = EventField::new();
+            return Some(exit);
+        }
+        self.other_exit()
+    }
+
+    /// An exit that is rare, or that came in the delivery of an event.
+    #[cold]
+    #[inline(never)]
+    fn other_exit(&mut self) -> Option<Exit> {
+        let decode_assists = self.has(SvmFeatures::DECODE_ASSISTS);
+        let control = self.control();
         let interrupted = control.exit_interrupt_info;
         match control.exit_code as u32 {
             // The VMCB stays as it was refused, for `explain_entry_failure`.
             exit_code::INVALID | exit_code::BUSY => {}
-            exit_code::EXCEPTION_FIRST..=exit_code::EXCEPTION_LAST => {
-                return self.exception(decode_assists);
-            }
+            exit_code::EXCEPTION_FIRST..=exit_code::EXCEPTION_LAST => return self.exception(),
             exit_code::IRET => {
                 self.requeue(interrupted);
                 self.begin_step(StepOver::Iret);
@@ -299,18 +312,14 @@ impl SvmVcpu {
             exit_code::VINTR => {
                 self.requeue(interrupted);
                 self.request_interrupt_window(false);
-                return Some(Exit::InterruptWindow);
             }
-            _ if interrupted.valid() => self.requeue(interrupted),
-            // EVENTINJ was delivered; QEMU and hardware clear V, the rest of the field may linger.
-            _ => control.event_injection = EventField::new(),
+            _ => self.requeue(interrupted),
         }
         Some(decode::exit(self.control(), decode_assists))
     }
 
     /// Queues again what an exit interrupted in delivery (section 15.7.2). Where an
     /// instruction raised it (INTn, INT3, INTO), RIP is still there and the guest executes it again.
-    #[cold]
     fn requeue(&mut self, event: EventField) {
         let again = match event.kind() {
             EventType::Interrupt | EventType::Nmi => true,
@@ -326,8 +335,7 @@ impl SvmVcpu {
 
     /// An intercepted exception, which the VMM injects. DR6 and DR7 are already as the guest's
     /// handler expects them (section 15.12.2).
-    #[cold]
-    fn exception(&mut self, decode_assists: bool) -> Option<Exit> {
+    fn exception(&mut self) -> Option<Exit> {
         let debug = self.control().exit_code as u32 == exit_code::DEBUG_EXCEPTION;
         // Like the processor: a benign exception in the delivery of an event takes its place.
         self.control_mut().event_injection = EventField::new();
@@ -341,11 +349,10 @@ impl SvmVcpu {
                 return None;
             }
         }
-        Some(decode::exit(self.control(), decode_assists))
+        Some(decode::exit(self.control(), false))
     }
 
     /// Lets the guest execute one instruction and come back by #DB.
-    #[cold]
     fn begin_step(&mut self, over: StepOver) {
         if over == StepOver::Iret {
             self.intercept1(Intercepts1::IRET, false);
@@ -425,7 +432,7 @@ impl SvmVcpu {
     fn advance(&self, rip: u64, bytes: u8) -> u64 {
         let save = self.save();
         let next = rip.wrapping_add(u64::from(bytes));
-        let long = save.efer & EFER_LMA != 0 && save.cs.to_segment().rights.long();
+        let long = save.efer & EFER_LMA != 0 && save.cs.attributes & ATTRIBUTE_LONG != 0;
         if long { next } else { next & 0xffff_ffff }
     }
 

@@ -282,6 +282,11 @@ pub struct VmcbSegment {
     pub base: u64,
 }
 
+/// L in the packed attributes of a code segment.
+pub const ATTRIBUTE_LONG: u16 = 1 << 9;
+/// D/B in the packed attributes of a segment.
+pub const ATTRIBUTE_BIG: u16 = 1 << 10;
+
 impl VmcbSegment {
     /// In the layout that both vendors share. A segment that is not present is unusable.
     pub fn to_segment(self) -> Segment {
