@@ -23,8 +23,8 @@ use super::permissions::PRED_CMD;
 use super::switch::{self, Frame};
 use super::vmcb::{
     ATTRIBUTE_LONG, Clean, ControlArea, CrIntercepts, EventField, EventType, ExceptionIntercepts,
-    Extensions, Intercepts1, Intercepts2, InterruptControl, NestedControl, SaveArea, TlbControl,
-    Vmcb, VmcbSegment, exit_code,
+    Extensions, Intercepts1, Intercepts2, InterruptControl, InterruptState, NestedControl,
+    SaveArea, TlbControl, Vmcb, VmcbSegment, exit_code,
 };
 use super::{Shared, checks, features::SvmFeatures};
 use crate::cpu::{
@@ -276,26 +276,50 @@ impl SvmVcpu {
         }
     }
 
-    /// After #VMEXIT: why it came; `None` when that was for us alone.
+    /// Runs the guest to its next #VMEXIT.
     #[inline]
-    fn after_exit(&mut self) -> Option<Exit> {
+    fn run_guest(&mut self) {
+        self.before_entry();
+        // SAFETY: the vCPU is loaded (`enter`'s contract) on an enabled pCPU whose host state was
+        // stored by `load`; the VMCB is ours, with the nested tables that the VM was set up with,
+        // and with every intercept that protects the host; interrupts are disabled between
+        // `load` and `unload`, and no reference into the VMCB is alive.
+        unsafe { switch::enter_guest(&raw mut self.frame) };
+    }
+
+    /// After #VMEXIT: why it came, if that is one of the frequent exits and needs nothing more.
+    #[inline]
+    fn frequent_exit(&mut self) -> Option<Exit> {
         let clean = self.clean;
         let control = self.control_mut();
         control.clean = clean;
         control.tlb_control = TlbControl::Keep;
-        if !control.exit_interrupt_info.valid()
-            && let Some(exit) = decode::frequent_exit(control)
-        {
-            // EVENTINJ was delivered; the processor clears V, the rest of the field may linger.
-            control.event_injection = EventField::new();
-            return Some(exit);
+        if control.exit_interrupt_info.valid() {
+            return None;
         }
-        self.other_exit()
+        let exit = decode::frequent_exit(control)?;
+        // EVENTINJ was delivered; the processor clears V, the rest of the field may linger.
+        control.event_injection = EventField::NONE;
+        Some(exit)
     }
 
-    /// An exit that is rare, or that came in the delivery of an event.
+    /// Any other exit. Those that are for us alone lead back into the guest: at most three
+    /// rounds, because IRET is intercepted once per NMI and its step ends once.
     #[cold]
     #[inline(never)]
+    fn other_exits(&mut self) -> Exit {
+        loop {
+            if let Some(exit) = self.other_exit() {
+                return exit;
+            }
+            self.run_guest();
+            if let Some(exit) = self.frequent_exit() {
+                return exit;
+            }
+        }
+    }
+
+    /// An exit that is rare, or that came in the delivery of an event; `None` when it was for us alone.
     fn other_exit(&mut self) -> Option<Exit> {
         let decode_assists = self.has(SvmFeatures::DECODE_ASSISTS);
         let control = self.control();
@@ -329,7 +353,7 @@ impl SvmVcpu {
         self.control_mut().event_injection = if event.valid() && again {
             event
         } else {
-            EventField::new()
+            EventField::NONE
         };
     }
 
@@ -338,7 +362,7 @@ impl SvmVcpu {
     fn exception(&mut self) -> Option<Exit> {
         let debug = self.control().exit_code as u32 == exit_code::DEBUG_EXCEPTION;
         // Like the processor: a benign exception in the delivery of an event takes its place.
-        self.control_mut().event_injection = EventField::new();
+        self.control_mut().event_injection = EventField::NONE;
         if debug && let Some(step) = self.step.take() {
             let genuine = self.end_step(step);
             if !genuine {
@@ -472,7 +496,7 @@ impl SvmVcpu {
         vmcb.control.exit_code = u64::from(exit_code);
         vmcb.control.exit_interrupt_info = EventField::new();
         hardware(vmcb);
-        self.after_exit()
+        self.frequent_exit().or_else(|| self.other_exit())
     }
 }
 
@@ -550,17 +574,10 @@ impl VirtualCpu for SvmVcpu {
     }
 
     fn enter(&mut self) -> Exit {
-        // At most three rounds: IRET is intercepted once per NMI, and its step ends once.
-        loop {
-            self.before_entry();
-            // SAFETY: the vCPU is loaded on an enabled pCPU whose host state was stored by
-            // `load`; the VMCB is ours, with the nested tables that the VM was set up with, and
-            // with every intercept that protects the host; interrupts are disabled between
-            // `load` and `unload`, and no reference into the VMCB is alive.
-            unsafe { switch::enter_guest(&raw mut self.frame) };
-            if let Some(exit) = self.after_exit() {
-                return exit;
-            }
+        self.run_guest();
+        match self.frequent_exit() {
+            Some(exit) => exit,
+            None => self.other_exits(),
         }
     }
 
@@ -777,7 +794,7 @@ impl VirtualCpu for SvmVcpu {
         save.efer = state.efer | EFER_SVME;
         (save.dr6, save.dr7) = (state.dr6 & 0xffff_ffff, state.dr7 & 0xffff_ffff);
         let control = self.control_mut();
-        control.interrupt_state = Default::default();
+        control.interrupt_state = InterruptState::NONE;
         control.interrupts = control.interrupts.with_nmi(false).with_nmi_mask(false);
         control.clean = Clean::empty();
         self.update_long_mode();
@@ -885,7 +902,7 @@ impl VirtualCpu for SvmVcpu {
             None => self.next_rip(),
         };
         self.save_mut().rip = next;
-        self.control_mut().interrupt_state = Default::default();
+        self.control_mut().interrupt_state = InterruptState::NONE;
     }
 
     fn instruction_bytes(&self) -> &[u8] {
@@ -942,7 +959,7 @@ impl VirtualCpu for SvmVcpu {
                 .with_has_error_code(error_code.is_some())
                 .with_error_code(error_code.unwrap_or(0)),
             // Never made by this backend: the guest executes the instruction again.
-            Event::Software { .. } => EventField::new(),
+            Event::Software { .. } => EventField::NONE,
         };
         self.control_mut().event_injection = field;
     }
@@ -969,7 +986,7 @@ impl VirtualCpu for SvmVcpu {
         if !field.valid() {
             return;
         }
-        self.control_mut().event_injection = EventField::new();
+        self.control_mut().event_injection = EventField::NONE;
         if field.kind() == EventType::Nmi && self.nmi_masked {
             self.nmi_masked = false;
             self.intercept1(Intercepts1::IRET, false);

@@ -267,6 +267,16 @@ pub struct EventField {
     pub error_code: u32,
 }
 
+impl EventField {
+    /// No event.
+    pub const NONE: Self = Self::new();
+}
+
+impl InterruptState {
+    /// No shadow.
+    pub const NONE: Self = Self::new();
+}
+
 /// A segment register in the state-save area (table B-2); the attributes are bits 55:52 and
 /// 47:40 of the descriptor, packed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
