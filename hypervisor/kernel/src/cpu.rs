@@ -3,8 +3,14 @@
 use raw_cpuid::{CpuId, CpuIdReaderNative};
 use x86_64::registers::{
     control::{Cr0, Cr0Flags, Cr4, Cr4Flags},
-    model_specific::{Efer, EferFlags},
+    model_specific::{Efer, EferFlags, Msr},
 };
+
+/// IA32_PAT.
+const PAT: u32 = 0x277;
+/// The PAT of a reset (SDM vol. 3A, table 13-12), but for entry 1, which pages marked "write-through" use:
+/// it is write-combining, for the frame buffer. Entry 3 (write-through and cache-disable) stays uncached.
+const PAT_VALUE: u64 = 0x0007_0406_0007_0106;
 
 /// CPUID of the calling processor.
 pub fn cpuid() -> CpuId<CpuIdReaderNative> {
@@ -48,6 +54,8 @@ pub fn protect() {
         });
         Cr4::write(cr4);
     }
+    // SAFETY: every 64-bit processor has a PAT, and no page is marked write-through alone before this.
+    unsafe { Msr::new(PAT).write(PAT_VALUE) };
 }
 
 /// Stops the calling processor for good.

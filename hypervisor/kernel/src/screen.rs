@@ -3,7 +3,7 @@
 use bootloader_api::info::{FrameBuffer, FrameBufferInfo, PixelFormat};
 use drivers::screen::{Geometry, PixelLayout, Screen};
 
-use crate::{log, sync::Lock};
+use crate::{log, memory, sync::Lock};
 
 static SCREEN: Lock<Option<Screen<&'static mut [u8]>>> = Lock::new(None);
 
@@ -47,7 +47,9 @@ fn geometry(info: &FrameBufferInfo) -> Geometry {
 pub fn init(frame_buffer: Option<FrameBuffer>) -> Option<(usize, usize)> {
     let frame_buffer = frame_buffer?;
     let geometry = geometry(&frame_buffer.info());
-    let mut screen = Screen::new(frame_buffer.into_buffer(), geometry)?;
+    let pixels = frame_buffer.into_buffer();
+    memory::combine_writes(pixels.as_ptr() as u64, pixels.len() as u64);
+    let mut screen = Screen::new(pixels, geometry)?;
     let size = screen.size();
     log::last_lines(REPLAYED_LINES, |piece, last| {
         screen.write(piece);

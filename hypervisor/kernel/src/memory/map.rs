@@ -1,6 +1,6 @@
 //! Own mappings, added to the boot loader's page tables: stacks, device registers, heap.
 //!
-//! Mappings are only ever added, so no processor can hold a stale translation of one.
+//! Once several processors run, mappings are only ever added, so none holds a stale translation of one.
 
 use mem::{HostMemory, Hpa, OutOfFrames, Owner, PAGE_SIZE, PAGE_SIZE_2M};
 use x86_64::{
@@ -134,6 +134,27 @@ pub fn map_device(registers: Hpa, bytes: u64) -> *mut u8 {
         assert!(mapped.is_ok(), "no memory left for page tables");
     }
     (start + registers.page_offset()) as *mut u8
+}
+
+/// Makes the boot loader's mapping of a frame buffer write-combining (by `cpu::protect`'s PAT): many small
+/// writes become few large ones. For the time before other processors run.
+pub fn combine_writes(start: u64, bytes: u64) {
+    let _next = NEXT.lock();
+    let first = Page::<Size4KiB>::containing_address(VirtAddr::new(start));
+    let pages = (start % PAGE_SIZE + bytes).div_ceil(PAGE_SIZE);
+    for page in 0..pages {
+        // SAFETY: `NEXT` is held, and every user of `tables` holds it.
+        let mut tables = unsafe { tables() };
+        // SAFETY: the type of memory changes, not what is reached.
+        if let Ok(flush) =
+            unsafe { tables.update_flags(first + page, DATA | PageTableFlags::WRITE_THROUGH) }
+        {
+            flush.flush();
+        }
+    }
+    // Lines that were cached under the old type must not be written back later.
+    // SAFETY: WBINVD changes no memory that is seen through caches.
+    unsafe { core::arch::asm!("wbinvd", options(nostack, preserves_flags)) };
 }
 
 /// Whether `address` is mapped. Takes no lock: for fault reports too.
