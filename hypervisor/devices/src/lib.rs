@@ -16,6 +16,10 @@
 //!   for an access.
 //! - A [`lapic::LocalApic`] belongs to its vCPU and has no lock.
 //!
+//! Devices are called from vCPU exits and from the host's run loop, never from a host
+//! interrupt handler, which could meet a lock that the code it interrupted holds. Devices have
+//! no reset: a VM that restarts gets new ones.
+//!
 //! What this crate does not do: guest memory, instruction emulation, scheduling.
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]

@@ -422,7 +422,13 @@ impl<V: VirtualCpu> Vcpu<V> {
                     rax & !io.width.mask()
                 };
                 self.hw.set_gpr(Gpr::Rax, kept | (value & io.width.mask()));
-                // Reading may acknowledge an interrupt; that only ever lowers a line.
+                // Reading may acknowledge an interrupt; that only ever lowers a line. The clock's
+                // periodic sources go on from there.
+                if Vm::is_rearmed_by_read(io.port) {
+                    self.rest.vm.timers_changed(self.rest.id);
+                    self.step_over();
+                    return Next::Check;
+                }
                 self.step_over()
             }
         }

@@ -397,6 +397,11 @@ impl Vm {
         }
     }
 
+    /// Whether a read of this port may set a device's timer: register C of the real-time clock.
+    pub(crate) fn is_rearmed_by_read(port: u16) -> bool {
+        port == 0x71
+    }
+
     /// Whether a write to this port may set a device's timer.
     pub(crate) fn is_timer_port(port: u16) -> bool {
         const PM_LAST: u16 = PM_BASE + PM_PORTS - 1;

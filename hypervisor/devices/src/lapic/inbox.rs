@@ -233,6 +233,12 @@ impl ApicInbox {
         (irr, self.tmr[word].load(Ordering::Relaxed) & irr)
     }
 
+    /// Like `take_word`, without taking.
+    pub(super) fn peek_word(&self, word: usize) -> (u32, u32) {
+        let irr = self.irr[word].load(Ordering::Acquire);
+        (irr, self.tmr[word].load(Ordering::Relaxed) & irr)
+    }
+
     pub(super) fn publish(&self, identity: Identity) {
         self.identity.store(identity.into_bits(), Ordering::Release);
     }

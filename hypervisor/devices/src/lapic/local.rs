@@ -156,10 +156,17 @@ impl Timer {
         self.due = Some(self.rate.tick_of(next));
     }
 
-    fn current(&self, now: u64) -> u32 {
-        let left = self
-            .expiry
-            .map_or(0, |e| e.saturating_sub(self.rate.count_at(now)));
+    /// The current count at tick `now`, also if the expiry was not acted on yet.
+    fn current(&self, now: u64, mode: TimerMode) -> u32 {
+        let count = self.rate.count_at(now);
+        let left = match self.expiry {
+            None => 0,
+            Some(expiry) if count < expiry => expiry - count,
+            Some(expiry) => match (mode, self.period()) {
+                (TimerMode::Periodic, period @ 1..) => period - (count - expiry) % period,
+                _ => 0,
+            },
+        };
         u32::try_from(left.div_ceil(self.divisor())).unwrap_or(u32::MAX)
     }
 }
@@ -508,13 +515,14 @@ impl LocalApic {
     }
 
     /// RDMSR of IA32_APIC_BASE, IA32_TSC_DEADLINE or an x2APIC register (section 11.12.1.2).
-    pub fn read_msr(&mut self, number: u32) -> Result<u64, MsrFault> {
+    ///
+    /// Changes nothing, so nothing new can be due after it.
+    pub fn read_msr(&self, number: u32) -> Result<u64, MsrFault> {
         match number {
             MSR_APIC_BASE => Ok(self.base.into_bits()),
             MSR_TSC_DEADLINE if self.config.tsc_deadline => {
-                let now = self.clock.now();
-                self.poll(now);
-                Ok(self.timer.tsc_deadline)
+                let due = self.timer.due.is_some_and(|due| self.clock.now() >= due);
+                Ok(if due { 0 } else { self.timer.tsc_deadline })
             }
             _ => match self.x2apic_register(number)? {
                 Register::Id => Ok(u64::from(self.config.apic_id)),
@@ -583,7 +591,7 @@ impl LocalApic {
             .ok_or(MsrFault)
     }
 
-    fn read(&mut self, register: Register) -> u32 {
+    fn read(&self, register: Register) -> u32 {
         match register {
             Register::Id => (self.config.apic_id & 0xff) << 24,
             Register::Version => Version::new()
@@ -600,23 +608,19 @@ impl LocalApic {
             Register::Svr => self.svr.into_bits(),
             Register::Isr(word) => self.isr.word(word),
             Register::Tmr(word) => {
-                self.drain();
-                self.tmr.word(word)
+                let (irr, tmr) = self.inbox.peek_word(usize::from(word & 7));
+                (self.tmr.word(word) & !irr) | tmr
             }
             Register::Irr(word) => {
-                self.drain();
-                self.irr.word(word)
+                let (irr, _) = self.inbox.peek_word(usize::from(word & 7));
+                self.irr.word(word) | irr
             }
             Register::Esr => self.esr.bits(),
             Register::IcrLow => self.icr.into_bits() as u32,
             Register::IcrHigh => self.icr.destination(),
             Register::Lvt(entry) => self.lvt[entry as usize].into_bits(),
             Register::TimerInitial => self.timer.initial,
-            Register::TimerCurrent => {
-                let now = self.clock.now();
-                self.poll(now);
-                self.timer.current(now)
-            }
+            Register::TimerCurrent => self.timer.current(self.clock.now(), self.timer_mode()),
             Register::TimerDivide => u32::from(self.timer.divide_bits),
             // Write-only; both callers have answered already.
             Register::Eoi | Register::SelfIpi => 0,
@@ -661,7 +665,7 @@ impl LocalApic {
             Register::TimerDivide => {
                 let now = self.clock.now();
                 self.poll(now);
-                let current = self.timer.current(now);
+                let current = self.timer.current(now, self.timer_mode());
                 self.timer.divide_bits = value as u8 & 0b1011;
                 if self.timer.expiry.is_some() {
                     // The count goes on from where it is, at the new pace.

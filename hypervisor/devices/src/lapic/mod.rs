@@ -6,9 +6,11 @@
 //!   identity. Atomics only.
 //! - [`ApicBus`] routes a [`Message`] to the inboxes it names and kicks their vCPUs.
 //!
-//! The vCPU's run loop, before each entry: if [`ApicInbox::has_pending`], call
-//! [`LocalApic::take_signals`] for NMI, INIT and start-up; ask [`LocalApic::interrupt`] for
-//! the vector to inject; once injected, [`LocalApic::accept`] it.
+//! The vCPU's run loop, before an entry: [`LocalApic::poll`] the timer, call
+//! [`LocalApic::take_signals`] for NMI, INIT and start-up, ask [`LocalApic::interrupt`] for
+//! the vector to inject, and once injected, [`LocalApic::accept`] it. This may be left out
+//! if nothing was written to the APIC since the last time, no deadline has passed and
+//! [`ApicInbox::has_pending`] says no: posting and writing make work, reading does not.
 
 mod bus;
 mod inbox;

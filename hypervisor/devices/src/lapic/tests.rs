@@ -588,6 +588,38 @@ fn tsc_deadline() {
     assert_eq!(cpu.deadline(), None);
 }
 
+/// Reading must not make work that only a later check would find.
+#[test]
+fn reads_change_nothing() {
+    let mut m = machine(&[0]);
+    m.enable_x2apic();
+    m.bus.deliver_msi(0xfee0_0000, 0xc041);
+    assert_eq!(
+        m.cpus[0].read_msr(0x822),
+        Ok(1 << 1),
+        "IRR shows what is posted"
+    );
+    assert_eq!(
+        m.cpus[0].read_msr(0x81a),
+        Ok(1 << 1),
+        "and TMR its trigger mode"
+    );
+    assert!(m.cpus[0].inbox().has_pending());
+    assert_eq!(m.who_got(0x41), [0]);
+    for (number, value) in [(0x832, 0x2_0040), (0x83e, 0xb), (0x838, 1_000_000)] {
+        assert!(m.cpus[0].write_msr(number, value).is_ok());
+    }
+    let due = m.cpus[0].deadline().unwrap();
+    m.clock.set(due + 500_000);
+    assert_eq!(m.cpus[0].read_msr(0x839), Ok(750_000), "wrapped around");
+    assert_eq!(m.cpus[0].deadline(), Some(due));
+    assert!(m.cpus[0].write_msr(0x832, 0x4_0040).is_ok());
+    assert_eq!(m.who_got(0x40), [0], "a write delivers what was due before");
+    assert!(m.cpus[0].write_msr(MSR_TSC_DEADLINE, due).is_ok());
+    assert_eq!(m.cpus[0].read_msr(MSR_TSC_DEADLINE), Ok(0), "in the past");
+    assert_eq!(m.cpus[0].deadline(), Some(due));
+}
+
 #[test]
 fn a_masked_timer_is_silent() {
     let mut m = machine(&[0]);
