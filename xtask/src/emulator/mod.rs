@@ -1,6 +1,6 @@
 //! A PC in an emulator: one description for QEMU and Bochs, its first serial port as text.
 //!
-//! A [`Machine`] says what to start; [`Machine::start`] gives a [`Running`] one, which ends
+//! A [`Machine`] says what to start; [`Machine::start_watched`] gives a [`Running`] one, which ends
 //! with its value, at the latest. The serial port is a pseudo-terminal in both emulators.
 //! QEMU tells by its monitor why it ended, Bochs by its log.
 //!
@@ -143,18 +143,10 @@ impl Machine {
         Ok(())
     }
 
-    /// Starts it.
-    ///
-    /// # Errors
-    /// The emulator is missing or cannot be this machine.
-    pub fn start(&self) -> anyhow::Result<Running> {
-        self.start_watched(None)
-    }
-
     /// Starts it; `watch` is called with what the serial port puts out, on another thread.
     ///
     /// # Errors
-    /// As `start`.
+    /// The emulator is missing or cannot be this machine.
     pub fn start_watched(&self, watch: Option<Watch>) -> anyhow::Result<Running> {
         self.check()?;
         let folder = Folder::new()?;

@@ -40,6 +40,8 @@ pub struct Configuration {
     folder: PathBuf,
     /// Files found so far, or why they were not.
     found: RefCell<BTreeMap<String, Result<PathBuf, String>>>,
+    /// Where kernels that were found by a special name are from.
+    origins: RefCell<Vec<String>>,
 }
 
 impl Configuration {
@@ -64,7 +66,13 @@ impl Configuration {
             text: text.into(),
             folder,
             found: RefCell::default(),
+            origins: RefCell::default(),
         }
+    }
+
+    /// Where kernels that were found by a special name are from, a line each.
+    pub fn origins(&self) -> Vec<String> {
+        self.origins.borrow().clone()
     }
 
     /// Parses it and looks at the files that it names.
@@ -94,7 +102,7 @@ impl Configuration {
         let known = self.found.borrow().get(name).cloned();
         known.unwrap_or_else(|| {
             let found = match name.strip_prefix('@') {
-                Some(special) => special_file(special).map_err(|e| format!("{e:#}")),
+                Some(special) => self.special_file(special).map_err(|e| format!("{e:#}")),
                 None => Ok(self.folder.join(name)),
             };
             self.found
@@ -103,19 +111,23 @@ impl Configuration {
             found
         })
     }
-}
 
-/// What `@name` stands for.
-fn special_file(name: &str) -> anyhow::Result<PathBuf> {
-    let cache = paths::cache();
-    match name {
-        "linux" => guests::default_linux(&cache).map(|kernel| kernel.path),
-        "initramfs" => initramfs::ensure(&cache),
-        "stub" => stub::ensure(),
-        other => {
-            let guest = guests::by_name(other).context("after @: linux, initramfs, stub, or")?;
-            guests::ensure_kernel(&cache, guest).map(|kernel| kernel.path)
-        }
+    /// What `@name` stands for.
+    fn special_file(&self, name: &str) -> anyhow::Result<PathBuf> {
+        let cache = paths::cache();
+        let kernel = match name {
+            "initramfs" => return initramfs::ensure(&cache),
+            "stub" => return stub::ensure(),
+            "linux" => guests::default_linux(&cache)?,
+            other => {
+                let guest =
+                    guests::by_name(other).context("after @: linux, initramfs, stub, or")?;
+                guests::ensure_kernel(&cache, guest)?
+            }
+        };
+        let origin = format!("@{name}: {}", kernel.origin);
+        self.origins.borrow_mut().push(origin);
+        Ok(kernel.path)
     }
 }
 

@@ -158,6 +158,9 @@ impl Builder {
         if !checked.problems.is_empty() {
             eprint!("{}", checked.report());
         }
+        for origin in configuration.origins() {
+            eprintln!("{origin}");
+        }
         if checked.vms.is_empty() {
             return Err(Stop::with(
                 Code::Usage,
