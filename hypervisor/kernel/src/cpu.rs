@@ -19,7 +19,8 @@ pub fn cpuid() -> CpuId<CpuIdReaderNative> {
 
 /// Turns the processor's own protections on: write protection also for the kernel, no-execute,
 /// and SMEP, SMAP and UMIP where they are there (SDM vol. 3A, section 2.5). Also makes CR0 the same on all
-/// processors, whatever the boot loader left: native x87 errors, no emulation.
+/// processors, whatever firmware left: caches on (Bochs 2.7's firmware leaves them off), native x87 errors,
+/// no emulation.
 pub fn protect() {
     let cpuid = cpuid();
     let extended = cpuid.get_extended_feature_info();
@@ -50,7 +51,12 @@ pub fn protect() {
             cr0.insert(
                 Cr0Flags::WRITE_PROTECT | Cr0Flags::NUMERIC_ERROR | Cr0Flags::MONITOR_COPROCESSOR,
             );
-            cr0.remove(Cr0Flags::EMULATE_COPROCESSOR | Cr0Flags::TASK_SWITCHED);
+            cr0.remove(
+                Cr0Flags::CACHE_DISABLE
+                    | Cr0Flags::NOT_WRITE_THROUGH
+                    | Cr0Flags::EMULATE_COPROCESSOR
+                    | Cr0Flags::TASK_SWITCHED,
+            );
         });
         Cr4::write(cr4);
     }

@@ -146,9 +146,9 @@ pub fn combine_writes(start: u64, bytes: u64) {
         // SAFETY: `NEXT` is held, and every user of `tables` holds it.
         let mut tables = unsafe { tables() };
         // SAFETY: the type of memory changes, not what is reached.
-        if let Ok(flush) =
-            unsafe { tables.update_flags(first + page, DATA | PageTableFlags::WRITE_THROUGH) }
-        {
+        let updated =
+            unsafe { tables.update_flags(first + page, DATA | PageTableFlags::WRITE_THROUGH) };
+        if let Ok(flush) = updated {
             flush.flush();
         }
     }
