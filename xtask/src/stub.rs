@@ -15,7 +15,7 @@ use crate::{
 pub fn ensure() -> anyhow::Result<PathBuf> {
     let toolchain = Toolchain::find()?;
     let step = Step::start("Compiling the test guest");
-    let compiled = toolchain.build("guest-stub", Profile::Release)?;
+    let compiled = toolchain.build("guest-stub", &[], Profile::Release)?;
     let stub = paths::target().join("guest-stub");
     toolchain.strip(&compiled, &stub)?;
     step.done();

@@ -106,11 +106,17 @@ impl Toolchain {
         command
     }
 
-    /// Compiles a bare-metal program of the workspace; returns the ELF file.
+    /// Compiles a bare-metal program of the workspace with these features; returns the ELF
+    /// file, which the next call for the same program replaces.
     ///
     /// # Errors
     /// It does not compile; the error has the compiler's words.
-    pub fn build(&self, package: &str, profile: Profile) -> anyhow::Result<PathBuf> {
+    pub fn build(
+        &self,
+        package: &str,
+        features: &[&str],
+        profile: Profile,
+    ) -> anyhow::Result<PathBuf> {
         let (folder, flags) = match profile {
             Profile::Release => ("release", &["--release"][..]),
             Profile::Debug => ("debug", &[][..]),
@@ -119,6 +125,7 @@ impl Toolchain {
             self.cargo()
                 .args(["build", "--package", package, "--target", BARE_METAL])
                 .args(flags)
+                .args(features.iter().flat_map(|feature| ["--features", feature]))
                 .env("CARGO_TARGET_DIR", paths::target()),
         )?;
         Ok(paths::target().join(BARE_METAL).join(folder).join(package))

@@ -127,16 +127,29 @@ impl Builder {
     /// # Errors
     /// There is no toolchain, or something does not compile.
     pub fn new(profile: Profile) -> anyhow::Result<Self> {
+        let name = match profile {
+            Profile::Release => "plinth-release",
+            Profile::Debug => "plinth-debug",
+        };
+        Self::compile(profile, &[], name)
+    }
+
+    /// As `new`, with the kernel that tries itself instead of running VMs (`selftest.rs`).
+    ///
+    /// # Errors
+    /// As `new`.
+    pub fn selftest() -> anyhow::Result<Self> {
+        Self::compile(Profile::Release, &["selftest"], "plinth-selftest")
+    }
+
+    fn compile(profile: Profile, features: &[&str], name: &str) -> anyhow::Result<Self> {
         let toolchain = Toolchain::find()?;
         let parts = boot_parts(&toolchain)?;
         let step = Step::start("Compiling Plinth");
-        let compiled = toolchain.build("kernel", profile)?;
+        let compiled = toolchain.build("kernel", features, profile)?;
         let whole = fs::read(&compiled).with_context(|| compiled.display().to_string())?;
         let symbols = symbols::table(&whole)?;
-        let kernel = paths::target().join(match profile {
-            Profile::Release => "plinth-release",
-            Profile::Debug => "plinth-debug",
-        });
+        let kernel = paths::target().join(name);
         let debug_symbols = kernel.with_extension("debug");
         write_whole(&debug_symbols, &whole)?;
         toolchain.strip(&compiled, &kernel)?;
@@ -187,6 +200,21 @@ impl Builder {
             let bytes = fs::read(&file).with_context(|| file.display().to_string())?;
             writer.add(&bundle::entry_name(&name), &bytes)?;
         }
+        self.finish(writer, image)
+    }
+
+    /// An image of the kernel that tries itself; `word` says what to try.
+    ///
+    /// # Errors
+    /// A file can't be written.
+    pub fn write_selftest(&self, word: &str, image: &Path) -> anyhow::Result<Written> {
+        let mut writer = Writer::new();
+        writer.add("selftest", word.as_bytes())?;
+        writer.add(bundle::SYMBOLS, self.symbols.as_bytes())?;
+        self.finish(writer, image)
+    }
+
+    fn finish(&self, writer: Writer, image: &Path) -> anyhow::Result<Written> {
         let ramdisk = writer.finish();
         let bytes = disk::write(image, &self.parts, &self.kernel, &ramdisk, BOOT_SETTINGS)?;
         Ok(Written {

@@ -87,6 +87,8 @@ impl Vm {
 pub struct Rig {
     /// Makes the images; none if no scenario boots Plinth.
     builder: Option<image::Builder>,
+    /// Makes the images of the self-test; none if no scenario boots them.
+    selftest: Option<image::Builder>,
     /// The folder of kernels and initrds that configurations name.
     pub files: PathBuf,
     /// Files that could not be made, and why.
@@ -126,11 +128,17 @@ impl Rig {
             .any(Scenario::boots_plinth)
             .then(|| image::Builder::new(Profile::Release))
             .transpose()?;
+        let selftest = scenarios
+            .iter()
+            .any(Scenario::boots_selftest)
+            .then(image::Builder::selftest)
+            .transpose()?;
         let images = paths::target().join("test-scenarios");
         let files = images.join("files");
         let missing = make_files(&files)?;
         Ok(Self {
             builder,
+            selftest,
             files,
             missing,
             images,
@@ -185,6 +193,23 @@ impl Rig {
         let mut machine = start.place.machine(&image);
         change(&mut machine);
         Session::start(&machine, &start.log, start.place.patience())
+    }
+
+    /// Boots the kernel that tries itself; `word` says what to try.
+    ///
+    /// # Errors
+    /// The machine does not start.
+    pub fn boot_selftest(&self, start: &Start, word: &str) -> Result<Session> {
+        let builder = self.selftest.as_ref();
+        let image = self.images.join(&start.name).with_extension("img");
+        builder
+            .context("this run prepared no self-test")?
+            .write_selftest(word, &image)?;
+        Session::start(
+            &start.place.machine(&image),
+            &start.log,
+            start.place.patience(),
+        )
     }
 
     /// Starts QEMU with the guest's kernel and without Plinth.

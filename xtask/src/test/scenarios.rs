@@ -9,6 +9,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::{
+    host,
     place::Place,
     refusals,
     report::Outcome,
@@ -22,15 +23,27 @@ use crate::{
 
 /// What a scenario does; its result is a remark for people.
 enum Body {
-    /// Starts a machine in that place.
+    /// Starts a machine in that place, with this on it.
     Machine(
         Place,
+        Boots,
         Box<dyn Fn(&Rig, &Start) -> Result<String> + Send + Sync>,
     ),
     /// Uses the workstation alone. The path is its log's.
     Workstation(fn(&Rig, &Path) -> Result<String>),
     /// Looks at what the others have found, after all of them.
     Afterwards(fn(&Rig) -> Result<String>),
+}
+
+/// What the machine of a scenario boots.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Boots {
+    /// Plinth.
+    Plinth,
+    /// The kernel that tries itself.
+    Selftest,
+    /// A guest, directly.
+    Guest,
 }
 
 /// One scenario.
@@ -56,8 +69,23 @@ impl Scenario {
             name: format!("{}/{what}", place.name()),
             cost_s: cost_s * place.slowness(),
             quick: false,
-            body: Body::Machine(place, Box::new(body)),
+            body: Body::Machine(
+                place,
+                match place {
+                    Place::Bare => Boots::Guest,
+                    _ => Boots::Plinth,
+                },
+                Box::new(body),
+            ),
         }
+    }
+
+    /// Makes it one that boots the self-test.
+    fn selftest(mut self) -> Self {
+        if let Body::Machine(_, boots, _) = &mut self.body {
+            *boots = Boots::Selftest;
+        }
+        self
     }
 
     /// Makes it one of `--quick`.
@@ -71,7 +99,7 @@ impl Scenario {
     /// Where it starts its machine, if it does.
     pub fn place(&self) -> Option<Place> {
         match self.body {
-            Body::Machine(place, _) => Some(place),
+            Body::Machine(place, ..) => Some(place),
             Body::Workstation(_) | Body::Afterwards(_) => None,
         }
     }
@@ -83,7 +111,12 @@ impl Scenario {
 
     /// Whether it boots Plinth.
     pub fn boots_plinth(&self) -> bool {
-        self.place().is_some_and(|place| place != Place::Bare)
+        matches!(self.body, Body::Machine(_, Boots::Plinth, _))
+    }
+
+    /// Whether it boots the kernel that tries itself.
+    pub fn boots_selftest(&self) -> bool {
+        matches!(self.body, Body::Machine(_, Boots::Selftest, _))
     }
 
     /// Whether it can run with this emulator only.
@@ -96,7 +129,7 @@ impl Scenario {
     /// goes to the file `log`.
     pub fn run(&self, rig: &Rig, log: &Path) -> Outcome {
         let result = match &self.body {
-            Body::Machine(place, body) => {
+            Body::Machine(place, _, body) => {
                 if let Some(why) = rig.obstacle(*place) {
                     return Outcome::Skipped(why);
                 }
@@ -153,7 +186,18 @@ pub fn all() -> Vec<Scenario> {
             running::triple_fault,
         ));
     }
+    for place in [Place::QEMU_BIOS, Place::Bochs] {
+        all.push(Scenario::new(place, "host-backend", 5, host::backend).selftest());
+        all.push(Scenario::new(place, "host-interrupts", 5, host::interrupts).selftest());
+    }
     let place = Place::QEMU_BIOS;
+    all.push(Scenario::new(place, "host-absent-processor", 3, host::absent_processor).selftest());
+    all.push(Scenario::new(place, "host-reset", 3, host::reset).selftest());
+    for fault in &host::FAULTS {
+        let what = format!("host-fault/{}", fault.word);
+        let body = move |rig: &Rig, start: &Start| host::fault(rig, start, fault);
+        all.push(Scenario::new(place, &what, 3, body).selftest());
+    }
     all.extend([
         Scenario::new(place, "guest-reboot", 25, running::reboot),
         Scenario::new(place, "no-amd-v", 3, refusals::no_amd_v).quick(),

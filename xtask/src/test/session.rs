@@ -63,9 +63,19 @@ impl Session {
     /// # Errors
     /// It did not in time, or it ended in another way.
     pub fn wait_for_power_off(&mut self, limit: Duration) -> Result<()> {
-        let end = self.running.wait_exit(self.limited(limit));
-        let end = end.context("waiting for the machine to power off")?;
-        ensure!(end == End::PoweredOff, "instead of powering off: {end}");
+        self.wait_for(&End::PoweredOff, limit)
+    }
+
+    /// Waits until the machine has ended in this way.
+    ///
+    /// # Errors
+    /// It did not in time, or it ended in another way.
+    pub fn wait_for(&mut self, wanted: &End, limit: Duration) -> Result<()> {
+        let end = self
+            .running
+            .wait_exit(self.limited(limit))
+            .context("waiting for the machine's end")?;
+        ensure!(end == *wanted, "{end}; wanted: {wanted}");
         Ok(())
     }
 }

@@ -1,0 +1,152 @@
+//! Scenarios in which no guest runs and the host tries itself, or fails on purpose.
+//!
+//! They boot a kernel with the feature `selftest`; see the kernel's `selftest.rs` for what it
+//! prints.
+
+use anyhow::{Context, Result, ensure};
+use regex::Regex;
+
+use super::{
+    rig::{Rig, Start},
+    terminal::Terminal,
+};
+use crate::emulator::End;
+
+/// A failure of the host, and what its report has to name.
+pub struct Fault {
+    /// The self-test's word.
+    pub word: &'static str,
+    /// What happened, a pattern.
+    what: &'static str,
+    /// The function in which it happened.
+    function: &'static str,
+}
+
+/// The failures that are tried.
+pub const FAULTS: [Fault; 6] = [
+    Fault {
+        word: "page-fault",
+        what: "page fault",
+        function: "read_unmapped",
+    },
+    Fault {
+        word: "stack-overflow",
+        what: "stack|double fault",
+        function: "recurse",
+    },
+    Fault {
+        word: "write-code",
+        what: "page fault",
+        function: "write_code",
+    },
+    Fault {
+        word: "execute-data",
+        what: "page fault",
+        function: "execute_data",
+    },
+    Fault {
+        word: "invalid-opcode",
+        what: "invalid opcode",
+        function: "invalid_opcode",
+    },
+    Fault {
+        word: "panic",
+        what: "on purpose",
+        function: "selftest",
+    },
+];
+
+/// The checks of the virtualization backend, on the processor itself.
+pub fn backend(rig: &Rig, start: &Start) -> Result<String> {
+    let limits = start.place.limits();
+    let mut session = rig.boot_selftest(start, "backend")?;
+    let sum = Regex::new(r"selftest done: (\d+) passed, (\d+) failed|selftest FAILED: [^\r\n]*")?;
+    session.expect(&sum, limits.boot)?;
+    session.wait_for_power_off(limits.command)?;
+    let text = session.text();
+    succeeded(&text)?;
+    let found = sum.captures(&text).context("it was there before")?;
+    let passed = found.get(1).map_or("0", |number| number.as_str());
+    ensure!(passed != "0", "no check ran");
+    Ok(format!("{passed} checks"))
+}
+
+/// Timer, kicks between processors, and the serial line in both directions.
+pub fn interrupts(rig: &Rig, start: &Start) -> Result<String> {
+    let limits = start.place.limits();
+    let mut session = rig.boot_selftest(start, "interrupts")?;
+    session.expect(&Regex::new("selftest waits for a byte")?, limits.boot)?;
+    session.send("x")?;
+    session.wait_for_power_off(limits.command)?;
+    let text = session.text();
+    succeeded(&text)?;
+    for name in ["timer", "early timer", "kick", "output", "input"] {
+        let said = text.contains(&format!("selftest ok {name}:"));
+        ensure!(said, "{name} was not tried");
+    }
+    Ok(String::new())
+}
+
+/// A processor that the firmware lists and that does not answer is left out.
+pub fn absent_processor(rig: &Rig, start: &Start) -> Result<String> {
+    let limits = start.place.limits();
+    let mut session = rig.boot_selftest(start, "absent-processor")?;
+    session.expect(&Regex::new("selftest ok absent processor")?, limits.boot)?;
+    session.wait_for_power_off(limits.command)?;
+    Ok(String::new())
+}
+
+/// The host can restart its machine.
+pub fn reset(rig: &Rig, start: &Start) -> Result<String> {
+    let limits = start.place.limits();
+    let mut session = rig.boot_selftest(start, "reset")?;
+    session.expect(&Regex::new("selftest ok reset")?, limits.boot)?;
+    session.wait_for(&End::Reset, limits.command)?;
+    Ok(String::new())
+}
+
+/// A failure of the host is reported: what, where by name, and the registers.
+pub fn fault(rig: &Rig, start: &Start, fault: &Fault) -> Result<String> {
+    let limits = start.place.limits();
+    let mut session = rig.boot_selftest(start, fault.word)?;
+    session.expect(&Regex::new("HOST FAULT|panic")?, limits.boot)?;
+    session.expect(&Regex::new("Plinth stopped: powering off")?, limits.command)?;
+    session.wait_for_power_off(limits.command)?;
+    let text = session.text();
+    let report = text
+        .find("HOST FAULT")
+        .map(|begin| &text[begin..])
+        .context("no report")?;
+    for (what, pattern) in [
+        ("what happened", fault.what),
+        ("the function", fault.function),
+        ("the registers", r"(?i)\brsp\b"),
+        ("the last lines of the log", "processors online"),
+    ] {
+        let named = Regex::new(pattern)?.is_match(report);
+        ensure!(named, "the report does not show {what} (/{pattern}/)");
+    }
+    Ok(String::new())
+}
+
+/// No line says that something failed.
+fn succeeded(text: &str) -> Result<()> {
+    let failed: Vec<_> = text
+        .lines()
+        .filter(|line| line.contains("selftest FAILED"))
+        .collect();
+    ensure!(failed.is_empty(), "{}", failed.join("\n"));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_check_is_quoted() {
+        assert!(succeeded("selftest ok a\nselftest done: 1 passed, 0 failed\n").is_ok());
+        let error = succeeded("selftest FAILED b: no\n").unwrap_err();
+        assert!(error.to_string().contains("FAILED b: no"));
+    }
+}
