@@ -86,14 +86,20 @@ pub fn line(name: &str, outcome: &Outcome, took: Duration) -> String {
         .to_owned()
 }
 
-/// The last `count` lines of a log, as a person would read them.
+/// Longest part of a line that is shown, in characters.
+const LINE: usize = 160;
+
+/// The last `count` lines of a log, as a person would read them; long ones are cut.
 pub fn tail(log: &[u8], count: usize) -> String {
     let text = plain(&String::from_utf8_lossy(log));
     let lines: Vec<_> = text.lines().collect();
     let start = lines.len().saturating_sub(count);
     lines[start..]
         .iter()
-        .flat_map(|line| ["    | ", line, "\n"])
+        .map(|line| {
+            let cut: String = line.chars().take(LINE).collect();
+            format!("    | {cut}\n")
+        })
         .collect()
 }
 
@@ -136,6 +142,7 @@ mod tests {
             "    | two\n    | three\n"
         );
         assert_eq!(tail(b"", 2), "");
+        assert_eq!(tail(&[b'.'; 1000], 1).trim_end().len(), 6 + LINE);
     }
 
     #[test]

@@ -195,21 +195,25 @@ impl Rig {
         Session::start(&machine, &start.log, start.place.patience())
     }
 
-    /// Boots the kernel that tries itself; `word` says what to try.
+    /// Boots the kernel that tries itself, on a machine that `change` may change; `word`
+    /// says what to try.
     ///
     /// # Errors
     /// The machine does not start.
-    pub fn boot_selftest(&self, start: &Start, word: &str) -> Result<Session> {
+    pub fn boot_selftest(
+        &self,
+        start: &Start,
+        word: &str,
+        change: impl FnOnce(&mut Machine),
+    ) -> Result<Session> {
         let builder = self.selftest.as_ref();
         let image = self.images.join(&start.name).with_extension("img");
         builder
             .context("this run prepared no self-test")?
             .write_selftest(word, &image)?;
-        Session::start(
-            &start.place.machine(&image),
-            &start.log,
-            start.place.patience(),
-        )
+        let mut machine = start.place.machine(&image);
+        change(&mut machine);
+        Session::start(&machine, &start.log, start.place.patience())
     }
 
     /// Starts QEMU with the guest's kernel and without Plinth.
