@@ -33,7 +33,9 @@ pub enum Host {
     Plinth,
     /// QEMU's own emulation: deviates from processors here and there.
     Tcg,
-    /// Hardware, another emulator, another hypervisor.
+    /// Bochs: strict about processors, loose about some devices.
+    Bochs,
+    /// Hardware, or another hypervisor.
     Other,
 }
 
@@ -50,6 +52,10 @@ impl Host {
         }
         if signatures().any(|(_, signature)| &signature == b"TCGTCGTCGTCG") {
             return Self::Tcg;
+        }
+        // QEMU names its tables so too, but shows a hypervisor.
+        if oem.is_some_and(|oem| &oem == b"BOCHS ") && signatures().next().is_none() {
+            return Self::Bochs;
         }
         Self::Other
     }

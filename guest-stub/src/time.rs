@@ -82,27 +82,25 @@ impl PmTimer {
     }
 }
 
-/// TSC ticks per second, measured over 10 ms of the PIT; the quickest of three windows.
+/// TSC ticks per second, measured over 10 ms of the PIT: the middle one of five windows.
 ///
-/// A window is too long when the emulator is not run for a while, never too short, so the
-/// measure whose two ends are tightest counts.
+/// A window that a busy emulator stretches is still right, up to the 55 ms after which the PIT
+/// wraps around; one that is stretched more, or in the middle of a reading, is an outlier.
 pub fn measure_tsc_hz() -> u64 {
-    (0..3)
-        .map(|_| measure_tsc_window())
-        .min_by_key(|&(_, slack)| slack)
-        .map_or(1, |(hz, _)| hz)
+    let mut windows = [(); 5].map(|()| measure_tsc_window());
+    windows.sort_unstable();
+    windows[2]
 }
 
-fn measure_tsc_window() -> (u64, u64) {
+fn measure_tsc_window() -> u64 {
     const WINDOW: u64 = PIT_HZ / 100;
     let watch = PitStopwatch::start();
-    let (start_ticks, start_tsc, start_slack) = bracket(|| watch.ticks());
+    let (start_ticks, start_tsc, _) = bracket(|| watch.ticks());
     loop {
-        let (ticks, tsc, slack) = bracket(|| watch.ticks());
+        let (ticks, tsc, _) = bracket(|| watch.ticks());
         let elapsed = ticks.saturating_sub(start_ticks);
         if elapsed >= WINDOW {
-            let hz = tsc.saturating_sub(start_tsc).saturating_mul(PIT_HZ) / elapsed;
-            return (hz.max(1), start_slack + slack);
+            return (tsc.saturating_sub(start_tsc).saturating_mul(PIT_HZ) / elapsed).max(1);
         }
     }
 }
@@ -176,6 +174,8 @@ pub mod rtc {
     pub const STATUS_D: u8 = 0x0D;
     /// Status A: the time is being updated.
     pub const UPDATING: u8 = 1 << 7;
+    /// Status B: an update that ended interrupts.
+    pub const UPDATE_INTERRUPT: u8 = 1 << 4;
     /// Status B: numbers are binary, not BCD.
     pub const BINARY: u8 = 1 << 2;
     /// Status B: hours run from 0 to 23.
@@ -185,6 +185,12 @@ pub mod rtc {
     pub fn read(register: u8) -> u8 {
         port::write8(0x70, register);
         port::read8(0x71)
+    }
+
+    /// Writes a register.
+    pub fn write(register: u8, value: u8) {
+        port::write8(0x70, register);
+        port::write8(0x71, value);
     }
 
     /// A number as status B says it is coded.

@@ -231,11 +231,12 @@ fn x87_error(_: &Machine) -> Verdict {
 }
 
 fn simd_error(_: &Machine) -> Verdict {
-    let (unmasked, masked) = ([0x1D80_u32], [0x1F80_u32]);
+    // Invalid operation unmasked, which 0 / 0 is.
+    let (unmasked, masked) = ([0x1F00_u32], [0x1F80_u32]);
     // SAFETY: this program's own code does not use SSE.
     let trap = unsafe {
         asm!("ldmxcsr [{}]", "xorps xmm0, xmm0", in(reg) &unmasked, options(nostack));
-        let trap = probe!("divps xmm0, xmm0", "divss xmm0, xmm0");
+        let trap = probe!("divps xmm0, xmm0");
         asm!("ldmxcsr [{}]", in(reg) &masked, options(nostack));
         trap
     };

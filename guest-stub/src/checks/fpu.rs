@@ -136,8 +136,8 @@ fn mxcsr(_: &Machine) -> Verdict {
 }
 
 fn x87_registers(_: &Machine) -> Verdict {
-    /// Single precision, round down, all masked.
-    const CONTROL: u16 = 0x043F;
+    /// Single precision, round down, all masked; the reserved bit 6 is always set.
+    const CONTROL: u16 = 0x047F;
     let (mut got, mut control) = ([0_u64; 3], [CONTROL, 0]);
     // SAFETY: this program's own code does not use the FPU.
     unsafe {
