@@ -27,6 +27,9 @@ use crate::{
 const FAULT: &str = r"(?m)^(?:\[[^\]\r\n]*\] ?)?HOST FAULT: ([^\r\n]*)";
 const FAULT_END: &str = r"(?m)^(?:\[[^\]\r\n]*\] ?)?Plinth stopped: ";
 
+/// A line that says that Plinth found nothing to run, before it powers off.
+const NOTHING_RUNS: &str = r"(?m)^\[ *\d+\.\d+\] error: (no VM runs[^\r\n]*)";
+
 /// Where the boot loader puts the kernel's image: the first address of the range that the kernel
 /// leaves to it.
 const KERNEL_BASE: u64 = 0xffff_8000_0000_0000;
@@ -287,6 +290,10 @@ fn wait(
         }
         match ended {
             Some(End::PoweredOff) if until.is_none() => {
+                let nothing = Regex::new(NOTHING_RUNS).expect("the pattern is well-formed");
+                if let Some(found) = running.search(&nothing, &mut Cursor::default()) {
+                    return (Code::Failure, format!("Plinth: {}.", found.groups[1]));
+                }
                 return (Code::Success, "Plinth powered off.".into());
             }
             Some(end) => {
@@ -379,6 +386,16 @@ mod tests {
         assert_eq!(vm.boot.initrd.as_deref(), Some("i"));
         assert_eq!(vm.boot.cmdline, "console=ttyS0 quiet");
         assert_eq!((vm.memory, vm.vcpus), (1 << 30, 3));
+    }
+
+    #[test]
+    fn nothing_to_run_is_no_success() {
+        let nothing = Regex::new(NOTHING_RUNS).unwrap();
+        let line = b"[    2.741321] error: no VM runs: powering off\r\n";
+        assert_eq!(
+            &nothing.captures(line).unwrap()[1],
+            b"no VM runs: powering off"
+        );
     }
 
     #[test]
