@@ -12,13 +12,16 @@ use core::{
 
 use devices::{
     VcpuId,
+    acpi::{self, AcpiConfig},
     bus::{MmioBus, Overlap, PortBus},
     i8042::KeyboardController,
     ioapic::{IOAPIC_BASE, IOAPIC_LEN, IoApic},
     lapic::{ApicBus, IntrPin, VcpuKick},
     line::{GsiRouter, InterruptSink, Line},
+    pci::{ECAM_BUS_LEN, HostBridge, PciBus, PciLayout},
     pic::Pic,
     pit::Pit,
+    platform,
     pm::{PM_PORTS, PowerManagement, RESET_PORT, ResetControl},
     rtc::{Rtc, RtcConfig},
     system::{SystemControl, SystemRequest},
@@ -49,12 +52,10 @@ const FIRMWARE_AREA: GuestRange = GuestRange {
     start: Gpa(0xe_0000),
     bytes: 0x2_0000,
 };
-/// First port of the first serial port.
-const COM1_BASE: u16 = 0x3f8;
-/// First port of the ACPI power-management block.
-const PM_BASE: u16 = 0x600;
-/// ISA interrupt of ACPI events.
-const SCI_IRQ: u32 = 9;
+/// ISA interrupt of the PIT.
+const TIMER_IRQ: u8 = 0;
+/// APIC ID register of the IOAPIC.
+const IOAPIC_ID: u8 = 0;
 /// The vCPU that looks after the devices' timers.
 const TIMER_VCPU: VcpuId = VcpuId(0);
 /// No timer is armed.
@@ -104,7 +105,7 @@ pub enum VmError {
     Load(LoadError),
     /// Two devices claim the same address: a defect of Plinth.
     Overlap(Overlap),
-    /// ACPI tables do not fit below 1 MiB: too many vCPUs.
+    /// The ACPI tables do not fit below 1 MiB (too many vCPUs), or the VM has no RAM there.
     AcpiTables,
 }
 
@@ -132,7 +133,9 @@ impl fmt::Display for VmError {
             VmError::Memory(e) => e.fmt(f),
             VmError::Load(e) => e.fmt(f),
             VmError::Overlap(e) => e.fmt(f),
-            VmError::AcpiTables => f.write_str("the ACPI tables do not fit below 1 MiB"),
+            VmError::AcpiTables => {
+                f.write_str("the ACPI tables do not fit into the guest's memory below 1 MiB")
+            }
         }
     }
 }
@@ -251,6 +254,18 @@ fn cmos(spec: &VmSpec<'_>, epoch: u64) -> RtcConfig {
     }
 }
 
+/// Puts the ACPI tables into the firmware area. Returns where the RSDP is.
+fn place_acpi_tables(memory: &GuestMemory, config: &AcpiConfig<'_>) -> Result<Gpa, VmError> {
+    let built = acpi::build(config, FIRMWARE_AREA.start).map_err(|_| VmError::AcpiTables)?;
+    if built.end > FIRMWARE_AREA.end() {
+        return Err(VmError::AcpiTables);
+    }
+    for (at, table) in &built.tables {
+        memory.write(*at, table).map_err(|_| VmError::AcpiTables)?;
+    }
+    Ok(built.rsdp)
+}
+
 /// The devices whose timers the VM's vCPUs drive.
 struct Timers {
     pit: Arc<Pit>,
@@ -291,39 +306,56 @@ impl Vm {
 
         let apic_ids: Vec<u32> = (0..u32::from(spec.vcpus)).collect();
         let apic_bus = ApicBus::new(&apic_ids, host.kick);
-        let ioapic = IoApic::new(0, apic_bus.clone());
+        let ioapic = IoApic::new(IOAPIC_ID, apic_bus.clone());
         let pic = Pic::new(Line::new(Arc::new(IntrPin::new(apic_bus.clone())), 0));
         let router: Arc<dyn InterruptSink> = Arc::new(GsiRouter::new(pic.clone(), ioapic.clone()));
-        let irq = |number| Line::new(router.clone(), number);
+        let irq = |number: u8| Line::new(router.clone(), u32::from(number));
 
         let mut ports = PortBus::new();
         let mut mmio = MmioBus::new();
         mmio.insert("ioapic", IOAPIC_BASE, IOAPIC_LEN, ioapic.clone())?;
         pic.attach(&mut ports)?;
-        let pit = Pit::new(time.clone(), irq(0));
+        let pit = Pit::new(time.clone(), irq(TIMER_IRQ));
         pit.attach(&mut ports)?;
-        let rtc = Rtc::new(&cmos(&spec, host.epoch), time.clone(), irq(8));
+        let rtc = Rtc::new(
+            &cmos(&spec, host.epoch),
+            time.clone(),
+            irq(platform::RTC_IRQ),
+        );
         rtc.attach(&mut ports)?;
-        let uart = Uart::new(irq(4), host.console);
-        ports.insert("com1", COM1_BASE, UART_PORTS, uart.clone())?;
-        KeyboardController::new(irq(1), system.clone()).attach(&mut ports)?;
-        let power = PowerManagement::new(time, irq(SCI_IRQ), system.clone());
-        ports.insert("acpi-pm", PM_BASE, PM_PORTS, power.clone())?;
+        let [com1, ..] = platform::SERIAL_PORTS;
+        let uart = Uart::new(irq(com1.irq), host.console);
+        ports.insert("com1", com1.port, UART_PORTS, uart.clone())?;
+        KeyboardController::new(irq(platform::KEYBOARD_IRQ), system.clone()).attach(&mut ports)?;
+        let power = PowerManagement::new(time, irq(platform::SCI_IRQ), system.clone());
+        ports.insert("acpi-pm", platform::PM_BASE, PM_PORTS, power.clone())?;
         ports.insert("reset", RESET_PORT, 1, ResetControl::new(system))?;
+        let pci_layout = PciLayout::default();
+        let mut pci = PciBus::new();
+        pci.insert(0, 0, HostBridge::new())?;
+        Arc::new(pci).attach(&mut ports, &mut mmio, &pci_layout)?;
 
-        let reserved = [
-            MapEntry {
-                range: VGA_HOLE,
-                kind: MapKind::Reserved,
+        let ecam = GuestRange {
+            start: Gpa(pci_layout.ecam),
+            bytes: ECAM_BUS_LEN,
+        };
+        let rsdp = place_acpi_tables(
+            &memory,
+            &AcpiConfig {
+                apic_ids: &apic_ids,
+                ioapic_id: IOAPIC_ID,
+                serial_ports: &[com1],
+                keyboard: false,
+                pci: pci_layout,
             },
-            MapEntry {
-                range: FIRMWARE_AREA,
-                kind: MapKind::Reserved,
-            },
-        ];
+        )?;
+        let reserved = [VGA_HOLE, FIRMWARE_AREA, ecam].map(|range| MapEntry {
+            range,
+            kind: MapKind::Reserved,
+        });
         let layout = BootLayout {
             reserved: &reserved,
-            rsdp: None,
+            rsdp: Some(rsdp),
         };
         let entry = load::load(
             &memory,
@@ -404,7 +436,8 @@ impl Vm {
 
     /// Whether a write to this port may set a device's timer.
     pub(crate) fn is_timer_port(port: u16) -> bool {
-        const PM_LAST: u16 = PM_BASE + PM_PORTS - 1;
-        matches!(port, 0x40..=0x43 | 0x61 | 0x70..=0x71 | PM_BASE..=PM_LAST)
+        const PM_FIRST: u16 = platform::PM_BASE;
+        const PM_LAST: u16 = PM_FIRST + PM_PORTS - 1;
+        matches!(port, 0x40..=0x43 | 0x61 | 0x70..=0x71 | PM_FIRST..=PM_LAST)
     }
 }
