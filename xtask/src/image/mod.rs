@@ -82,6 +82,7 @@ impl ProfileArgs {
 /// # Errors
 /// The configuration has no usable VM, the kernel does not compile, or a file can't be written.
 pub fn run(args: &Args) -> anyhow::Result<Code> {
+    refuse_devices(&args.output)?;
     let configuration = Configuration::read(args.config.as_deref())?;
     let image = Builder::new(args.profile.profile())?.write(&configuration, &args.output)?;
     println!(
@@ -93,6 +94,16 @@ pub fn run(args: &Args) -> anyhow::Result<Code> {
     );
     println!("How to write it to a USB stick: cargo xtask image --help");
     Ok(Code::Success)
+}
+
+/// An image is made as a file: a device's name would be taken from it.
+fn refuse_devices(output: &Path) -> anyhow::Result<()> {
+    if output.exists() && !output.is_file() {
+        let name = output.display();
+        let why = format!("{name} is no file; write to a file, then see cargo xtask image --help");
+        return Err(Stop::with(Code::Usage, why));
+    }
+    Ok(())
 }
 
 fn kib(bytes: u64) -> String {
@@ -251,4 +262,16 @@ fn boot_parts(toolchain: &Toolchain) -> anyhow::Result<BootParts> {
     output_of(Command::new(target.join("release/boot-parts")).arg(&folder))?;
     step.done();
     Ok(parts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_files_are_written() {
+        let refused = refuse_devices(Path::new("/dev/null")).unwrap_err();
+        assert_eq!(Stop::code_of(&refused), Code::Usage);
+        assert!(refuse_devices(Path::new("/nonexistent/plinth.img")).is_ok());
+    }
 }
