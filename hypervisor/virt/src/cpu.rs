@@ -21,6 +21,7 @@ pub mod msr {
     pub const TSC: u32 = 0x10;
     pub const FEATURE_CONTROL: u32 = 0x3a;
     pub const SPEC_CTRL: u32 = 0x48;
+    pub const PRED_CMD: u32 = 0x49;
     pub const SYSENTER_CS: u32 = 0x174;
     pub const SYSENTER_ESP: u32 = 0x175;
     pub const SYSENTER_EIP: u32 = 0x176;

@@ -20,7 +20,7 @@ pub mod vcpu;
 pub mod vmcs;
 
 use alloc::sync::Arc;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use mem::nested::Ept;
 use mem::{HostMemory, Hpa, Owner, PAGE_SIZE};
@@ -37,6 +37,9 @@ use vmcs::{Scope, invept, invvpid, vmxon};
 /// pCPUs that `Backend::enable` can tell apart.
 const MAX_CPUS: usize = 256;
 
+/// Not a VM number.
+const NO_VM: u32 = u32::MAX;
+
 /// What vCPUs need of the backend.
 struct Shared {
     memory: &'static dyn HostMemory,
@@ -45,9 +48,26 @@ struct Shared {
     fpu: FpuFeatures,
     /// One bitmap for all: which MSRs exit does not depend on the vCPU.
     msr_bitmap: Hpa,
+    /// The processor has the indirect-branch barrier of IA32_PRED_CMD.
+    ibpb: bool,
+    /// VM of the vCPU that was loaded last on each pCPU; [`NO_VM`] before the first.
+    last_vm: [AtomicU32; MAX_CPUS],
 }
 
 impl Shared {
+    /// Keeps branch predictions of one VM from the next on the calling pCPU, `cpu`.
+    fn separate_predictions(&self, cpu: usize, vm: u16) {
+        let vm = u32::from(vm);
+        let other = self
+            .last_vm
+            .get(cpu)
+            .is_none_or(|last| last.swap(vm, Ordering::Relaxed) != vm);
+        if other && self.ibpb {
+            // SAFETY: CPUID reports the register; bit 0 is the barrier, all others are 0.
+            unsafe { wrmsr(msr::PRED_CMD, 1) };
+        }
+    }
+
     /// Drops cached translations of one EPT pointer, or of all where the processor can't do one.
     ///
     /// # Safety
@@ -95,7 +115,8 @@ impl Backend for Vtx {
     }
 
     fn new(memory: &'static dyn HostMemory) -> Result<Self, VirtError> {
-        let (capabilities, controls) = usable(&Found::read())?;
+        let found = Found::read();
+        let (capabilities, controls) = usable(&found)?;
         let fpu = FpuFeatures::detect();
         let msr_bitmap = memory.allocate(1, PAGE_SIZE, Owner::Host)?;
         let rdtscp = controls.proc2.contains(capability::Proc2::RDTSCP);
@@ -107,6 +128,8 @@ impl Backend for Vtx {
                 controls,
                 fpu,
                 msr_bitmap,
+                ibpb: found.ibpb,
+                last_vm: [const { AtomicU32::new(NO_VM) }; MAX_CPUS],
             }),
             vmxon_regions: [const { AtomicU64::new(0) }; MAX_CPUS],
         })
@@ -116,13 +139,13 @@ impl Backend for Vtx {
         let shared = &*self.shared;
         let found = Found::read();
         let (here, _) = usable(&found)?;
-        if here != shared.capabilities {
+        if here != shared.capabilities || found.ibpb != shared.ibpb {
             return Err(unequal());
         }
-        let region = self.vmxon_regions.get(cpu).ok_or(VirtError::Instruction {
-            name: "VMXON (pCPU number too large)",
-            error: 0,
-        })?;
+        let region = self
+            .vmxon_regions
+            .get(cpu)
+            .ok_or(instruction("VMXON (pCPU number too large)"))?;
         let mut vmxon_region = Hpa(region.load(Ordering::Relaxed));
         if vmxon_region.0 == 0 {
             vmxon_region = shared.memory.allocate(1, PAGE_SIZE, Owner::Host)?;

@@ -494,6 +494,8 @@ pub struct Found {
     pub vmx: Option<(FeatureControl, Capabilities)>,
     /// CPUID reports XSAVE.
     pub xsave: bool,
+    /// CPUID reports the indirect-branch barrier of IA32_PRED_CMD.
+    pub ibpb: bool,
 }
 
 impl Found {
@@ -514,6 +516,9 @@ impl Found {
         Found {
             vmx,
             xsave: info.as_ref().is_some_and(|f| f.has_xsave()),
+            // SDM vol. 2A, CPUID leaf 7, EDX bit 26.
+            ibpb: core::arch::x86_64::__cpuid(0).eax >= 7
+                && core::arch::x86_64::__cpuid_count(7, 0).edx & (1 << 26) != 0,
         }
     }
 }
@@ -545,6 +550,7 @@ pub fn preflight(found: &Found) -> Preflight {
     });
     features.extend(preflight_controls(&capabilities));
     features.push(line("XSAVE", Need::Used, found.xsave));
+    features.push(line("IBPB", Need::Used, found.ibpb));
     Preflight { features }
 }
 
@@ -610,6 +616,7 @@ pub(super) mod tests {
         let found = Found {
             vmx: Some((FeatureControl::empty(), c)),
             xsave: true,
+            ibpb: true,
         };
         assert!(preflight(&found).passed());
     }
@@ -640,6 +647,7 @@ pub(super) mod tests {
             let report = preflight(&Found {
                 vmx: Some((FeatureControl::all(), c)),
                 xsave: true,
+                ibpb: true,
             });
             assert!(!report.passed());
             let missing: Vec<_> = report
@@ -669,6 +677,7 @@ pub(super) mod tests {
             preflight(&Found {
                 vmx: Some((control, haswell())),
                 xsave: true,
+                ibpb: true,
             })
         };
         assert_eq!(
@@ -680,6 +689,7 @@ pub(super) mod tests {
         let none = preflight(&Found {
             vmx: None,
             xsave: true,
+            ibpb: true,
         });
         assert_eq!(none.features.len(), 1);
         assert_eq!(none.features[0].status, Status::Missing);

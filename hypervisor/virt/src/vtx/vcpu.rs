@@ -84,6 +84,7 @@ const CR4_PVI: u64 = 1 << 1;
 const CR4_TSD: u64 = 1 << 2;
 const CR4_DE: u64 = 1 << 3;
 const CR4_PAE: u64 = 1 << 5;
+const CR4_MCE: u64 = 1 << 6;
 const CR4_PGE: u64 = 1 << 7;
 const CR4_PCE: u64 = 1 << 8;
 const CR4_OSFXSR: u64 = 1 << 9;
@@ -131,9 +132,11 @@ bitflags! {
 
 /// Exceptions that exit: #DB and #AC, with which a guest could keep the processor busy in
 /// endless delivery where no interrupt gets through, and #MC, which is the host's.
-const EXCEPTION_BITMAP: u64 = 1 << DEBUG_EXCEPTION | 1 << 17 | 1 << 18;
+const EXCEPTION_BITMAP: u64 = 1 << DEBUG_EXCEPTION | 1 << ALIGNMENT_CHECK | 1 << MACHINE_CHECK;
 const DEBUG_EXCEPTION: u8 = 1;
 const DOUBLE_FAULT: u8 = 8;
+const ALIGNMENT_CHECK: u8 = 17;
+const MACHINE_CHECK: u8 = 18;
 
 /// How far the vCPU is from its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -354,7 +357,10 @@ impl VtxVcpu {
         let gdtr = sgdt();
         let tr = task_register();
         self.write(Field::HostTrSelector, tr.into());
-        self.write(Field::HostTrBase, task_state_base(gdtr.base.as_u64(), tr));
+        self.write(
+            Field::HostTrBase,
+            task_state_base(task_state_descriptor(gdtr.base.as_u64(), tr)),
+        );
         self.write(Field::HostGdtrBase, gdtr.base.as_u64());
         self.write(Field::HostIdtrBase, sidt().base.as_u64());
         for (field, number) in [
@@ -598,6 +604,10 @@ impl VtxVcpu {
         if info.is_nmi() {
             return Exit::Nmi;
         }
+        if vector == MACHINE_CHECK {
+            raise_machine_check();
+            return Exit::ExternalInterrupt;
+        }
         if vector == DEBUG_EXCEPTION {
             self.debug_exception(info);
         }
@@ -661,6 +671,14 @@ impl VtxVcpu {
     }
 }
 
+/// Hands a machine check that came while a guest ran to the host's own handler, where it
+/// would have gone a moment later.
+#[cold]
+fn raise_machine_check() {
+    // SAFETY: INT enters the host's handler for the vector, which pushes no error code either way.
+    unsafe { asm!("int 18") };
+}
+
 /// The task register's selector.
 fn task_register() -> u16 {
     let selector: u16;
@@ -671,22 +689,23 @@ fn task_register() -> u16 {
     selector
 }
 
-/// Base address in the 64-bit TSS descriptor that a selector names (SDM vol. 3A, figure 8-4).
-fn task_state_base(gdt: u64, selector: u16) -> u64 {
-    let descriptor = (gdt + u64::from(selector & !7)) as *const u64;
+/// The two words of the TSS descriptor that the task register's `selector` names.
+fn task_state_descriptor(gdt: u64, selector: u16) -> [u64; 2] {
+    let descriptor = (gdt + u64::from(selector & !7)) as *const [u64; 2];
     // SAFETY: the task register is loaded, so its 16-byte descriptor is in this pCPU's GDT.
-    let (low, high) = unsafe {
-        (
-            descriptor.read_unaligned(),
-            descriptor.add(1).read_unaligned(),
-        )
-    };
+    unsafe { descriptor.read_unaligned() }
+}
+
+/// Base address in a 64-bit TSS descriptor (SDM vol. 3A, figure 8-4).
+const fn task_state_base([low, high]: [u64; 2]) -> u64 {
     (low >> 16 & 0xff_ffff) | (low >> 56 << 24) | high << 32
 }
 
 impl VirtualCpu for VtxVcpu {
     fn load(&mut self, cpu: usize) {
+        assert!(!self.is_loaded(), "vCPU loaded twice");
         self.state.set(State::Launch);
+        self.shared.separate_predictions(cpu, self.setup.vm);
         // A fresh region must be cleared once before use; `unload` leaves it clear.
         // SAFETY: `Backend::enable` ran on this pCPU, and the frame is this vCPU's VMCS, which
         // is active nowhere: it is fresh or `unload` cleared it.
@@ -860,7 +879,9 @@ impl VirtualCpu for VtxVcpu {
     fn set_cr4(&mut self, value: u64) {
         self.cr4_shadow = value;
         self.write(Field::Cr4Shadow, value);
-        self.write(Field::GuestCr4, value | self.shared.capabilities.cr4.ones);
+        // With MCE off, a machine check while the guest runs would shut the whole machine down.
+        let forced = self.shared.capabilities.cr4.ones | (Cr4::read_raw() & CR4_MCE);
+        self.write(Field::GuestCr4, value | forced);
         self.paging_changed();
     }
 
@@ -1165,5 +1186,27 @@ impl Drop for VtxVcpu {
         self.shared
             .memory
             .free(self.vmcs, 1, Owner::VmTables(self.setup.vm));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn task_state_base_is_gathered_from_three_places() {
+        let descriptor = [0x1200_8b34_5678_0067, 0xffff_9abc];
+        assert_eq!(task_state_base(descriptor), 0xffff_9abc_1234_5678);
+    }
+
+    #[test]
+    fn bits_that_policy_watches_are_not_the_guests_own() {
+        for bit in [CR0_PG, CR0_CD, CR0_NW, 1 << 5] {
+            assert_eq!(CR0_GUEST_OWNED & bit, 0);
+        }
+        // VMXE, OSXSAVE (shown in CPUID), PAE and PCIDE (paging modes), MCE, SMXE.
+        for bit in [1 << 13, 1 << 18, CR4_PAE, 1 << 17, CR4_MCE, 1 << 14] {
+            assert_eq!(CR4_GUEST_OWNED & bit, 0);
+        }
     }
 }
