@@ -268,6 +268,7 @@ fn wait(
 ) -> (Code, String) {
     let fault = Regex::new(FAULT).expect("the pattern is well-formed");
     let fault_end = Regex::new(FAULT_END).expect("the pattern is well-formed");
+    let nothing = Regex::new(NOTHING_RUNS).expect("the pattern is well-formed");
     let (mut seen, mut seen_fault) = (Cursor::default(), Cursor::default());
     loop {
         if quit.load(Ordering::Relaxed) {
@@ -290,7 +291,6 @@ fn wait(
         }
         match ended {
             Some(End::PoweredOff) if until.is_none() => {
-                let nothing = Regex::new(NOTHING_RUNS).expect("the pattern is well-formed");
                 if let Some(found) = running.search(&nothing, &mut Cursor::default()) {
                     return (Code::Failure, format!("Plinth: {}.", found.groups[1]));
                 }
