@@ -14,7 +14,7 @@ use mem::nested::{MemoryType, NestedTable, Rights};
 use mem::{Direction, Gpa, HostMemory, Hpa, OutOfFrames, Owner, PAGE_SIZE, PAGE_SIZE_2M, Width};
 use x86_64::instructions::interrupts;
 
-use crate::cpu::{msr, rdtsc};
+use crate::cpu::{msr, rdmsr, rdtsc};
 use crate::state::{AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName};
 use crate::{Backend, CpuMode, CrAccess, Exit, PortIo, VcpuSetup, VirtualCpu};
 
@@ -47,6 +47,7 @@ const CR0_PE: u64 = 1;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_OSFXSR: u64 = 1 << 9;
+const CR4_OSXSAVE: u64 = 1 << 18;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_TF: u64 = 1 << 8;
@@ -274,7 +275,105 @@ guest_code!(
     "hlt",
 );
 
+guest_code!(
+    ports_code,
+    ".code64",
+    "out 0x10, al",
+    "mov dx, 0x1234",
+    "out dx, ax",
+    "out dx, eax",
+    "in al, dx",
+    "in eax, 0x60",
+    "rep outsb",
+);
+
+guest_code!(
+    amd_instructions_code,
+    ".code64",
+    "vmmcall",
+    "wbinvd",
+    "invd",
+    "xor ecx, ecx",
+    "rdpmc",
+    "mov eax, 3",
+    "xor edx, edx",
+    "xsetbv",
+    "xor eax, eax",
+    "vmrun rax",
+);
+
+guest_code!(
+    intel_instructions_code,
+    ".code64",
+    "vmcall",
+    "wbinvd",
+    "invd",
+    "xor ecx, ecx",
+    "rdpmc",
+    "mov eax, 3",
+    "xor edx, edx",
+    "xsetbv",
+    "xor eax, eax",
+    "vmxoff",
+);
+
+guest_code!(priority_code, ".code64", "mov cr8, rbx", "hlt",);
+
+guest_code!(jump_code, ".code64", "jmp rsi",);
+
+guest_code!(
+    breakpoint_code,
+    ".code64",
+    "lea rax, [rip + 6f]",
+    "mov dr0, rax",
+    "mov eax, 0x402",
+    "mov dr7, rax",
+    "6:",
+    "nop",
+    "hlt",
+    ".skip 0x80 - (. - 8b), 0x90",
+    "mov rax, dr6",
+    "pop rsi",
+    "hlt",
+);
+
 guest_code!(cpuid_loop_code, ".code64", "7:", "cpuid", "jmp 7b",);
+
+/// Registers of the host that no guest may change.
+#[derive(Debug, PartialEq)]
+struct HostRegisters {
+    msrs: [u64; 9],
+    dr7: u64,
+    task_register: u16,
+    cr0: u64,
+    cr4: u64,
+}
+
+impl HostRegisters {
+    const MSRS: [u32; 9] = [
+        msr::FS_BASE,
+        msr::GS_BASE,
+        msr::KERNEL_GS_BASE,
+        msr::STAR,
+        msr::LSTAR,
+        msr::SFMASK,
+        msr::SYSENTER_CS,
+        msr::EFER,
+        msr::PAT,
+    ];
+
+    fn read() -> Self {
+        HostRegisters {
+            // SAFETY: every x86-64 processor has these registers; reading has no side effect.
+            msrs: Self::MSRS.map(|number| unsafe { rdmsr(number) }),
+            dr7: x86_64::registers::debug::Dr7::read_raw(),
+            // SAFETY: STR at privilege level 0 has no side effect.
+            task_register: unsafe { x86::task::tr() }.bits(),
+            cr0: x86_64::registers::control::Cr0::read_raw(),
+            cr4: x86_64::registers::control::Cr4::read_raw(),
+        }
+    }
+}
 
 /// The bytes of a guest's code.
 fn bytes_of(code: unsafe extern "C" fn()) -> &'static [u8] {
@@ -287,8 +386,18 @@ fn bytes_of(code: unsafe extern "C" fn()) -> &'static [u8] {
     }
 }
 
+/// What the checks need of the host.
+#[derive(Clone, Copy)]
+pub struct Host {
+    /// Where guests' memory comes from.
+    pub memory: &'static dyn HostMemory,
+    /// Makes an interrupt arrive on this pCPU when its TSC has come to this value, or soon after.
+    pub arm_timer: fn(u64),
+}
+
 /// A VM with 2 MiB of RAM and one vCPU, loaded on this pCPU.
 struct Guest<B: Backend> {
+    host: Host,
     memory: &'static dyn HostMemory,
     ram: Hpa,
     /// One more frame, for `UNMAPPED`.
@@ -318,7 +427,8 @@ fn out(port: u16, width: Width) -> Exit {
 }
 
 impl<B: Backend> Guest<B> {
-    fn new(backend: &B, memory: &'static dyn HostMemory) -> Result<Self, String> {
+    fn new(backend: &B, host: Host, tag: u32) -> Result<Self, String> {
+        let memory = host.memory;
         let frames = |e: OutOfFrames| format!("no {} frames", e.frames);
         let mut tables =
             NestedTable::new(backend.format(), memory, Owner::VmTables(VM)).map_err(frames)?;
@@ -340,12 +450,13 @@ impl<B: Backend> Guest<B> {
         let setup = VcpuSetup {
             vm: VM,
             vcpu: 0,
-            tag: TAGS[0],
+            tag,
             nested_root: tables.root(),
         };
         let mut vcpu = backend.create_vcpu(setup).map_err(|e| format!("{e}"))?;
         vcpu.load(0);
         let guest = Guest {
+            host,
             memory,
             ram,
             spare,
@@ -525,6 +636,7 @@ impl<B: Backend> Guest<B> {
     /// Ends the VM and gives its memory back.
     fn end(self) {
         let Guest {
+            host: _,
             memory,
             ram,
             spare,
@@ -950,6 +1062,206 @@ fn refused_entry<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
     }
 }
 
+fn ports<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
+    let input = |port, width| {
+        Exit::PortIo(PortIo {
+            port,
+            width,
+            direction: Direction::Read,
+            string: false,
+        })
+    };
+    g.start(&long_state(), ports_code);
+    g.expect_and_skip(out(0x10, Width::Byte))?;
+    g.expect_and_skip(out(0x1234, Width::Word))?;
+    g.expect_and_skip(out(0x1234, Width::Dword))?;
+    g.expect_and_skip(input(0x1234, Width::Byte))?;
+    g.expect_and_skip(input(0x60, Width::Dword))?;
+    g.expect(Exit::PortIo(PortIo {
+        port: 0x1234,
+        width: Width::Byte,
+        direction: Direction::Write,
+        string: true,
+    }))
+}
+
+fn other_instructions<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
+    const X87_AND_SSE: u64 = 3;
+    let mut state = long_state();
+    state.cr4 |= CR4_OSXSAVE;
+    let code = if B::NAME == "AMD-V" {
+        amd_instructions_code
+    } else {
+        intel_instructions_code
+    };
+    g.start(&state, code);
+    g.expect_and_skip(Exit::Hypercall)?;
+    g.expect_and_skip(Exit::Wbinvd)?;
+    let exit = g.next()?;
+    // QEMU 7.2 TCG reports INVD as WBINVD.
+    if !matches!(exit, Exit::Invd | Exit::Wbinvd) {
+        return Err(format!("{exit:x?}, not INVD"));
+    }
+    g.vcpu.skip_instruction(None);
+    g.expect_and_skip(Exit::Rdpmc)?;
+    let exit = g.next()?;
+    if exit == Exit::Xsetbv {
+        g.vcpu.set_xcr0(X87_AND_SSE);
+        g.vcpu.skip_instruction(None);
+        g.expect(Exit::VirtualizationInstruction)?;
+    } else {
+        // QEMU 7.2 TCG executes XSETBV without the exit.
+        equal("exit", exit, Exit::VirtualizationInstruction)?;
+    }
+    equal("XCR0", g.vcpu.xcr0(), X87_AND_SSE)?;
+    g.vcpu.unload();
+    g.vcpu.load(0);
+    equal("XCR0, loaded again", g.vcpu.xcr0(), X87_AND_SSE)
+}
+
+fn task_priority<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
+    const MOV_CR8_BYTES: u8 = 4;
+    g.start(&long_state(), priority_code);
+    let wanted = CrAccess::MovTo {
+        cr: 8,
+        gpr: Gpr::Rbx,
+    };
+    match g.vcpu.enter() {
+        Exit::CrAccess(access) => equal("access", access.unwrap_or(wanted), wanted)?,
+        other => return Err(format!("{other:x?}, not an access to CR8")),
+    }
+    g.vcpu.skip_instruction(Some(MOV_CR8_BYTES));
+    g.expect(Exit::Halt)
+}
+
+/// Fetching from a page without execute rights, and a walk of page tables that are not there.
+fn other_nested_faults<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
+    g.start(&long_state(), jump_code);
+    g.vcpu.set_gpr(Gpr::Rsi, UNMAPPED + 0x10);
+    g.map_spare(Rights::READ_WRITE)?;
+    match g.next()? {
+        Exit::NestedPageFault(f) if f.gpa == Gpa(UNMAPPED + 0x10) => {
+            equal(
+                "(write, fetch, walk)",
+                (f.write, f.fetch, f.page_walk),
+                (false, true, false),
+            )?;
+        }
+        other => return Err(format!("{other:x?}, not a nested fetch fault")),
+    }
+    let beyond = UNMAPPED + PAGE_SIZE;
+    g.vcpu.set_cr3(beyond);
+    match g.next()? {
+        Exit::NestedPageFault(f) if f.gpa.align_down(PAGE_SIZE) == Gpa(beyond) => {
+            equal("page walk", f.page_walk, true)
+        }
+        other => Err(format!("{other:x?}, not a fault in a page walk")),
+    }
+}
+
+/// As with interrupts: an exception's error code comes again, and an NMI masks only once.
+fn interrupted_others<B: Backend>(g: &mut Guest<B>, backend: &B) -> Check {
+    let mut state = long_state();
+    state.gprs[Gpr::Rsp as usize] = UNMAPPED + 0x800;
+    g.start(&state, exception_code);
+    let event = Event::Exception {
+        vector: 13,
+        error_code: Some(0x18),
+    };
+    g.vcpu.inject(event);
+    g.expect_stack_fault()?;
+    equal("queued event", g.vcpu.queued(), Some(event))?;
+    g.map_spare(Rights::READ_WRITE)?;
+    g.expect(Exit::Halt)?;
+    g.gpr("error code", Gpr::Rdx, 0x18)?;
+
+    g.tables
+        .unmap(Gpa(UNMAPPED), PAGE_SIZE)
+        .map_err(|e| format!("{e:?}"))?;
+    backend.flush_nested(g.tables.root());
+    g.start(&state, interrupt_code);
+    g.vcpu.inject(Event::Nmi);
+    g.expect_stack_fault()?;
+    equal("queued event", g.vcpu.queued(), Some(Event::Nmi))?;
+    g.map_spare(Rights::READ_WRITE)?;
+    g.expect_and_skip(out(0x41, Width::Byte))?;
+    g.expect(Exit::Halt)?;
+    equal("nmi_ready after IRET", g.vcpu.nmi_ready(), true)?;
+    g.gpr("NMIs taken", Gpr::Rbx, 1)
+}
+
+/// An interrupt of the host's ends a guest that does nothing, with its interrupts on or off.
+fn host_interrupt<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
+    const SOON: u64 = 1_000_000;
+    const LATER: u64 = 50_000_000;
+    for rflags in [2, 2 | RFLAGS_IF] {
+        let mut state = long_state();
+        state.rflags = rflags;
+        g.start(&state, endless_code);
+        let now = rdtsc();
+        (g.host.arm_timer)(now + SOON);
+        g.vcpu.set_deadline(now + LATER);
+        let exit = g.vcpu.enter();
+        interrupts::enable();
+        x86_64::instructions::nop();
+        interrupts::disable();
+        // Bochs 2.7 keeps the interrupt from a guest that was entered with interrupts off.
+        if !matches!(exit, Exit::ExternalInterrupt | Exit::Deadline) {
+            return Err(format!("{exit:x?}, not a host interrupt"));
+        }
+        equal("RIP", g.vcpu.rip(), CODE)?;
+    }
+    Ok(())
+}
+
+fn breakpoint<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
+    g.start(&long_state(), breakpoint_code);
+    g.expect(Exit::Halt)?;
+    let at = g.vcpu.state().dr[0];
+    g.gpr("return address", Gpr::Rsi, at)?;
+    let dr6 = g.vcpu.gpr(Gpr::Rax);
+    equal("DR6.B0", dr6 & 1, 1)
+}
+
+/// Two VMs read their own memory at the same address, also when both have tags beyond what
+/// the processor has.
+fn two_vms<B: Backend>(g: &mut Guest<B>, backend: &B) -> Check {
+    const MANY: u32 = 1 << 20;
+    let host = g.host;
+    g.vcpu.unload();
+    let result = [[1, 2], [MANY, MANY + 1]].into_iter().try_for_each(|tags| {
+        let mut vms = alloc::vec![];
+        for tag in tags {
+            let mut vm = Guest::new(backend, host, tag)?;
+            vm.start(&long_state(), faults_code);
+            vm.map_spare(Rights::READ_WRITE)?;
+            vm.memory.write_u64(vm.spare + 0x120, 100 * u64::from(tag));
+            vm.vcpu.unload();
+            vms.push((tag, vm));
+        }
+        let result = (0..3).try_for_each(|_| {
+            vms.iter_mut().try_for_each(|(tag, vm)| {
+                vm.vcpu.load(0);
+                vm.vcpu.set_rip(CODE);
+                let seen = vm.expect(Exit::Halt);
+                vm.vcpu.unload();
+                seen?;
+                vm.vcpu.load(0);
+                let seen = vm.gpr("RBX", Gpr::Rbx, 100 * u64::from(*tag) + 1);
+                vm.vcpu.unload();
+                seen
+            })
+        });
+        for (_, mut vm) in vms {
+            vm.vcpu.load(0);
+            vm.end();
+        }
+        result
+    });
+    g.vcpu.load(0);
+    result
+}
+
 /// One check: a name, and what it does with a fresh guest.
 type Entry<B> = (&'static str, fn(&mut Guest<B>, &B) -> Check);
 
@@ -974,6 +1286,20 @@ fn checks<B: Backend>() -> Vec<Entry<B>> {
         ("single step", single_step),
         ("TSC offset", tsc_offset),
         ("TLB flushes", flushes),
+        ("port I/O forms", ports),
+        ("other instructions that exit", other_instructions),
+        ("task priority", task_priority),
+        (
+            "nested faults of fetches and page walks",
+            other_nested_faults
+        ),
+        (
+            "exception and NMI, delivery interrupted",
+            interrupted_others
+        ),
+        ("host interrupts", host_interrupt),
+        ("a guest's breakpoint", breakpoint),
+        ("two VMs at the same addresses", two_vms),
         ("refused entry is explained", refused_entry),
     ]
 }
@@ -981,21 +1307,20 @@ fn checks<B: Backend>() -> Vec<Entry<B>> {
 /// Runs all checks on the calling pCPU, which must have virtualization enabled as pCPU 0 and
 /// an interrupt table that handles whatever is pending. Calls `report` with each check's
 /// name and result, and at the end with the cost of an exit.
-pub fn run<B: Backend>(
-    backend: &B,
-    memory: &'static dyn HostMemory,
-    report: &mut dyn FnMut(&str, Result<(), String>),
-) {
+pub fn run<B: Backend>(backend: &B, host: Host, report: &mut dyn FnMut(&str, Result<(), String>)) {
+    let before = HostRegisters::read();
     for (name, check) in checks::<B>() {
         let result = interrupts::without_interrupts(|| {
-            let mut guest = Guest::new(backend, memory)?;
+            let mut guest = Guest::new(backend, host, TAGS[0])?;
             let result = check(&mut guest, backend);
             guest.end();
             result
         });
         report(name, result);
     }
-    let cost = interrupts::without_interrupts(|| cpuid_cost(backend, memory));
+    let unchanged = equal("what guests left", HostRegisters::read(), before);
+    report("the host's registers are its own", unchanged);
+    let cost = interrupts::without_interrupts(|| cpuid_cost(backend, host));
     match cost {
         Ok(ticks) => report(
             &format!("CPUID: {ticks} ticks per exit, entry and skip"),
@@ -1006,9 +1331,9 @@ pub fn run<B: Backend>(
 }
 
 /// Host TSC ticks of a loop of CPUID exits that are only stepped over.
-fn cpuid_cost<B: Backend>(backend: &B, memory: &'static dyn HostMemory) -> Result<u64, String> {
+fn cpuid_cost<B: Backend>(backend: &B, host: Host) -> Result<u64, String> {
     const ROUNDS: u64 = 1000;
-    let mut guest = Guest::new(backend, memory)?;
+    let mut guest = Guest::new(backend, host, TAGS[0])?;
     guest.start(&long_state(), cpuid_loop_code);
     let mut run = || {
         guest.expect_and_skip(Exit::Cpuid)?;

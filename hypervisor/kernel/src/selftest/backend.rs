@@ -7,7 +7,7 @@ use alloc::string::String;
 
 use virt::{Backend, selftest, svm::Svm, vtx::Vtx};
 
-use crate::{error, info, memory};
+use crate::{error, info, interrupts, memory};
 
 /// Checks the backend of this processor.
 pub fn run() {
@@ -48,6 +48,10 @@ fn check<B: Backend>() {
             error!("selftest FAILED {name}: {e}");
         }
     };
-    selftest::run(&backend, &memory::HOST, &mut report);
+    let host = selftest::Host {
+        memory: &memory::HOST,
+        arm_timer: interrupts::arm_timer,
+    };
+    selftest::run(&backend, host, &mut report);
     info!("selftest done: {passed} passed, {failed} failed");
 }
