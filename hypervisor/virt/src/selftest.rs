@@ -339,10 +339,11 @@ guest_code!(
 
 guest_code!(cpuid_loop_code, ".code64", "7:", "cpuid", "jmp 7b",);
 
-/// Registers of the host that no guest may change.
+/// Registers that the host relies on. Those of SYSCALL and SYSENTER it does not use, and VT-x
+/// leaves a guest's values in them.
 #[derive(Debug, PartialEq)]
 struct HostRegisters {
-    msrs: [u64; 9],
+    msrs: [u64; 4],
     dr7: u64,
     task_register: u16,
     cr0: u64,
@@ -350,17 +351,7 @@ struct HostRegisters {
 }
 
 impl HostRegisters {
-    const MSRS: [u32; 9] = [
-        msr::FS_BASE,
-        msr::GS_BASE,
-        msr::KERNEL_GS_BASE,
-        msr::STAR,
-        msr::LSTAR,
-        msr::SFMASK,
-        msr::SYSENTER_CS,
-        msr::EFER,
-        msr::PAT,
-    ];
+    const MSRS: [u32; 4] = [msr::FS_BASE, msr::GS_BASE, msr::EFER, msr::PAT];
 
     fn read() -> Self {
         HostRegisters {
