@@ -308,7 +308,8 @@ fn find_s5(table: &Table) -> Option<(u8, u8)> {
 
     let start = table.address + HEADER;
     let end = table.address + u64::from(table.length).min(LENGTH_LIMIT);
-    (start + 2..end.saturating_sub(8)).find_map(|address| {
+    // The name may be the very first object: byte 0 is NAME then, and the name begins at byte 1.
+    (start + 1..end.saturating_sub(8)).find_map(|address| {
         let name = read32(address).to_le_bytes();
         let before = (read8(address - 2), read8(address - 1));
         let named = before.1 == NAME || before == (NAME, ROOT);
