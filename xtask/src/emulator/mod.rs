@@ -61,6 +61,20 @@ pub enum Acceleration {
     Kvm,
 }
 
+/// What makes time pass in an emulated PC.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Time {
+    /// The workstation's clock.
+    Workstation,
+    /// Its own instructions, of 2^`shift` ns each; an idle machine skips to its next event.
+    /// Runs repeat exactly, however busy the workstation is. With a shift of 0 the time-stamp
+    /// counter counts instructions; the higher it is, the sooner waiting loops are through.
+    Instructions {
+        /// Logarithm of the nanoseconds.
+        shift: u8,
+    },
+}
+
 /// A PC to emulate.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -78,8 +92,8 @@ pub struct Machine {
     pub memory_mib: u32,
     /// Processor model in the emulator's words; `None`: all that it can do.
     pub cpu_model: Option<String>,
-    /// QEMU without KVM: the time-stamp counter counts instructions, and runs repeat exactly.
-    pub count_instructions: bool,
+    /// What makes the machine's time pass. Bochs: always its instructions.
+    pub time: Time,
     /// A detailed log of what the processor does goes here.
     pub trace: Option<PathBuf>,
     /// QEMU: wait for a debugger on this TCP port of the workstation before the first instruction.
@@ -107,7 +121,7 @@ impl Machine {
             },
             memory_mib: 1024,
             cpu_model: None,
-            count_instructions: false,
+            time: Time::Workstation,
             trace: None,
             debugger_port: None,
             extra: Vec::new(),

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Context;
 
-use super::{Acceleration, End, EndSource, Firmware, Machine};
+use super::{Acceleration, End, EndSource, Firmware, Machine, Time};
 use crate::{
     deps::{self, Program},
     process::{Guarded, dies_with_us, last_lines},
@@ -71,10 +71,12 @@ fn arguments(
     };
     add(&["-accel", accelerator]);
     let model = machine.cpu_model.as_deref().unwrap_or(model);
-    if machine.count_instructions && machine.acceleration == Acceleration::Emulated {
+    if let (Time::Instructions { shift }, Acceleration::Emulated) =
+        (machine.time, machine.acceleration)
+    {
         // No random numbers from outside, and time that passes with instructions only.
         add(&["-cpu", &format!("{model},-rdrand,-rdseed")]);
-        add(&["-icount", "shift=0,sleep=off", "-seed", "1"]);
+        add(&["-icount", &format!("shift={shift},sleep=off"), "-seed", "1"]);
         add(&["-rtc", &format!("base={FIXED_DATE},clock=vm")]);
     } else {
         add(&["-cpu", model]);
@@ -200,12 +202,12 @@ mod tests {
     #[test]
     fn counting_instructions_takes_randomness_away() {
         let counting = Machine {
-            count_instructions: true,
+            time: Time::Instructions { shift: 2 },
             ..machine()
         };
         let args = arguments(&counting, None, Path::new("x"));
         assert_eq!(after(&args, "-cpu"), ["max,-rdrand,-rdseed"]);
-        assert_eq!(after(&args, "-icount"), ["shift=0,sleep=off"]);
+        assert_eq!(after(&args, "-icount"), ["shift=2,sleep=off"]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::{
     rig::{Rig, Start},
     terminal::Terminal,
 };
-use crate::emulator::{End, Machine};
+use crate::emulator::{End, Machine, Time};
 
 /// A failure of the host, and what its report has to name.
 pub struct Fault {
@@ -53,7 +53,7 @@ pub const FAULTS: [Fault; 6] = [
 
 /// The machine's time is the workstation's: the host waits for us, or for nobody.
 fn real_time(machine: &mut Machine) {
-    machine.count_instructions = false;
+    machine.time = Time::Workstation;
 }
 
 /// The checks of the virtualization backend, on the processor itself.

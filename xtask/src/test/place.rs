@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 use super::linux::Limits;
 use crate::{
     deps::Program,
-    emulator::{Acceleration, Emulator, Firmware, Machine},
+    emulator::{Acceleration, Emulator, Firmware, Machine, Time},
 };
 
 /// Where a scenario runs.
@@ -58,8 +58,10 @@ impl Place {
     /// The machine that boots `image` there.
     pub fn machine(self, image: &Path) -> Machine {
         let mut machine = Machine::new(self.emulator(), image);
-        // Independent of how busy the workstation is.
-        machine.count_instructions = matches!(self, Self::Qemu(_) | Self::Bare);
+        if matches!(self, Self::Qemu(_) | Self::Bare) {
+            // Independent of how busy the workstation is; guests wait in loops at times.
+            machine.time = Time::Instructions { shift: 2 };
+        }
         match self {
             Self::Qemu(firmware) => machine.firmware = firmware,
             // A second processor costs Bochs as much as the first.

@@ -21,14 +21,13 @@ use crate::{
     guests::{self, Guest},
 };
 
+/// A scenario on a machine.
+type OnMachine = Box<dyn Fn(&Rig, &Start) -> Result<String> + Send + Sync>;
+
 /// What a scenario does; its result is a remark for people.
 enum Body {
     /// Starts a machine in that place, with this on it.
-    Machine(
-        Place,
-        Boots,
-        Box<dyn Fn(&Rig, &Start) -> Result<String> + Send + Sync>,
-    ),
+    Machine(Place, Boots, OnMachine),
     /// Uses the workstation alone. The path is its log's.
     Workstation(fn(&Rig, &Path) -> Result<String>),
     /// Looks at what the others have found, after all of them.
