@@ -423,8 +423,12 @@ impl<B: Backend> World<B> {
             Pause::SliceOver => self.sched.lock().yield_now(id),
             Pause::Idle { until } => self.sched.lock().block(id, until),
             Pause::Ended => {
-                self.sched.lock().block(id, None);
-                self.at_rest(entity.slot);
+                // The kick that ended the VM must not bring this vCPU to rest a second time.
+                self.sched.lock().retire(id);
+                let slot = entity.slot;
+                // Else this pCPU would hold the VM's memory while the VM is made anew.
+                drop(entity);
+                self.at_rest(slot);
             }
         }
     }

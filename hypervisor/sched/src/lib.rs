@@ -1,7 +1,7 @@
 //! Which vCPU runs next on which pCPU.
 //!
 //! One run queue for all pCPUs, round robin by time slice. An entity (a vCPU) is blocked,
-//! waiting in the queue, or running on exactly one pCPU. The queue is a value without a
+//! waiting in the queue, running on exactly one pCPU, or retired. The queue is a value without a
 //! lock: the kernel keeps it behind one, taken only when a pCPU changes what it runs.
 //!
 //! Invariant: an entity stands in the queue at most once, and only while it waits.
@@ -34,6 +34,8 @@ pub enum State {
         /// pCPU number.
         pcpu: usize,
     },
+    /// It has run for the last time and waits to be removed.
+    Retired,
 }
 
 /// What to do about a wake-up.
@@ -46,7 +48,7 @@ pub enum Wake {
         /// pCPU number.
         pcpu: usize,
     },
-    /// It is in the queue already, or gone.
+    /// It is in the queue already, or will not run any more.
     Nothing,
 }
 
@@ -124,7 +126,7 @@ impl RunQueue {
                 self.queue.push_back(id);
                 Wake::Queued
             }
-            State::Waiting => Wake::Nothing,
+            State::Waiting | State::Retired => Wake::Nothing,
             State::Running { pcpu } => {
                 entity.woken = true;
                 Wake::Kick { pcpu }
@@ -207,6 +209,15 @@ impl RunQueue {
             entity.state = State::Blocked { until };
         }
     }
+
+    /// A running entity has run for the last time: no wake-up, past or to come, readies it again.
+    pub fn retire(&mut self, id: EntityId) {
+        if let Some(entity) = self.get_mut(id)
+            && matches!(entity.state, State::Running { .. })
+        {
+            entity.state = State::Retired;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -244,6 +255,20 @@ mod tests {
         assert!(!q.has_work(0));
         q.expire(10);
         assert!(q.has_work(0));
+    }
+
+    #[test]
+    fn a_retired_entity_never_runs_again() {
+        let mut q = RunQueue::new();
+        let id = q.add(None);
+        q.wake(id);
+        assert_eq!(q.pick(0), Some(id));
+        q.wake(id);
+        q.retire(id);
+        assert_eq!(q.state(id), Some(State::Retired));
+        assert_eq!(q.wake(id), Wake::Nothing);
+        assert!(!q.has_work(0));
+        assert!(q.remove(id));
     }
 
     #[test]
