@@ -52,12 +52,15 @@ impl PitStopwatch {
         Self
     }
 
-    /// PIT ticks since the start.
-    pub fn ticks(&self) -> u64 {
+    /// PIT ticks since the start, and the TSC when they were latched. Under a hypervisor each
+    /// port access takes long: only the latch counts, not the two reads after it.
+    pub fn read(&self) -> (u64, u64) {
         port::write8(PIT_COMMAND, 0x80);
+        let tsc = cpu::tsc();
         let low = port::read8(PIT_CHANNEL2);
         let high = port::read8(PIT_CHANNEL2);
-        u64::from(u16::MAX.wrapping_sub(u16::from_le_bytes([low, high])))
+        let ticks = u16::MAX.wrapping_sub(u16::from_le_bytes([low, high]));
+        (ticks.into(), tsc)
     }
 }
 
@@ -82,7 +85,7 @@ impl PmTimer {
     }
 }
 
-/// TSC ticks per second, measured over 10 ms of the PIT: the middle one of five windows.
+/// TSC ticks per second, measured over 20 ms of the PIT: the middle one of five windows.
 ///
 /// A window that a busy emulator stretches is still right, up to the 55 ms after which the PIT
 /// wraps around; one that is stretched more, or in the middle of a reading, is an outlier.
@@ -93,11 +96,13 @@ pub fn measure_tsc_hz() -> u64 {
 }
 
 fn measure_tsc_window() -> u64 {
-    const WINDOW: u64 = PIT_HZ / 100;
+    const WINDOW: u64 = PIT_HZ / 50;
     let watch = PitStopwatch::start();
-    let (start_ticks, start_tsc, _) = bracket(|| watch.ticks());
+    // The first reading warms up what the others use.
+    watch.read();
+    let (start_ticks, start_tsc) = watch.read();
     loop {
-        let (ticks, tsc, _) = bracket(|| watch.ticks());
+        let (ticks, tsc) = watch.read();
         let elapsed = ticks.saturating_sub(start_ticks);
         if elapsed >= WINDOW {
             return (tsc.saturating_sub(start_tsc).saturating_mul(PIT_HZ) / elapsed).max(1);
