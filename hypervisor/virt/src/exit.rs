@@ -100,7 +100,7 @@ pub enum Exit {
     VirtualizationInstruction,
     /// A task switch (by far CALL/JMP, IRET or task gate).
     TaskSwitch,
-    /// An intercepted exception (#DB, #AC, #MC). It was not delivered: the VMM injects it.
+    /// An intercepted exception (#DB, #AC). It was not delivered: the VMM injects it.
     Exception {
         /// Vector, 0 to 31.
         vector: u8,

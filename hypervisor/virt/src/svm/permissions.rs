@@ -13,9 +13,6 @@ pub const IOPM_BYTES: usize = 3 * 4096;
 /// Bytes of the MSR permission map: two bits per MSR in four ranges of 8192.
 pub const MSRPM_BYTES: usize = 2 * 4096;
 
-/// IA32_PRED_CMD: writing 1 is a barrier for indirect branch prediction; it holds nothing.
-pub const PRED_CMD: u32 = 0x49;
-
 /// MSRs that VMSAVE and VMLOAD switch.
 const SWITCHED: [u32; 10] = [
     msr::SYSENTER_CS,
@@ -63,7 +60,8 @@ pub fn msr_map(capabilities: &Capabilities) -> Box<[u8]> {
         pass(msr::SPEC_CTRL, true, true);
     }
     if capabilities.ibpb {
-        pass(PRED_CMD, false, true);
+        // A command, which holds nothing.
+        pass(msr::PRED_CMD, false, true);
     }
     map
 }
@@ -117,7 +115,7 @@ mod tests {
         capabilities.ibpb = true;
         let map = msr_map(&capabilities);
         assert_eq!(exits(&map, msr::TSC_AUX), (false, false));
-        assert_eq!(exits(&map, PRED_CMD), (true, false));
+        assert_eq!(exits(&map, msr::PRED_CMD), (true, false));
         assert_eq!(exits(&map, msr::SPEC_CTRL), (true, true));
     }
 }

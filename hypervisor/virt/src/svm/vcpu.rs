@@ -19,7 +19,6 @@ use core::sync::atomic::Ordering;
 use mem::{Hpa, OutOfFrames, Owner, PAGE_SIZE};
 
 use super::decode;
-use super::permissions::PRED_CMD;
 use super::switch::{self, Frame};
 use super::vmcb::{
     ATTRIBUTE_LONG, Clean, ControlArea, CrIntercepts, EventField, EventType, ExceptionIntercepts,
@@ -28,7 +27,8 @@ use super::vmcb::{
 };
 use super::{Shared, checks, features::SvmFeatures};
 use crate::cpu::{
-    GuestDebug, GuestFpu, GuestSpecCtrl, PAT_RESET, is_canonical, is_pat, msr, rdmsr, wrmsr,
+    GuestDebug, GuestFpu, GuestSpecCtrl, PAT_RESET, is_canonical, is_pat, msr, raise_machine_check,
+    rdmsr, wrmsr,
 };
 use crate::exit::Exit;
 use crate::state::{CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName};
@@ -280,7 +280,7 @@ impl SvmVcpu {
     #[inline]
     fn run_guest(&mut self) {
         self.before_entry();
-        // SAFETY: the vCPU is loaded (`enter`'s contract) on an enabled pCPU whose host state was
+        // SAFETY: the vCPU is loaded (`enter` checks it) on an enabled pCPU whose host state was
         // stored by `load`; the VMCB is ours, with the nested tables that the VM was set up with,
         // and with every intercept that protects the host; interrupts are disabled between
         // `load` and `unload`, and no reference into the VMCB is alive.
@@ -358,9 +358,15 @@ impl SvmVcpu {
     }
 
     /// An intercepted exception, which the VMM injects. DR6 and DR7 are already as the guest's
-    /// handler expects them (section 15.12.2).
+    /// handler expects them (section 15.12.2). A machine check is the host's.
     fn exception(&mut self) -> Option<Exit> {
-        let debug = self.control().exit_code as u32 == exit_code::DEBUG_EXCEPTION;
+        let code = self.control().exit_code as u32;
+        if code == exit_code::MACHINE_CHECK {
+            self.requeue(self.control().exit_interrupt_info);
+            raise_machine_check();
+            return Some(Exit::ExternalInterrupt);
+        }
+        let debug = code == exit_code::DEBUG_EXCEPTION;
         // Like the processor: a benign exception in the delivery of an event takes its place.
         self.control_mut().event_injection = EventField::NONE;
         if debug && let Some(step) = self.step.take() {
@@ -540,7 +546,7 @@ impl VirtualCpu for SvmVcpu {
             pcpu.last_vm.swap(u32::from(self.vm), Ordering::Relaxed) != u32::from(self.vm);
         if other_vm && shared.capabilities.ibpb {
             // SAFETY: CPUID reports the register; bit 0 is the barrier, all others are 0.
-            unsafe { wrmsr(PRED_CMD, 1) };
+            unsafe { wrmsr(msr::PRED_CMD, 1) };
         }
         self.loaded = true;
         // SAFETY: `enable` ran on this pCPU (it allocated `host_vmcb`, which no other uses).
@@ -574,6 +580,7 @@ impl VirtualCpu for SvmVcpu {
     }
 
     fn enter(&mut self) -> Exit {
+        assert!(self.loaded, "vCPU entered without being loaded");
         self.run_guest();
         match self.frequent_exit() {
             Some(exit) => exit,

@@ -470,6 +470,7 @@ pub mod exit_code {
     pub const EXCEPTION_FIRST: u32 = 0x40;
     pub const EXCEPTION_LAST: u32 = 0x5f;
     pub const DEBUG_EXCEPTION: u32 = EXCEPTION_FIRST + 1;
+    pub const MACHINE_CHECK: u32 = EXCEPTION_FIRST + 18;
     pub const INTR: u32 = 0x60;
     pub const NMI: u32 = 0x61;
     pub const SMI: u32 = 0x62;

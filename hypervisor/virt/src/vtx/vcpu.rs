@@ -33,7 +33,7 @@ use super::decode::{
 use super::entry::{GuestRegisters, Outcome, enter, exit_landing};
 use super::vmcs::{Field, SegmentFields, vmclear, vmptrld, vmread, vmread_universal, vmwrite};
 use crate::cpu::{GuestDebug, GuestFpu, GuestSpecCtrl, PAT_RESET, is_canonical, is_pat};
-use crate::cpu::{msr, rdmsr, rdtsc, wrmsr};
+use crate::cpu::{msr, raise_machine_check, rdmsr, rdtsc, wrmsr};
 use crate::state::{AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName};
 use crate::{Exit, VcpuSetup, VirtError, VirtualCpu};
 
@@ -669,14 +669,6 @@ impl VtxVcpu {
             self.inject(event);
         }
     }
-}
-
-/// Hands a machine check that came while a guest ran to the host's own handler, where it
-/// would have gone a moment later.
-#[cold]
-fn raise_machine_check() {
-    // SAFETY: INT enters the host's handler for the vector, which pushes no error code either way.
-    unsafe { asm!("int 18") };
 }
 
 /// The task register's selector.
