@@ -208,8 +208,10 @@ impl Builder {
         writer.add(bundle::CONFIG, &configuration.text)?;
         writer.add(bundle::SYMBOLS, self.symbols.as_bytes())?;
         for (name, file) in configuration.files() {
-            let bytes = fs::read(&file).with_context(|| file.display().to_string())?;
-            writer.add(&bundle::entry_name(&name), &bytes)?;
+            // The check has told of a file that is not there, and the kernel will, too.
+            if let Ok(bytes) = fs::read(&file) {
+                writer.add(&bundle::entry_name(&name), &bytes)?;
+            }
         }
         self.finish(writer, image)
     }

@@ -147,7 +147,7 @@ pub fn bad_kernel(rig: &Rig, start: &Start) -> Result<String> {
         kernel: name,
         ..SOUND
     };
-    let mut session = rig.boot(start, &[bad("letter"), bad("cut-short"), SOUND])?;
+    let mut session = rig.boot(start, &[SOUND, bad("letter"), bad("cut-short")])?;
     stub_to_power_off(&mut session, start.place.limits())?;
     let text = session.text();
     for pattern in [
