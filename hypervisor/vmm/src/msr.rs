@@ -35,6 +35,7 @@ pub mod number {
     pub const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
     pub const EFER: u32 = 0xc000_0080;
     pub const TSC_AUX: u32 = 0xc000_0103;
+    pub const SMI_COUNT: u32 = 0x34;
     pub const AMD_SYSCFG: u32 = 0xc001_0010;
     pub const AMD_HWCR: u32 = 0xc001_0015;
     pub const AMD_TOP_MEM2: u32 = 0xc001_001d;
@@ -158,7 +159,7 @@ pub fn constant(vendor: Vendor, msr: u32) -> Option<u64> {
             Vendor::Intel => 1 << 32,
             Vendor::Amd => 0x0100_0065,
         }),
-        (Vendor::Intel, PLATFORM_ID) => Some(0),
+        (Vendor::Intel, PLATFORM_ID | SMI_COUNT) => Some(0),
         // Locked with VMX off.
         (Vendor::Intel, FEATURE_CONTROL) => Some(1),
         (Vendor::Intel, MISC_ENABLE) => Some(MISC_ENABLE_VALUE),
@@ -175,15 +176,15 @@ pub fn constant(vendor: Vendor, msr: u32) -> Option<u64> {
 
 /// Whether a write to a constant MSR is taken and dropped; all others fault.
 pub fn write_ignored(vendor: Vendor, msr: u32) -> bool {
-    match (vendor, msr) {
-        (_, MCG_STATUS | BIOS_SIGN_ID) => true,
-        (Vendor::Intel, MISC_ENABLE) => true,
-        (
-            Vendor::Amd,
-            AMD_SYSCFG | AMD_HWCR | AMD_NB_CFG | AMD_PATCH_LOADER | AMD_BU_CFG | AMD_DE_CFG,
-        ) => true,
-        _ => false,
-    }
+    matches!(
+        (vendor, msr),
+        (_, MCG_STATUS | BIOS_SIGN_ID)
+            | (Vendor::Intel, MISC_ENABLE)
+            | (
+                Vendor::Amd,
+                AMD_SYSCFG | AMD_HWCR | AMD_NB_CFG | AMD_PATCH_LOADER | AMD_BU_CFG | AMD_DE_CFG,
+            )
+    )
 }
 
 #[cfg(test)]

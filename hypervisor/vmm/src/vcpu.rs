@@ -829,3 +829,7 @@ impl<V: VirtualCpu> Platform<V> for Rest {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "vcpu_tests.rs"]
+mod tests;

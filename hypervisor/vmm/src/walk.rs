@@ -187,11 +187,12 @@ impl Paging {
                     Access::Fetch => !no_execute,
                 };
         }
+        let smep = self.cr4 & CR4_SMEP != 0;
         let smap_blocks = user_page && self.cr4 & CR4_SMAP != 0 && self.rflags & RFLAGS_AC == 0;
         match access {
             Access::Read => !smap_blocks,
             Access::Write => (writable || self.cr0 & CR0_WP == 0) && !smap_blocks,
-            Access::Fetch => !no_execute && !(user_page && self.cr4 & CR4_SMEP != 0),
+            Access::Fetch => !no_execute && !(smep && user_page),
         }
     }
 }

@@ -1,0 +1,461 @@
+//! Tests of the run loop: a whole VM over fake memory, with a scripted vCPU.
+
+use alloc::{boxed::Box, collections::VecDeque, vec::Vec};
+use core::{
+    cell::Cell,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use devices::{lapic::VcpuKick, uart::ConsoleSink};
+use mem::fake::FakeMemory;
+use proptest::prelude::*;
+use spin::Mutex;
+
+use super::*;
+use crate::{
+    clock::TimeSource,
+    cpuid::CpuidResult,
+    fake::FakeCpu,
+    vm::{Environment, VmSpec},
+};
+
+/// Ticks per second of the host's TSC: a tick is a nanosecond.
+const HZ: u64 = 1_000_000_000;
+/// Ticks of a slice: time for a few turns of the loop after a script has ended.
+const SLICE: u64 = 50_000;
+
+std::thread_local! {
+    static NOW: Cell<u64> = const { Cell::new(1_000) };
+}
+
+/// Time goes on by a microsecond at each look.
+fn now() -> u64 {
+    NOW.set(NOW.get() + 1_000);
+    NOW.get()
+}
+
+#[derive(Default)]
+struct FakeHost {
+    interrupts: u32,
+    nmis: u32,
+    armed: Option<u64>,
+    notes: Vec<String>,
+}
+
+impl Host for FakeHost {
+    fn now(&self) -> u64 {
+        now()
+    }
+    fn arm_timer(&mut self, host_tsc: u64) {
+        self.armed = Some(host_tsc);
+    }
+    fn take_interrupts(&mut self) {
+        self.interrupts += 1;
+    }
+    fn take_nmi(&mut self) {
+        self.nmis += 1;
+    }
+    fn note(&mut self, line: String) {
+        self.notes.push(line);
+    }
+}
+
+#[derive(Default)]
+struct Terminal(Mutex<Vec<u8>>);
+
+impl ConsoleSink for Terminal {
+    fn write(&self, bytes: &[u8]) {
+        self.0.lock().extend_from_slice(bytes);
+    }
+}
+
+#[derive(Default)]
+struct Kicks([AtomicU32; 2]);
+
+impl VcpuKick for Kicks {
+    fn kick(&self, vcpu: VcpuId) {
+        self.0[vcpu.0 as usize].fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// A processor by "AuthenticAMD" or "GenuineIntel" with every feature bit.
+fn cpuid(leaf: u32, _subleaf: u32) -> CpuidResult {
+    match leaf {
+        0 => CpuidResult {
+            eax: 0x10,
+            ebx: u32::from_le_bytes(*b"Auth"),
+            ecx: u32::from_le_bytes(*b"cAMD"),
+            edx: u32::from_le_bytes(*b"enti"),
+        },
+        0x8000_0000 => CpuidResult {
+            eax: 0x8000_0008,
+            ..Default::default()
+        },
+        0x8000_0008 => CpuidResult {
+            eax: 0x3028,
+            ..Default::default()
+        },
+        _ => CpuidResult {
+            eax: !0,
+            ebx: !0,
+            ecx: !0,
+            edx: !0,
+        },
+    }
+}
+
+/// A multiboot kernel by its address fields: 32 bytes of header, then HLT.
+fn kernel() -> Vec<u8> {
+    let (magic, flags, base) = (0x1bad_b002u32, 1u32 << 16, 0x10_0000u32);
+    let checksum = 0u32.wrapping_sub(magic).wrapping_sub(flags);
+    let mut image: Vec<u8> = [magic, flags, checksum, base, base, 0, 0, base + 32]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    image.push(0xf4);
+    image
+}
+
+struct Bench {
+    vcpu: Vcpu<FakeCpu>,
+    host: FakeHost,
+    terminal: Arc<Terminal>,
+    kicks: Arc<Kicks>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self::with_vcpus(1, 0)
+    }
+
+    /// vCPU `id` of a VM with `vcpus`.
+    fn with_vcpus(vcpus: u16, id: u32) -> Self {
+        let memory: &'static FakeMemory = Box::leak(Box::new(FakeMemory::new(64 << 20)));
+        let terminal = Arc::new(Terminal::default());
+        let kicks = Arc::new(Kicks::default());
+        let kernel = kernel();
+        let spec = VmSpec {
+            id: 1,
+            name: String::from("test"),
+            vcpus,
+            memory_bytes: 16 << 20,
+            kernel: &kernel,
+            initrd: None,
+            command_line: "",
+        };
+        let environment = Environment {
+            memory,
+            cpuid: &cpuid,
+            time: TimeSource { read: now, hz: HZ },
+            epoch: 1_700_000_000,
+            console: terminal.clone(),
+            kick: kicks.clone(),
+        };
+        let (vm, entry) = Vm::new(spec, environment).expect("a VM");
+        let start = (id == 0).then_some(&entry);
+        let cpu = FakeCpu::default();
+        let vcpu = Vcpu::new(vm, VcpuId(id), cpu, start, 0).expect("a vCPU");
+        Bench {
+            vcpu,
+            host: FakeHost::default(),
+            terminal,
+            kicks,
+        }
+    }
+
+    /// Runs through the exits, and on to the end of a slice.
+    fn run(&mut self, exits: impl IntoIterator<Item = Exit>) -> Pause {
+        self.vcpu.hw.exits = exits.into_iter().collect();
+        loop {
+            let pause = self.vcpu.run(&mut self.host, now() + SLICE);
+            if pause != Pause::SliceOver || self.vcpu.hw.exits.is_empty() {
+                return pause;
+            }
+        }
+    }
+
+    fn rip(&self) -> u64 {
+        self.vcpu.hw.state.rip
+    }
+
+    fn set(&mut self, gpr: Gpr, value: u64) {
+        self.vcpu.hw.state.gprs[gpr as usize] = value;
+    }
+
+    fn get(&self, gpr: Gpr) -> u64 {
+        self.vcpu.hw.state.gprs[gpr as usize]
+    }
+
+    /// Executes exits until the script is empty; the loop then ends in a triple fault.
+    fn execute(&mut self, exits: &[Exit]) {
+        let mut script: VecDeque<Exit> = exits.iter().copied().collect();
+        script.push_back(Exit::TripleFault);
+        self.vcpu.hw.exits = script;
+        let pause = self.vcpu.run(&mut self.host, u64::MAX);
+        assert_eq!(pause, Pause::Ended);
+    }
+}
+
+fn out(port: u16) -> Exit {
+    Exit::PortIo(PortIo {
+        port,
+        width: Width::Byte,
+        direction: Direction::Write,
+        string: false,
+    })
+}
+
+#[test]
+fn cpuid_answers_and_steps_over() {
+    let mut b = Bench::new();
+    let rip = b.rip();
+    b.set(Gpr::Rax, 0x4000_0000);
+    b.execute(&[Exit::Cpuid]);
+    assert_eq!(b.get(Gpr::Rbx), u64::from(u32::from_le_bytes(*b"KVMK")));
+    assert_eq!(b.rip(), rip + 2);
+    assert_eq!(b.vcpu.counters()[Exit::Cpuid.index()], 1);
+}
+
+#[test]
+fn single_step_traps_behind_an_exiting_instruction() {
+    let mut b = Bench::new();
+    b.vcpu.hw.state.rflags |= RFLAGS_TF;
+    b.execute(&[Exit::Cpuid]);
+    assert_eq!(
+        b.vcpu.hw.injected,
+        [Event::Exception {
+            vector: 1,
+            error_code: None
+        }]
+    );
+    assert_ne!(b.vcpu.hw.state.dr6 & DR6_SINGLE_STEP, 0);
+}
+
+#[test]
+fn serial_output_reaches_the_terminal() {
+    let mut b = Bench::new();
+    for byte in *b"hi" {
+        b.set(Gpr::Rax, u64::from(byte));
+        b.run([out(0x3f8)]);
+    }
+    assert_eq!(*b.terminal.0.lock(), b"hi");
+    // An unclaimed port reads as all-ones and keeps the rest of RAX.
+    b.set(Gpr::Rax, 0x1122_3344_5566_7788);
+    let read = PortIo {
+        port: 0x5658,
+        width: Width::Word,
+        direction: Direction::Read,
+        string: false,
+    };
+    b.execute(&[Exit::PortIo(read)]);
+    assert_eq!(b.get(Gpr::Rax), 0x1122_3344_5566_ffff);
+}
+
+#[test]
+fn unknown_msrs_fault_and_are_noted_a_few_times() {
+    let mut b = Bench::new();
+    b.set(Gpr::Rcx, 0x1234_5678);
+    let rip = b.rip();
+    b.execute(&[Exit::MsrRead; 40]);
+    assert_eq!(b.rip(), rip, "a fault does not step over");
+    assert_eq!(b.host.notes.len(), MAX_MSR_NOTES as usize);
+    let gp = Event::Exception {
+        vector: 13,
+        error_code: Some(0),
+    };
+    assert!(b.vcpu.hw.injected.iter().all(|event| *event == gp));
+}
+
+#[test]
+fn tsc_and_its_adjustment_move_together() {
+    let mut b = Bench::new();
+    let offset = b.vcpu.hw.tsc_offset;
+    b.set(Gpr::Rcx, u64::from(number::TSC_ADJUST));
+    b.set(Gpr::Rax, 5_000);
+    b.execute(&[Exit::MsrWrite]);
+    assert_eq!(b.vcpu.hw.tsc_offset, offset.wrapping_add(5_000));
+}
+
+#[test]
+fn efer_refuses_what_the_guest_is_not_shown() {
+    let mut b = Bench::new();
+    b.set(Gpr::Rcx, u64::from(number::EFER));
+    b.set(Gpr::Rax, 1 << 12); // SVME
+    b.execute(&[Exit::MsrWrite]);
+    assert_eq!(b.vcpu.hw.state.efer, 0);
+    assert_eq!(b.vcpu.hw.injected.len(), 1);
+}
+
+#[test]
+fn halt_with_interrupts_off_sleeps_on() {
+    let mut b = Bench::new();
+    let pause = b.run([Exit::Halt]);
+    assert!(matches!(pause, Pause::Idle { .. }), "{pause:?}");
+    assert_eq!(b.vcpu.hw.entries, 1, "not entered again");
+}
+
+#[test]
+fn a_timer_interrupt_wakes_a_halted_vcpu() {
+    let mut b = Bench::new();
+    // Local APIC on, timer one-shot on vector 0x40, IF set, then HLT.
+    let write = |b: &mut Bench, offset: u64, value: u32| {
+        let effect = b.vcpu.rest.apic.write_mmio(offset, Width::Dword, value);
+        assert!(effect.is_ok());
+    };
+    write(&mut b, 0xf0, 0x1ff);
+    write(&mut b, 0x320, 0x40);
+    write(&mut b, 0x3e0, 0xb);
+    write(&mut b, 0x380, 1_000_000);
+    b.vcpu.hw.state.rflags |= RFLAGS_IF;
+    let Pause::Idle { until: Some(until) } = b.run([Exit::Halt]) else {
+        panic!("not idle")
+    };
+    assert!(until > NOW.get());
+    NOW.set(until);
+    b.run([]);
+    assert_eq!(b.vcpu.hw.injected, [Event::Interrupt(0x40)]);
+}
+
+#[test]
+fn an_interrupt_waits_for_its_window() {
+    let mut b = Bench::new();
+    let effect = b.vcpu.rest.apic.write_mmio(0xf0, Width::Dword, 0x1ff);
+    assert!(effect.is_ok());
+    assert!(
+        b.vcpu
+            .rest
+            .apic
+            .inbox()
+            .post_interrupt(0x51, devices::lapic::Trigger::Edge)
+    );
+    b.run([]);
+    assert!(b.vcpu.hw.window && b.vcpu.hw.injected.is_empty());
+    b.vcpu.hw.state.rflags |= RFLAGS_IF;
+    b.run([Exit::InterruptWindow]);
+    assert_eq!(b.vcpu.hw.injected, [Event::Interrupt(0x51)]);
+}
+
+#[test]
+fn application_processors_wait_for_their_start() {
+    let mut b = Bench::with_vcpus(2, 1);
+    assert_eq!(b.run([]), Pause::Idle { until: None });
+    let inbox = b.vcpu.rest.apic.inbox().clone();
+    let _kick = inbox.post_init();
+    let _kick = inbox.post_startup(0x9a);
+    b.run([]);
+    assert_eq!(b.vcpu.activity, Activity::Running);
+    let cs = b.vcpu.hw.segment(SegmentName::Cs);
+    assert_eq!((cs.selector, cs.base, b.rip()), (0x9a00, 0x9_a000, 0));
+}
+
+#[test]
+fn power_off_and_reset_end_the_vm_and_wake_its_vcpus() {
+    for (port, value, expected) in [(0x604u16, 0x3400u64, "powered off"), (0xcf9, 0x06, "reset")] {
+        let mut b = Bench::with_vcpus(2, 0);
+        b.set(Gpr::Rax, value);
+        let width = if port == 0x604 {
+            Width::Word
+        } else {
+            Width::Byte
+        };
+        let write = PortIo {
+            port,
+            width,
+            direction: Direction::Write,
+            string: false,
+        };
+        assert_eq!(b.run([Exit::PortIo(write)]), Pause::Ended);
+        let reason = b.vcpu.vm().take_end_reason().expect("a reason");
+        assert_eq!(alloc::format!("{reason}"), expected);
+        assert_eq!(b.kicks.0[1].load(Ordering::Relaxed), 1);
+    }
+}
+
+#[test]
+fn what_cannot_be_handled_ends_the_vm_by_name() {
+    for (exit, words) in [
+        (Exit::TripleFault, "triple fault"),
+        (
+            Exit::Unknown {
+                code: 0x77,
+                info: 1,
+            },
+            "unknown exit (code 0x77, information 0x1)",
+        ),
+        (Exit::EntryFailure { code: 7 }, "a fake has no entry checks"),
+        (Exit::TaskSwitch, "a hardware task switch"),
+    ] {
+        let mut b = Bench::new();
+        assert_eq!(b.run([exit]), Pause::Ended);
+        let text = alloc::format!("{}", b.vcpu.vm().take_end_reason().expect("a reason"));
+        assert!(text.contains(words) && text.contains("RIP"), "{text}");
+    }
+}
+
+#[test]
+fn host_interrupts_and_nmis_go_to_the_host() {
+    let mut b = Bench::new();
+    b.execute(&[Exit::ExternalInterrupt, Exit::Nmi]);
+    assert_eq!((b.host.interrupts, b.host.nmis), (1, 1));
+}
+
+fn any_exit() -> impl Strategy<Value = Exit> {
+    let width = prop_oneof![Just(Width::Byte), Just(Width::Word), Just(Width::Dword)];
+    let direction = prop_oneof![Just(Direction::Read), Just(Direction::Write)];
+    prop_oneof![
+        Just(Exit::Cpuid),
+        Just(Exit::Hypercall),
+        Just(Exit::MsrRead),
+        Just(Exit::MsrWrite),
+        Just(Exit::Xsetbv),
+        Just(Exit::Wbinvd),
+        Just(Exit::Rdpmc),
+        Just(Exit::Monitor),
+        Just(Exit::CrAccess(None)),
+        (0u8..9, 0usize..16).prop_map(|(cr, gpr)| {
+            Exit::CrAccess(Some(CrAccess::MovTo {
+                cr,
+                gpr: Gpr::ALL[gpr],
+            }))
+        }),
+        any::<u16>().prop_map(|operand| Exit::CrAccess(Some(CrAccess::Lmsw(operand)))),
+        (any::<u16>(), width, direction, any::<bool>()).prop_map(
+            |(port, width, direction, string)| {
+                Exit::PortIo(PortIo {
+                    port,
+                    width,
+                    direction,
+                    string,
+                })
+            }
+        ),
+        (any::<u64>(), any::<bool>(), any::<bool>()).prop_map(|(gpa, write, fetch)| {
+            Exit::NestedPageFault(NestedPageFault {
+                gpa: Gpa(gpa >> 12),
+                gva: None,
+                write,
+                fetch,
+                page_walk: false,
+            })
+        }),
+    ]
+}
+
+proptest! {
+    /// Whatever exits come with whatever registers: no panic, and the loop comes to an end.
+    #[test]
+    fn any_exits_are_harmless(
+        exits in proptest::collection::vec(any_exit(), 1..30),
+        gprs in proptest::array::uniform16(prop_oneof![
+            any::<u64>(), 0u64..0x1000, 0xc000_0080u64..0xc000_0110, 0x4b56_4d00u64..0x4b56_4d08,
+            0xfee0_0000u64..0xfee0_0400,
+        ]),
+        code in proptest::collection::vec(any::<u8>(), 15),
+    ) {
+        let mut b = Bench::new();
+        b.vcpu.hw.state.gprs = gprs;
+        let rip = b.rip();
+        b.vcpu.vm().memory.write(Gpa(rip), &code).unwrap();
+        b.run(exits);
+    }
+}
