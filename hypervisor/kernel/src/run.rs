@@ -45,6 +45,10 @@ use crate::{
 /// Length of a time slice, in microseconds.
 const SLICE_US: u64 = 10_000;
 const NS_PER_SECOND: u64 = 1_000_000_000;
+/// A VM that fails sooner than this after its start has failed quickly.
+const QUICK_FAILURE_NS: u64 = 60 * NS_PER_SECOND;
+/// Quick failures in a row after which a VM is not restarted any more.
+const MAX_QUICK_FAILURES: u32 = 5;
 
 /// What the parts of the kernel that don't know the vendor see of the world.
 trait Runner: Sync {
@@ -72,6 +76,35 @@ struct Slot<B: Backend> {
     initrd: Option<&'static [u8]>,
     console: ConsoleId,
     live: Option<Live<B>>,
+    /// Host time of its last start, in nanoseconds.
+    started_ns: u64,
+    /// How often in a row it has failed soon after its start.
+    quick_failures: u32,
+}
+
+impl<B: Backend> Slot<B> {
+    /// Whether the VM is made anew after it ended so. Counts its failures.
+    fn restarts(&mut self, reason: Option<&EndReason>) -> Result<bool, String> {
+        let wanted = match reason {
+            Some(EndReason::Reset) => return Ok(true),
+            Some(EndReason::PowerOff) | None => return Ok(self.config.restart == Restart::Always),
+            Some(EndReason::TripleFault(_) | EndReason::Failure { .. }) => {
+                self.config.restart != Restart::Never
+            }
+        };
+        if time::ns().saturating_sub(self.started_ns) < QUICK_FAILURE_NS {
+            self.quick_failures += 1;
+        } else {
+            self.quick_failures = 1;
+        }
+        if wanted && self.quick_failures >= MAX_QUICK_FAILURES {
+            let name = &self.config.name;
+            return Err(format!(
+                "{name}: failed {MAX_QUICK_FAILURES} times soon after its start: not restarted any more"
+            ));
+        }
+        Ok(wanted)
+    }
 }
 
 /// One vCPU and where it belongs.
@@ -174,6 +207,8 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
             initrd,
             console,
             live: None,
+            started_ns: 0,
+            quick_failures: 0,
         });
     }
     let now = wall_clock::read_epoch().unwrap_or_else(|| {
@@ -288,6 +323,7 @@ impl<B: Backend> World<B> {
         match made {
             Ok((live, boot)) => {
                 slots[slot].live = Some(live);
+                slots[slot].started_ns = time::ns();
                 drop(slots);
                 info!("{name}: starting");
                 self.wake(boot);
@@ -467,14 +503,12 @@ impl<B: Backend> World<B> {
                 self.say(line);
             }
         }
-        let restart = self.slots.lock()[index].config.restart;
-        let again = match reason {
-            Some(EndReason::Reset) => true,
-            Some(EndReason::PowerOff) | None => restart == Restart::Always,
-            Some(EndReason::TripleFault(_) | EndReason::Failure { .. }) => {
-                restart != Restart::Never
-            }
-        };
+        let again = self.slots.lock()[index]
+            .restarts(reason.as_ref())
+            .unwrap_or_else(|why| {
+                self.say(&why);
+                false
+            });
         if again && self.start_vm(index) {
             return;
         }

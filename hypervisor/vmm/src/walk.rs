@@ -192,7 +192,7 @@ impl Paging {
         match access {
             Access::Read => !smap_blocks,
             Access::Write => (writable || self.cr0 & CR0_WP == 0) && !smap_blocks,
-            Access::Fetch => !no_execute && !(smep && user_page),
+            Access::Fetch => !(no_execute || (smep && user_page)),
         }
     }
 }
