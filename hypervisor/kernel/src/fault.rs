@@ -9,7 +9,10 @@ use core::{
     sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering},
 };
 
-use x86_64::registers::control::{Cr0, Cr2, Cr3, Cr4};
+use x86_64::registers::{
+    control::{Cr0, Cr2, Cr3, Cr4},
+    debug::Dr7,
+};
 
 use crate::{
     console, cpu, idt::TrapFrame, interrupts, log, memory, percpu, power, screen, symbols, sync,
@@ -18,6 +21,8 @@ use crate::{
 
 /// Vector of the non-maskable interrupt.
 pub const NMI: u8 = 2;
+/// Vector of the debug exception.
+pub const DEBUG: u8 = 1;
 /// Vector of the page fault.
 const PAGE_FAULT: u64 = 14;
 
@@ -207,6 +212,20 @@ impl fmt::Display for Processor {
             None => write!(f, "a processor that is not set up"),
         }
     }
+}
+
+/// Whether this #DB is none that the host asked for, as DR7 and RFLAGS.TF tell; the interrupted
+/// code then goes on. A guest's can reach the host on AMD family 10h (erratum 246), and in
+/// QEMU 7.2 TCG, where a guest's breakpoints stay armed when it exits.
+pub fn resume_from_stray_breakpoint(frame: &mut TrapFrame) -> bool {
+    const DR7_ENABLES: u64 = 0xff;
+    const TRAP_FLAG: u64 = 1 << 8;
+    const RESUME_FLAG: u64 = 1 << 16;
+    let stray = Dr7::read_raw() & DR7_ENABLES == 0 && frame.rflags & TRAP_FLAG == 0;
+    if stray {
+        frame.rflags |= RESUME_FLAG;
+    }
+    stray
 }
 
 /// A processor exception in the host.

@@ -179,6 +179,7 @@ pub fn idle() {
 pub extern "C" fn dispatch(frame: &mut TrapFrame) {
     match frame.vector as u8 {
         fault::NMI => fault::on_nmi(),
+        fault::DEBUG if fault::resume_from_stray_breakpoint(frame) => {}
         exception if exception < vector::FIRST => fault::on_exception(frame),
         vector::TIMER => {
             let cpu = percpu::current();

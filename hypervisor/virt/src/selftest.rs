@@ -337,6 +337,15 @@ guest_code!(
     "hlt",
 );
 
+guest_code!(
+    arm_code,
+    ".code64",
+    "mov dr0, rbx",
+    "mov eax, 0x402",
+    "mov dr7, rax",
+    "hlt",
+);
+
 guest_code!(cpuid_loop_code, ".code64", "7:", "cpuid", "jmp 7b",);
 
 /// Registers that the host relies on. Those of SYSCALL and SYSENTER it does not use, and VT-x
@@ -1214,6 +1223,23 @@ fn breakpoint<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
     equal("DR6.B0", dr6 & 1, 1)
 }
 
+/// A guest whose breakpoint is at an address of the host's does not stop the host there.
+fn breakpoint_in_host<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
+    #[inline(never)]
+    fn of_the_host(value: u64) -> u64 {
+        core::hint::black_box(value) + 1
+    }
+    g.start(&long_state(), arm_code);
+    let address = core::hint::black_box(of_the_host as fn(u64) -> u64);
+    g.vcpu.set_gpr(Gpr::Rbx, address as usize as u64);
+    g.expect(Exit::Halt)?;
+    equal("result", address(1), 2)?;
+    // Off again in the guest, which TCG would otherwise keep.
+    g.vcpu.set_rip(CODE);
+    g.vcpu.set_gpr(Gpr::Rbx, 0);
+    g.expect(Exit::Halt)
+}
+
 /// Two VMs read their own memory at the same address, also when both have tags beyond what
 /// the processor has.
 fn two_vms<B: Backend>(g: &mut Guest<B>, backend: &B) -> Check {
@@ -1290,6 +1316,7 @@ fn checks<B: Backend>() -> Vec<Entry<B>> {
         ),
         ("host interrupts", host_interrupt),
         ("a guest's breakpoint", breakpoint),
+        ("a guest's breakpoint on the host", breakpoint_in_host),
         ("two VMs at the same addresses", two_vms),
         ("refused entry is explained", refused_entry),
     ]
