@@ -262,7 +262,8 @@ fn odd_mmio(machine: &Machine) {
 
 const STOP_VECTOR: u8 = 0x53;
 
-/// REP MOVSB with nearly endless counts, from nowhere to nowhere, until a timer stops it.
+/// REP MOVSB with nearly endless counts, from nowhere to nowhere, until a timer stops it. It
+/// begins in the shadow of STI, which must not last as long as the instruction.
 fn endless_string(machine: &Machine) {
     fn stop(frame: &mut Frame) {
         frame.rcx = 0;

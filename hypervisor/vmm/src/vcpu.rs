@@ -587,6 +587,14 @@ impl<V: VirtualCpu> Vcpu<V> {
             self.end(EndKind::Unsupported("execution outside RAM"));
             return;
         }
+        if self.hw.queued().is_some() {
+            // An event was being delivered: its stack or its tables are in device memory. The
+            // instruction at RIP has nothing to do with it, and the delivery would never end.
+            self.end(EndKind::Unsupported(
+                "an event whose stack or tables are outside RAM",
+            ));
+            return;
+        }
         self.emulate();
     }
 
@@ -597,7 +605,11 @@ impl<V: VirtualCpu> Vcpu<V> {
             Outcome::Done(length) => {
                 self.finish_instruction(Some(length));
             }
-            Outcome::Again => {}
+            // An iteration ends the shadow of STI or MOV SS, and traps when single-stepped, as an
+            // instruction does: or no interrupt would ever stop a long one in such a shadow.
+            Outcome::Again => {
+                self.finish_instruction(Some(0));
+            }
             Outcome::Fault(exception) => self.raise(exception),
             Outcome::Unsupported(bytes) => self.end(EndKind::Instruction(bytes)),
         }
