@@ -4,8 +4,9 @@
 //! pCPU then runs its loop. That loop lets host interrupts in, asks `sched` for a vCPU, runs it
 //! until it pauses, and halts when there is none. The vendor is chosen once, here.
 //!
-//! Lock order: `vms`, then one vCPU, then (under a device's lock, on the way of a kick)
-//! `sched`. `consoles` is taken last and alone. No lock is held while a guest runs, but for
+//! Lock order: one vCPU, then `slots`, then `entities`, then a device's, then `sched` (a kick comes
+//! from under a device's lock), then `consoles` (guest output comes from under the serial port's). All
+//! locks of the host are in one table in docs/ARCHITECTURE.md. No lock is held while a guest runs, but for
 //! the vCPU's own, which nobody else waits for.
 
 use alloc::{boxed::Box, format, string::String, sync::Arc, vec::Vec};

@@ -1,7 +1,7 @@
 //! The kernel's spinlock: keeps interrupts off, and gives way to a dying processor.
 //!
-//! Lock order, outermost first: log, console, screen, memory maps, heap, frames. A lock
-//! further right may be taken while one further left is held, never the other way round.
+//! Lock order, outermost first: log, console and screen, which are taken one after the other; heap; the
+//! kernel's page tables (the heap grows under its lock); frames. The whole host's table is in docs/ARCHITECTURE.md.
 //! Interrupt handlers may take any of them, since a holder cannot be interrupted.
 //!
 //! After [`break_locks`] (fault report), a lock that stays held is taken regardless: a
