@@ -417,20 +417,24 @@ fn control_storm(_: &Machine) {
     }
 }
 
-/// The APIC timer with a period of one tick, interrupts on, for a while.
+/// The APIC timer with a period of one tick, interrupts on: this guest may get no further than
+/// its handler, which ends that after a while.
 fn timer_flood(machine: &Machine) {
-    hook(STOP_VECTOR, end_at_apic);
+    const ENOUGH: u32 = 5_000;
+    fn stop_when_enough(frame: &mut Frame) {
+        if count(STOP_VECTOR) == ENOUGH {
+            apic::local().write(Register::InitialCount, 0);
+        }
+        end_at_apic(frame);
+    }
+    hook(STOP_VECTOR, stop_when_enough);
     let local = apic::local();
     local.write(Register::Timer, apic::PERIODIC | u32::from(STOP_VECTOR));
     local.write(Register::InitialCount, 1);
     cpu::sti();
-    time::wait_ms(machine.tsc_hz, 500, || false);
+    time::wait_ms(machine.tsc_hz, 10_000, || count(STOP_VECTOR) >= ENOUGH);
     cpu::cli();
-    local.write(Register::InitialCount, 0);
-    println!(
-        "abuse timer-flood: {} interrupts in half a second",
-        count(STOP_VECTOR)
-    );
+    println!("abuse timer-flood: {} interrupts", count(STOP_VECTOR));
 }
 
 /// Reserved vectors, reserved delivery modes, processors that are not there.
