@@ -5,7 +5,7 @@ use crate::apic::{self, LOCAL_APIC_ADDRESS};
 use crate::cpu::port;
 use crate::machine::{Host, Machine};
 use crate::memory::{byte_sum, read32};
-use crate::{checks, ensure, ensure_eq, skip_if};
+use crate::{checks, ensure, ensure_eq, fail, skip};
 
 use super::{Verdict, Why};
 
@@ -69,8 +69,7 @@ fn tables(machine: &Machine) -> Verdict {
 fn fadt(machine: &Machine) -> Verdict {
     const SCI_ENABLE: u16 = 1;
     let Some(fadt) = acpi(machine)?.fadt else {
-        ensure!(false, "no FADT");
-        return Ok(());
+        fail!("no FADT");
     };
     ensure!(
         fadt.pm1a_control != 0 && fadt.pm1a_event != 0,
@@ -107,14 +106,12 @@ fn fadt(machine: &Machine) -> Verdict {
 /// The MADT's processors, local APIC and IOAPIC are those of the machine.
 fn madt(machine: &Machine) -> Verdict {
     let Some(madt) = acpi(machine)?.madt else {
-        ensure!(false, "no MADT");
-        return Ok(());
+        fail!("no MADT");
     };
     ensure_eq!(madt.local_apic, LOCAL_APIC_ADDRESS, "local APIC address");
     ensure!(madt.processors >= 1, "no processors");
     let Some((address, base)) = madt.ioapic else {
-        ensure!(false, "no IOAPIC");
-        return Ok(());
+        fail!("no IOAPIC");
     };
     ensure!(
         (0xFEC0_0000..0xFEE0_0000).contains(&address),
@@ -149,8 +146,7 @@ fn mcfg(machine: &Machine) -> Verdict {
     const ADDRESS: u16 = 0xCF8;
     const DATA: u16 = 0xCFC;
     let Some(table) = acpi(machine)?.table(b"MCFG") else {
-        skip_if!(true, "no MCFG");
-        return Ok(());
+        skip!("no MCFG");
     };
     ensure!(table.length >= 60, "MCFG of {} bytes", table.length);
     let base = u64::from(read32(table.address + 44));

@@ -89,6 +89,22 @@ macro_rules! ensure_eq {
     }};
 }
 
+/// Fails the check with a reason.
+#[macro_export]
+macro_rules! fail {
+    ($($reason:tt)+) => {
+        return Err($crate::checks::fail(format_args!($($reason)+)))
+    };
+}
+
+/// Skips the check with a reason.
+#[macro_export]
+macro_rules! skip {
+    ($reason:expr) => {
+        return Err($crate::checks::Why::Skipped($reason))
+    };
+}
+
 /// Skips the check with a reason if the condition holds.
 #[macro_export]
 macro_rules! skip_if {
@@ -184,11 +200,11 @@ fn run_one(machine: &Machine, check: &Check) -> Verdict {
     let unexpected = take_unexpected();
     machine.settle();
     if let Err(trap) = guard {
-        ensure!(false, "unexpected exception: {trap}");
+        fail!("unexpected exception: {trap}");
     }
     verdict?;
     if let Some(vector) = unexpected {
-        ensure!(false, "unexpected interrupt {vector:#x}");
+        fail!("unexpected interrupt {vector:#x}");
     }
     Ok(())
 }
