@@ -257,9 +257,13 @@ fn boot_parts(toolchain: &Toolchain) -> anyhow::Result<BootParts> {
             .cargo()
             .args(["build", "--release", "--locked", "--manifest-path"])
             .arg(manifest)
+            // Not by the environment: the boot loader's build script runs further cargos, which
+            // would wait for this one to leave the folder.
+            .env_remove("CARGO_TARGET_DIR")
+            .arg("--target-dir")
+            .arg(&target)
             // The boot loader's own stages need unstable features of cargo.
-            .env("RUSTC_BOOTSTRAP", "1")
-            .env("CARGO_TARGET_DIR", &target),
+            .env("RUSTC_BOOTSTRAP", "1"),
     )?;
     output_of(Command::new(target.join("release/boot-parts")).arg(&folder))?;
     step.done();
