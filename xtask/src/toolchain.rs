@@ -103,6 +103,8 @@ impl Toolchain {
                 std::env::join_paths(path).expect("folders of PATH have no colon"),
             );
         without_outer_cargo(&mut command);
+        // LLVM's tools share their library with the compiler; build scripts call them.
+        command.env("LD_LIBRARY_PATH", self.sysroot.join("lib"));
         command
     }
 
