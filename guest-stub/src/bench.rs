@@ -47,6 +47,8 @@ struct Bench<'machine> {
     machine: &'machine Machine,
     iterations: u64,
     mmio: Option<u64>,
+    /// The only operation wanted; empty is all.
+    only: &'machine str,
 }
 
 impl Bench<'_> {
@@ -63,6 +65,9 @@ impl Bench<'_> {
     /// Takes samples that the operation measures itself, and prints the line.
     #[inline(always)]
     fn sample(&self, name: &str, iterations: u64, mut operation: impl FnMut() -> u64) {
+        if !self.only.is_empty() && self.only != name {
+            return;
+        }
         print!("bench {name} ");
         crate::console::drain();
         let count = iterations.min(CAPACITY as u64) as usize;
@@ -90,13 +95,15 @@ impl Bench<'_> {
     }
 }
 
-/// Measures all operations.
-pub fn run(machine: &Machine, options: &Options) {
+/// Measures all operations, or the one that is wanted. `tsc_at_entry` was read when the program began.
+pub fn run(machine: &Machine, options: &Options, tsc_at_entry: u64) {
     let bench = Bench {
         machine,
         iterations: options.iterations.unwrap_or(DEFAULT_ITERATIONS),
         mmio: options.mmio.or_else(|| configuration_space(machine)),
+        only: options.only.as_str(),
     };
+    println!("bench tsc-at-entry {tsc_at_entry}");
     println!("bench tsc-khz {}", machine.tsc_hz / 1000);
     bench.measure("floor", || {});
     processor(&bench);

@@ -9,7 +9,7 @@
 //! | `checks=A,B.C` | groups or single checks to run; `none`; all when absent |
 //! | `facts=off` | no `fact` lines |
 //! | `mode=bench` | measure instead of checking |
-//! | `iterations=N`, `mmio=ADDRESS` | for the measurements |
+//! | `iterations=N`, `mmio=ADDRESS`, `only=NAME` | for the measurements |
 //! | `abuse=NAME` | misbehave in one way after the checks; `abuse=list` names them |
 //! | `end=poweroff`, `halt`, `reset`, `triple-fault`, `spin`, `shell` | how to end; `halt` when absent |
 //!
@@ -46,6 +46,7 @@ use power::End;
 
 /// Called by the entry code, once, in long mode.
 extern "C" fn main() -> ! {
+    let tsc_at_entry = cpu::tsc();
     console::init();
     println!("\nplinth guest-stub: hello");
     interrupts::init();
@@ -62,7 +63,7 @@ extern "C" fn main() -> ! {
     machine.calibrate();
     match options.mode {
         Mode::Check => checks::run(&machine, &options.checks),
-        Mode::Bench => bench::run(&machine, &options),
+        Mode::Bench => bench::run(&machine, &options, tsc_at_entry),
     }
     abuse::run(&machine, &options.abuse);
     end(&machine, options.end)

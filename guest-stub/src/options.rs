@@ -27,6 +27,8 @@ pub struct Options {
     pub iterations: Option<u64>,
     /// Address of the emulated device register that the measurements touch.
     pub mmio: Option<u64>,
+    /// The only operation to measure; empty is all.
+    pub only: Value,
 }
 
 /// Parses a command line. What is not understood is reported and left out; words without `=`
@@ -40,6 +42,7 @@ pub fn parse(line: &Text<COMMAND_LINE>) -> Options {
         facts: true,
         iterations: None,
         mmio: None,
+        only: Value::new(),
     };
     for word in line.as_str().split_ascii_whitespace() {
         let Some((key, value)) = word.split_once('=') else {
@@ -70,6 +73,10 @@ pub fn parse(line: &Text<COMMAND_LINE>) -> Options {
             "iterations" => {
                 options.iterations = number(value).filter(|&count| count > 0);
                 options.iterations.is_some()
+            }
+            "only" => {
+                options.only = Value::format(format_args!("{value}"));
+                true
             }
             "mmio" => {
                 options.mmio = number(value);

@@ -214,6 +214,16 @@ pub fn ensure(cache: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// An archive of one program, to be appended to another archive (the kernel unpacks both).
+///
+/// # Errors
+/// The program is 4 GiB or larger.
+pub fn program(path: &str, bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut archive = Archive::new();
+    archive.add(path, &Node::Program(bytes))?;
+    archive.finish()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,6 +5,7 @@
 //! everything that is made or fetched lives under `target/`.
 
 mod apt;
+mod bench;
 mod check_config;
 mod check_hw;
 mod clean;
@@ -49,6 +50,7 @@ struct Cli {
 enum Command {
     Run(run::Args),
     Test(test::Args),
+    Bench(bench::Args),
     Lint(lint::Args),
     Image(image::Args),
     CheckHw(check_hw::Args),
@@ -72,6 +74,7 @@ fn run(command: &Command) -> anyhow::Result<Code> {
     match command {
         Command::Run(args) => run::run(args),
         Command::Test(args) => test::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Lint(args) => lint::run(args),
         Command::Image(args) => image::run(args),
         Command::CheckHw(args) => check_hw::run(args),

@@ -119,12 +119,27 @@ impl Toolchain {
         features: &[&str],
         profile: Profile,
     ) -> anyhow::Result<PathBuf> {
+        self.build_in(&paths::workspace(), package, features, profile)
+    }
+
+    /// As `build`, from the sources of another checkout; in place of this workspace's program.
+    ///
+    /// # Errors
+    /// As `build`.
+    pub fn build_in(
+        &self,
+        workspace: &Path,
+        package: &str,
+        features: &[&str],
+        profile: Profile,
+    ) -> anyhow::Result<PathBuf> {
         let (folder, flags) = match profile {
             Profile::Release => ("release", &["--release"][..]),
             Profile::Debug => ("debug", &[][..]),
         };
         output_of(
             self.cargo()
+                .current_dir(workspace)
                 .args(["build", "--package", package, "--target", BARE_METAL])
                 .args(flags)
                 .args(features.iter().flat_map(|feature| ["--features", feature]))

@@ -66,8 +66,25 @@ struct Live<B: Backend> {
     entities: Vec<EntityId>,
     /// vCPUs that have not come to rest since the VM ended.
     running: usize,
+    begun: Beginning,
     /// Freed after the vCPUs that use it.
-    _table: NestedTable<B::Format>,
+    table: NestedTable<B::Format>,
+}
+
+/// What there was when the making of a VM began, for its figures.
+#[derive(Clone, Copy)]
+struct Beginning {
+    tsc: u64,
+    heap_bytes: usize,
+}
+
+impl Beginning {
+    fn now() -> Self {
+        Beginning {
+            tsc: time::now_tsc(),
+            heap_bytes: memory::heap_used(),
+        }
+    }
 }
 
 /// A VM of the configuration.
@@ -111,6 +128,8 @@ impl<B: Backend> Slot<B> {
 /// One vCPU and where it belongs.
 struct Entity<B: Backend> {
     slot: usize,
+    /// Host TSC when it first ran, 0 before; noted only for figures.
+    first_run: AtomicU64,
     vcpu: Lock<Vcpu<B::Vcpu>>,
 }
 
@@ -120,6 +139,8 @@ struct World<B: Backend> {
     /// Unix time at which this host's kernel was entered, in seconds.
     boot_epoch: u64,
     after_last_vm: AfterLastVm,
+    /// Whether figures are wanted at a VM's end.
+    figures: bool,
     sched: Lock<RunQueue>,
     entities: Lock<Vec<Option<Arc<Entity<B>>>>>,
     slots: Lock<Vec<Slot<B>>>,
@@ -221,6 +242,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         backend,
         boot_epoch: now.saturating_sub(time::ns() / NS_PER_SECOND),
         after_last_vm: config.host.after_last_vm,
+        figures: config.host.figures,
         sched: Lock::new(RunQueue::new()),
         entities: Lock::new(Vec::new()),
         slots: Lock::new(slots),
@@ -278,6 +300,11 @@ fn read_config(bundle: &Bundle<'_>) -> Result<Config, String> {
         return Err(format!("{} describes no VM that can start", bundle::CONFIG));
     }
     Ok(config)
+}
+
+/// The number of a slot's VM, with which its memory is marked.
+fn vm_number(index: usize) -> u16 {
+    index as u16 + 1
 }
 
 /// The loop of every processor but the first: waits until there are VMs, then runs them.
@@ -339,7 +366,8 @@ impl<B: Backend> World<B> {
     }
 
     fn make_vm(&self, index: usize, slot: &Slot<B>) -> Result<(Live<B>, EntityId), String> {
-        let id = index as u16 + 1;
+        let begun = Beginning::now();
+        let id = vm_number(index);
         let config = &slot.config;
         let kick = Arc::new(Kick {
             entities: Once::new(),
@@ -399,6 +427,7 @@ impl<B: Backend> World<B> {
                     entity,
                     Entity {
                         slot: index,
+                        first_run: AtomicU64::new(0),
                         vcpu: Lock::new(vcpu),
                     },
                 ),
@@ -418,7 +447,8 @@ impl<B: Backend> World<B> {
                 vm,
                 entities,
                 running,
-                _table: table,
+                begun,
+                table,
             },
             boot,
         ))
@@ -446,6 +476,9 @@ impl<B: Backend> World<B> {
     fn run_vcpu(&'static self, cpu: &'static PerCpu, id: EntityId) {
         let entity = self.entities.lock().get(id.0 as usize).cloned().flatten();
         let Some(entity) = entity else { return };
+        if self.figures && entity.first_run.load(Ordering::Relaxed) == 0 {
+            entity.first_run.store(time::now_tsc(), Ordering::Relaxed);
+        }
         let pause = {
             let mut vcpu = entity.vcpu.lock();
             vcpu.load(cpu.number);
@@ -489,6 +522,9 @@ impl<B: Backend> World<B> {
         let reason = live.vm.take_end_reason();
         let name = live.vm.name.clone();
         self.log_exits(&name, &live.entities);
+        if self.figures {
+            self.say_figures(&name, index, &live);
+        }
         for &entity in &live.entities {
             self.bury(entity);
         }
@@ -531,8 +567,35 @@ impl<B: Backend> World<B> {
             {
                 line += &format!(" {kind} {count}");
             }
-            info!("{line}");
+            if self.figures {
+                self.say(&line);
+            } else {
+                info!("{line}");
+            }
         }
+    }
+
+    /// What `cargo xtask bench` reads of a VM that has come to rest (docs/MEASURING.md).
+    fn say_figures(&self, name: &str, index: usize, live: &Live<B>) {
+        let boot = live.entities.first().and_then(|id| {
+            let entities = self.entities.lock();
+            entities.get(id.0 as usize).cloned().flatten()
+        });
+        let Some(boot) = boot else { return };
+        let first_run = boot.first_run.load(Ordering::Relaxed);
+        let since = |start: u64| first_run.wrapping_sub(start);
+        let tables = memory::HOST.used(Owner::VmTables(vm_number(index)));
+        let beside_tables = tables.saturating_sub(live.table.frames()) * mem::PAGE_SIZE;
+        let heap = memory::heap_used().saturating_sub(live.begun.heap_bytes) as u64;
+        self.say(&format!(
+            "{name}: figures: kernel-to-entry {} vm-start {} guest-tsc-at-entry {} \
+             vm-overhead-bytes {} nested-table-bytes {}",
+            since(time::ENTRY_TSC.load(Ordering::Relaxed)),
+            since(live.begun.tsc),
+            since(live.vm.clock.to_host(0)),
+            beside_tables + heap,
+            live.table.frames() * mem::PAGE_SIZE,
+        ));
     }
 
     /// No VM is left.

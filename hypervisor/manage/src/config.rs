@@ -90,6 +90,8 @@ pub struct HostConfig {
     pub log_level: LogLevel,
     /// `console-escape`: the byte that the escape key sends.
     pub console_escape: u8,
+    /// `figures`: says at each VM's end what its start took, what memory it used and its exits by kind.
+    pub figures: bool,
 }
 
 impl Default for HostConfig {
@@ -99,6 +101,7 @@ impl Default for HostConfig {
             after_last_vm: AfterLastVm::default(),
             log_level: LogLevel::default(),
             console_escape: DEFAULT_ESCAPE,
+            figures: false,
         }
     }
 }
@@ -385,7 +388,13 @@ impl<'t> Parser<'t> {
     fn host(&mut self, s: &Section<'_>) {
         self.check_keys(
             s,
-            &["on-fault", "after-last-vm", "log-level", "console-escape"],
+            &[
+                "on-fault",
+                "after-last-vm",
+                "log-level",
+                "console-escape",
+                "figures",
+            ],
         );
         let default = HostConfig::default();
         self.config.host = HostConfig {
@@ -419,6 +428,9 @@ impl<'t> Parser<'t> {
                 )
                 .unwrap_or(default.log_level),
             console_escape: self.escape(s).unwrap_or(default.console_escape),
+            figures: self
+                .boolean(s, "figures")
+                .map_or(default.figures, |(value, _)| value),
         };
     }
 

@@ -142,7 +142,15 @@ impl Builder {
             Profile::Release => "plinth-release",
             Profile::Debug => "plinth-debug",
         };
-        Self::compile(profile, &[], name)
+        Self::compile(&paths::workspace(), profile, &[], name)
+    }
+
+    /// As `new`, with the optimized kernel of another checkout.
+    ///
+    /// # Errors
+    /// As `new`.
+    pub fn of_checkout(checkout: &Path) -> anyhow::Result<Self> {
+        Self::compile(checkout, Profile::Release, &[], "plinth-compared")
     }
 
     /// As `new`, with the kernel that tries itself instead of running VMs (`selftest.rs`).
@@ -150,14 +158,25 @@ impl Builder {
     /// # Errors
     /// As `new`.
     pub fn selftest() -> anyhow::Result<Self> {
-        Self::compile(Profile::Release, &["selftest"], "plinth-selftest")
+        let features = &["selftest"];
+        Self::compile(
+            &paths::workspace(),
+            Profile::Release,
+            features,
+            "plinth-selftest",
+        )
     }
 
-    fn compile(profile: Profile, features: &[&str], name: &str) -> anyhow::Result<Self> {
+    fn compile(
+        workspace: &Path,
+        profile: Profile,
+        features: &[&str],
+        name: &str,
+    ) -> anyhow::Result<Self> {
         let toolchain = Toolchain::find()?;
         let parts = boot_parts(&toolchain)?;
         let step = Step::start("Compiling Plinth");
-        let compiled = toolchain.build("kernel", features, profile)?;
+        let compiled = toolchain.build_in(workspace, "kernel", features, profile)?;
         let whole = fs::read(&compiled).with_context(|| compiled.display().to_string())?;
         let symbols = symbols::table(&whole)?;
         let kernel = paths::target().join(name);

@@ -37,6 +37,11 @@ pub fn init() {
     unsafe { state.heap.init(HEAP.start as *mut u8, bytes as usize) };
 }
 
+/// Bytes of the heap that are handed out.
+pub fn used() -> usize {
+    KERNEL_HEAP.0.lock().heap.used()
+}
+
 impl State {
     /// Maps up to `bytes` more, in whole 2 MiB pages. Returns how many bytes that were.
     fn map_more(&mut self, bytes: u64) -> u64 {

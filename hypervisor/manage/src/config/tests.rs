@@ -2,12 +2,12 @@ use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
-const GOOD: &str = r#"
-[host]
+const GOOD: &str = r#"[host]
 on-fault = "reset"
 after-last-vm = "halt"
 log-level = "debug"
 console-escape = "ctrl-a"
+figures = true
 
 [[vm]]
 name = "linux"
@@ -63,6 +63,7 @@ fn a_good_file_has_no_problems() {
             after_last_vm: AfterLastVm::Halt,
             log_level: LogLevel::Debug,
             console_escape: 1,
+            figures: true,
         }
     );
     let [linux, stub] = &config.vms[..] else {
@@ -309,7 +310,7 @@ fn bad_host_values_leave_the_default_and_the_vms() {
     assert_eq!(all.len(), 3);
     assert_eq!(
         all[0],
-        "plinth.toml:3:12: error: host.on-fault: \"explode\" is unknown; allowed: \"halt\", \"reset\""
+        "plinth.toml:2:12: error: host.on-fault: \"explode\" is unknown; allowed: \"halt\", \"reset\""
     );
     assert!(all[1].contains("host.log-level: must be a string"));
     assert!(all[2].contains("host.console-escape: \"ctrl-m\" is not a key"));

@@ -1,0 +1,494 @@
+//! What is told of the figures: which operations there are, tables, and the file for programs.
+
+use std::{collections::BTreeMap, fmt::Write};
+
+use super::figures::{Figures, Place, Unit};
+
+/// One operation that is reported.
+pub struct Operation {
+    /// Its key in the figures.
+    pub key: &'static str,
+    /// In words.
+    pub title: &'static str,
+    /// What KVM on Linux 6.1 takes on the same emulated AMD-V machine, by its guest's TSC.
+    pub kvm: Option<u64>,
+    /// The most that Plinth is to take on AMD-V; on VT-x, half as much again.
+    pub bar: Option<u64>,
+}
+
+const fn operation(
+    key: &'static str,
+    title: &'static str,
+    kvm: Option<u64>,
+    bar: Option<u64>,
+) -> Operation {
+    Operation {
+        key,
+        title,
+        kvm,
+        bar,
+    }
+}
+
+/// All operations, in the order of the tables. Figures that are not listed follow.
+pub const OPERATIONS: [Operation; 30] = [
+    operation("floor", "nothing (the measurement itself)", Some(4), None),
+    operation("cpuid", "CPUID", Some(2835), Some(250)),
+    operation("hypercall", "hypercall", Some(3070), Some(250)),
+    operation("rdmsr", "RDMSR of APIC_BASE", Some(2900), Some(250)),
+    operation("wrmsr", "WRMSR of APIC_BASE", Some(3066), Some(300)),
+    operation("wbinvd", "WBINVD", Some(2736), None),
+    operation("pic-in", "port read, PIC", Some(1507), Some(300)),
+    operation("pic-out", "port write, PIC", Some(2231), Some(400)),
+    operation("pit-in", "port read, PIT counter", Some(1537), Some(400)),
+    operation("pit-out", "port write, PIT", Some(1527), None),
+    operation(
+        "unclaimed-in",
+        "port read, nobody's (KVM: user space)",
+        Some(3149),
+        None,
+    ),
+    operation(
+        "unclaimed-out",
+        "port write, nobody's (KVM: user space)",
+        Some(3121),
+        None,
+    ),
+    operation("uart-in", "port read, UART", None, None),
+    operation("pm-timer-in", "port read, ACPI timer", None, None),
+    operation("lapic-read", "LAPIC read, MMIO", Some(3727), Some(900)),
+    operation("lapic-write", "LAPIC write, MMIO", None, None),
+    operation("ioapic-read", "IOAPIC read, MMIO", Some(3885), Some(900)),
+    operation(
+        "mmio-read",
+        "MMIO read, PCI configuration (KVM: user space)",
+        Some(5613),
+        Some(900),
+    ),
+    operation(
+        "mmio-write",
+        "MMIO write, PCI configuration (KVM: user space)",
+        Some(5244),
+        None,
+    ),
+    operation("cr3-write", "CR3 write", Some(4), None),
+    operation("cr8-write", "CR8 write", Some(4), None),
+    operation(
+        "self-ipi",
+        "self-IPI by x2APIC to its handler",
+        Some(7783),
+        Some(900),
+    ),
+    operation(
+        "self-ipi-xapic",
+        "self-IPI by MMIO to its handler",
+        None,
+        None,
+    ),
+    operation(
+        "hlt-timer",
+        "timer's expiry during HLT to its handler",
+        None,
+        None,
+    ),
+    operation(
+        "fault-4k",
+        "first write to a fresh 4 KiB page",
+        Some(9647),
+        Some(1500),
+    ),
+    operation(
+        "kernel-to-entry",
+        "kernel's first instruction to first VM entry",
+        None,
+        None,
+    ),
+    operation(
+        "vm-start",
+        "begin of a VM's making to its first instruction",
+        None,
+        None,
+    ),
+    operation(
+        "linux-boot",
+        "Linux 6.1, first instruction to /init",
+        None,
+        None,
+    ),
+    operation("image-bytes", "kernel image, without symbols", None, None),
+    operation(
+        "vm-overhead-bytes",
+        "memory of a VM beyond RAM and nested tables",
+        None,
+        Some(256 << 10),
+    ),
+];
+
+/// How much more Linux may take to boot than on the bare emulator.
+pub const BOOT_BAR: f64 = 1.05;
+
+/// What was measured at one revision.
+#[derive(Default)]
+pub struct Results {
+    /// Figures by place.
+    pub places: BTreeMap<Place, Figures>,
+    /// Operations by place that differ between the runs, if there were several.
+    pub unsteady: BTreeMap<Place, Vec<String>>,
+    /// Instructions of the same Linux boot on the bare emulator.
+    pub bare_boot: Option<u64>,
+    /// Runs at each place.
+    pub runs: u32,
+}
+
+impl Results {
+    /// The median at a place.
+    pub fn median(&self, place: Place, key: &str) -> Option<u64> {
+        Some(self.places.get(&place)?.get(key)?.median)
+    }
+
+    /// Keys and titles of all that was measured, in the order of the tables.
+    pub fn rows(&self) -> Vec<(String, String)> {
+        let measured = |key: &str| self.places.values().any(|figures| figures.contains_key(key));
+        let listed = OPERATIONS
+            .iter()
+            .filter(|operation| measured(operation.key))
+            .map(|operation| (operation.key.to_owned(), operation.title.to_owned()));
+        let mut more: Vec<&String> = self
+            .places
+            .values()
+            .flat_map(Figures::keys)
+            .filter(|key| find(key).is_none())
+            .collect();
+        more.sort_unstable();
+        more.dedup();
+        let more = more.into_iter().map(|key| (key.clone(), key.clone()));
+        listed.chain(more).collect()
+    }
+}
+
+/// The listed operation of that key.
+pub fn find(key: &str) -> Option<&'static Operation> {
+    OPERATIONS.iter().find(|operation| operation.key == key)
+}
+
+/// A number in groups of three digits.
+pub fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+fn or_dash(number: Option<u64>) -> String {
+    number.map_or_else(|| "-".into(), grouped)
+}
+
+/// Whether the bar is met: on AMD-V, and on VT-x where half as much again is allowed.
+fn judge(results: &Results, key: &str, bar: u64) -> String {
+    let mut words = Vec::new();
+    for place in results.places.keys() {
+        let Some(median) = results.median(*place, key) else {
+            continue;
+        };
+        let is_memory = results.places[place][key].unit == Unit::Bytes;
+        let allowed = match place {
+            Place::BochsVtx if !is_memory => bar * 3 / 2,
+            _ => bar,
+        };
+        let short = match place {
+            Place::QemuAmdv => "AMD-V",
+            Place::BochsVtx => "VT-x",
+        };
+        if median > allowed {
+            words.push(format!("**{short} not met**"));
+        } else {
+            words.push(format!("{short} met"));
+        }
+    }
+    words.join(", ")
+}
+
+/// The table of operations: its cells, the head first.
+pub fn table(results: &Results) -> Vec<Vec<String>> {
+    let places = [Place::QemuAmdv, Place::BochsVtx];
+    let mut rows = vec![
+        [
+            "operation",
+            places[0].title(),
+            places[1].title(),
+            "KVM, AMD-V",
+            "KVM / Plinth",
+            "bar",
+            "",
+        ]
+        .map(str::to_owned)
+        .to_vec(),
+    ];
+    for (key, title) in results.rows() {
+        if key.starts_with(EXITS) {
+            continue;
+        }
+        let operation = find(&key);
+        let ours = results.median(Place::QemuAmdv, &key);
+        let kvm = operation.and_then(|operation| operation.kvm);
+        let ratio = match (ours, kvm) {
+            (Some(ours), Some(kvm)) if ours > 0 && kvm > 100 => {
+                format!("{:.1}", kvm as f64 / ours as f64)
+            }
+            _ => "-".into(),
+        };
+        let bar = operation.and_then(|operation| operation.bar);
+        rows.push(vec![
+            title,
+            or_dash(ours),
+            or_dash(results.median(Place::BochsVtx, &key)),
+            or_dash(kvm),
+            ratio,
+            or_dash(bar),
+            bar.map_or_else(String::new, |bar| judge(results, &key, bar)),
+        ]);
+    }
+    rows
+}
+
+/// The beginning of the keys of exits during the Linux boot.
+pub const EXITS: &str = "linux-exits-";
+
+/// Exits by kind during the Linux boot: cells, the head first.
+pub fn exits(results: &Results) -> Vec<Vec<String>> {
+    let head = [
+        "exit",
+        Place::QemuAmdv.title(),
+        Place::BochsVtx.title(),
+    ];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    let mut sums = [0; 2];
+    let places = [Place::QemuAmdv, Place::BochsVtx];
+    for (key, _) in results.rows() {
+        if let Some(kind) = key.strip_prefix(EXITS) {
+            let counts = places.map(|place| results.median(place, &key));
+            for (sum, count) in sums.iter_mut().zip(counts) {
+                *sum += count.unwrap_or(0);
+            }
+            rows.push(vec![
+                kind.to_owned(),
+                or_dash(counts[0]),
+                or_dash(counts[1]),
+            ]);
+        }
+    }
+    rows.push(vec!["all".into(), grouped(sums[0]), grouped(sums[1])]);
+    rows
+}
+
+/// Two revisions beside each other: cells, the head first. Only what both have.
+pub fn comparison(ours: &Results, theirs: &Results, name: &str) -> Vec<Vec<String>> {
+    let head = ["operation", "place", name, "here", "difference"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for (key, title) in ours.rows() {
+        for place in ours.places.keys() {
+            let (Some(new), Some(old)) = (ours.median(*place, &key), theirs.median(*place, &key))
+            else {
+                continue;
+            };
+            let percent = if old == 0 {
+                String::new()
+            } else {
+                let part = (new as f64 - old as f64) / old as f64 * 100.0;
+                format!(" ({part:+.1} %)")
+            };
+            rows.push(vec![
+                title.clone(),
+                place.name().to_owned(),
+                grouped(old),
+                grouped(new),
+                format!("{:+}{percent}", i128::from(new) - i128::from(old)),
+            ]);
+        }
+    }
+    rows
+}
+
+/// Cells as a table that is aligned and also Markdown; the first column to the left.
+pub fn markdown(rows: &[Vec<String>]) -> String {
+    let columns = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| {
+        rows.iter()
+            .map(|row| row[column].chars().count())
+            .max()
+            .unwrap_or(0)
+            .max(3)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for (index, row) in rows.iter().enumerate() {
+        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            let cell = if column == 0 {
+                format!("| {cell:<width$} ")
+            } else {
+                format!("| {cell:>width$} ")
+            };
+            text += &cell;
+        }
+        text += "|\n";
+        if index == 0 {
+            for (column, &width) in widths.iter().enumerate() {
+                let (dashes, colon) = if column == 0 {
+                    (width, "")
+                } else {
+                    (width - 1, ":")
+                };
+                text += &format!("| {}{colon} ", "-".repeat(dashes));
+            }
+            text += "|\n";
+        }
+    }
+    text
+}
+
+/// How Linux' boot compares to the bare emulator, and whether the runs agreed; a line each.
+pub fn remarks(results: &Results) -> String {
+    let mut text = String::new();
+    let boot = results.median(Place::QemuAmdv, "linux-boot");
+    if let (Some(boot), Some(bare)) = (boot, results.bare_boot) {
+        let ratio = boot as f64 / bare as f64;
+        let verdict = if ratio <= BOOT_BAR { "met" } else { "not met" };
+        writeln!(
+            text,
+            "Linux to /init on AMD-V: {} under Plinth, {} on the bare emulator: {ratio:.3} times as \
+             much (bar {BOOT_BAR}: {verdict}; as a KVM guest 1.17 times on a 6.1 host, 1.12 on 6.12).",
+            grouped(boot),
+            grouped(bare)
+        )
+        .expect("a String takes any text");
+    }
+    for (place, operations) in &results.unsteady {
+        let words = if operations.is_empty() {
+            format!("the {} runs agree to the digit", results.runs)
+        } else {
+            format!("the runs differ in: {}", operations.join(", "))
+        };
+        writeln!(text, "On {}, {words}.", place.name()).expect("a String takes any text");
+    }
+    text
+}
+
+/// `bench/results.md`.
+pub fn page(results: &Results) -> String {
+    format!(
+        "# What exits and starts cost\n\n\
+         Written by `cargo xtask bench`; [MEASURING.md](../docs/MEASURING.md) says what the numbers mean. \
+         Medians, in instructions (bytes where the row says memory or image): whole round trips as the \
+         guest's TSC shows them, AMD-V in QEMU, VT-x in Bochs. KVM: Linux 6.1 as the host on the same \
+         emulated AMD-V machine. On VT-x half as much again as the bar is allowed.\n\n\
+         {}\n{}\n![The same as bars](results.svg)\n\n\
+         ## Exits while Linux boots to /init and powers off\n\n{}",
+        markdown(&table(results)),
+        remarks(results).replace('\n', "\n\n"),
+        markdown(&exits(results)),
+    )
+}
+
+/// `bench/results.json`.
+pub fn json(results: &Results) -> String {
+    let mut entries = Vec::new();
+    for (key, _) in results.rows() {
+        for (place, figures) in &results.places {
+            if let Some(figure) = figures.get(&key) {
+                entries.push(format!(
+                    "  {{\"operation\": \"{key}\", \"place\": \"{}\", \"min\": {}, \"median\": {}, \
+                     \"max\": {}, \"unit\": \"{}\"}}",
+                    place.name(),
+                    figure.min,
+                    figure.median,
+                    figure.max,
+                    figure.unit.name()
+                ));
+            }
+        }
+    }
+    format!("[\n{}\n]\n", entries.join(",\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::figures::Figure;
+
+    fn results(cpuid: u64) -> Results {
+        let mut results = Results {
+            runs: 2,
+            bare_boot: Some(1000),
+            ..Results::default()
+        };
+        let mut figures = Figures::new();
+        for (key, value, unit) in [
+            ("cpuid", cpuid, Unit::Instructions),
+            ("linux-boot", 1049, Unit::Instructions),
+            ("linux-exits-cpuid", 1234, Unit::Exits),
+        ] {
+            figures.insert(key.into(), Figure::once(value, unit));
+        }
+        results.places.insert(Place::QemuAmdv, figures.clone());
+        results.places.insert(Place::BochsVtx, figures);
+        results.unsteady.insert(Place::QemuAmdv, vec![]);
+        results
+    }
+
+    #[test]
+    fn the_table_has_ratio_and_verdict() {
+        let rows = table(&results(250));
+        assert_eq!(
+            rows[1],
+            ["CPUID", "250", "250", "2,835", "11.3", "250", "AMD-V met, VT-x met"]
+        );
+        let rows = table(&results(251));
+        assert_eq!(rows[1][6], "**AMD-V not met**, VT-x met");
+        assert!(!rows.iter().any(|row| row[0].contains("exits")));
+    }
+
+    #[test]
+    fn numbers_are_grouped() {
+        assert_eq!(grouped(0), "0");
+        assert_eq!(grouped(999), "999");
+        assert_eq!(grouped(1_234_567), "1,234,567");
+    }
+
+    #[test]
+    fn remarks_tell_of_the_boot_and_of_agreement() {
+        let text = remarks(&results(1));
+        assert!(text.contains("1.049 times") && text.contains(": met"), "{text}");
+        assert!(text.contains("On qemu-amdv, the 2 runs agree to the digit."));
+    }
+
+    #[test]
+    fn the_file_for_programs_is_a_list_of_objects() {
+        let text = json(&results(250));
+        let line = "  {\"operation\": \"cpuid\", \"place\": \"qemu-amdv\", \"min\": 250, \
+                    \"median\": 250, \"max\": 250, \"unit\": \"instructions\"},";
+        assert!(text.lines().any(|l| l == line), "{text}");
+        assert_eq!(text.matches('{').count(), 6);
+        assert!(text.ends_with("}\n]\n"));
+    }
+
+    #[test]
+    fn revisions_are_compared_where_both_have_figures() {
+        let rows = comparison(&results(200), &results(250), "v1");
+        assert_eq!(rows[1][2..], ["250", "200", "-50 (-20.0 %)"]);
+        assert_eq!(rows.len(), 7);
+        let nothing = Results::default();
+        assert_eq!(comparison(&results(1), &nothing, "v0").len(), 1);
+    }
+
+    #[test]
+    fn tables_are_markdown() {
+        let rows = [vec!["a".into(), "b".into()], vec!["long".into(), "12".into()]];
+        let text = markdown(&rows);
+        assert_eq!(text, "| a    |   b |\n| ---- | --: |\n| long |  12 |\n");
+    }
+}
