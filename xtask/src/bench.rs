@@ -354,7 +354,9 @@ fn measure_bare_boot(guests: &Guests) -> anyhow::Result<u64> {
         if let Some(initrd) = guest.initrd() {
             machine.extra.extend(["-initrd".into(), file(initrd)]);
         }
-        machine.extra.extend(["-append".into(), guest.command_line()]);
+        machine
+            .extra
+            .extend(["-append".into(), guest.command_line()]);
         console_of(&machine)
     };
     let log = start(Guest::Stub).context("the measuring guest on the bare emulator")?;
@@ -365,7 +367,10 @@ fn measure_bare_boot(guests: &Guests) -> anyhow::Result<u64> {
         .context("the measuring guest did not say when it began")?;
     let log = start(Guest::Linux).context("Linux on the bare emulator")?;
     let init = ticks::parse(&log).with_context(|| format!("no line of /init in:\n{log}"))?;
-    ensure!(init > firmware, "Linux came to /init before the firmware ended");
+    ensure!(
+        init > firmware,
+        "Linux came to /init before the firmware ended"
+    );
     step.done();
     Ok(init - firmware)
 }

@@ -148,7 +148,11 @@ impl Results {
 
     /// Keys and titles of all that was measured, in the order of the tables.
     pub fn rows(&self) -> Vec<(String, String)> {
-        let measured = |key: &str| self.places.values().any(|figures| figures.contains_key(key));
+        let measured = |key: &str| {
+            self.places
+                .values()
+                .any(|figures| figures.contains_key(key))
+        };
         let listed = OPERATIONS
             .iter()
             .filter(|operation| measured(operation.key))
@@ -261,11 +265,7 @@ pub const EXITS: &str = "linux-exits-";
 
 /// Exits by kind during the Linux boot: cells, the head first.
 pub fn exits(results: &Results) -> Vec<Vec<String>> {
-    let head = [
-        "exit",
-        Place::QemuAmdv.title(),
-        Place::BochsVtx.title(),
-    ];
+    let head = ["exit", Place::QemuAmdv.title(), Place::BochsVtx.title()];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     let mut sums = [0; 2];
     let places = [Place::QemuAmdv, Place::BochsVtx];
@@ -445,7 +445,15 @@ mod tests {
         let rows = table(&results(250));
         assert_eq!(
             rows[1],
-            ["CPUID", "250", "250", "2,835", "11.3", "250", "AMD-V met, VT-x met"]
+            [
+                "CPUID",
+                "250",
+                "250",
+                "2,835",
+                "11.3",
+                "250",
+                "AMD-V met, VT-x met"
+            ]
         );
         let rows = table(&results(251));
         assert_eq!(rows[1][6], "**AMD-V not met**, VT-x met");
@@ -462,7 +470,10 @@ mod tests {
     #[test]
     fn remarks_tell_of_the_boot_and_of_agreement() {
         let text = remarks(&results(1));
-        assert!(text.contains("1.049 times") && text.contains(": met"), "{text}");
+        assert!(
+            text.contains("1.049 times") && text.contains(": met"),
+            "{text}"
+        );
         assert!(text.contains("On qemu-amdv, the 2 runs agree to the digit."));
     }
 
@@ -487,7 +498,10 @@ mod tests {
 
     #[test]
     fn tables_are_markdown() {
-        let rows = [vec!["a".into(), "b".into()], vec!["long".into(), "12".into()]];
+        let rows = [
+            vec!["a".into(), "b".into()],
+            vec!["long".into(), "12".into()],
+        ];
         let text = markdown(&rows);
         assert_eq!(text, "| a    |   b |\n| ---- | --: |\n| long |  12 |\n");
     }

@@ -51,11 +51,7 @@ pub fn draw(results: &Results) -> String {
         .filter(|operation| operation.kvm.is_some())
         .map(|operation| {
             let ours = |place| results.median(place, operation.key);
-            let values = [
-                ours(Place::QemuAmdv),
-                ours(Place::BochsVtx),
-                operation.kvm,
-            ];
+            let values = [ours(Place::QemuAmdv), ours(Place::BochsVtx), operation.kvm];
             (operation.title, values)
         })
         .filter(|(_, values)| values[0].is_some() || values[1].is_some())
