@@ -15,6 +15,10 @@ pub trait Clock: Send + Sync {
 /// `floor(value * numerator / denominator)`, saturating at `u64::MAX`; a zero denominator counts as 1.
 pub const fn scale(value: u64, numerator: u64, denominator: u64) -> u64 {
     let denominator = if denominator == 0 { 1 } else { denominator };
+    // A product that fits saves the 128-bit division; it does for hours of a device clock.
+    if let Some(product) = value.checked_mul(numerator) {
+        return product / denominator;
+    }
     saturate(value as u128 * numerator as u128 / denominator as u128)
 }
 

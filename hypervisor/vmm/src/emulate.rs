@@ -9,7 +9,9 @@
 //! of a REP string instruction did; one call executes at most one instruction and at most
 //! [`MAX_ITERATIONS`] iterations; guest memory is copied, never referenced.
 
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register,
+};
 use mem::{Gpa, Gva, Width, guest::GuestMemory};
 use virt::{CpuMode, Gpr, SegmentName, VirtualCpu};
 
@@ -115,11 +117,81 @@ pub trait Platform<V> {
     fn control_write(&mut self, cpu: &mut V, cr: u8, value: u64) -> Result<(), Exception>;
 }
 
-/// Fetches and executes the instruction at the vCPU's RIP.
+/// Decoded instructions by address, so that a driver's access to its device is decoded once.
+///
+/// An entry is used only if the bytes at RIP are still the same, so stale code is never run.
+pub struct DecodeCache {
+    entries: [CachedInstruction; DECODE_ENTRIES],
+}
+
+/// Entries of a [`DecodeCache`], a power of two.
+const DECODE_ENTRIES: usize = 32;
+
+#[derive(Clone, Copy)]
+struct CachedInstruction {
+    rip: u64,
+    bitness: u32,
+    bytes: Bytes,
+    instruction: Instruction,
+}
+
+impl Default for DecodeCache {
+    fn default() -> Self {
+        let nothing = CachedInstruction {
+            rip: 0,
+            bitness: 0,
+            bytes: Bytes {
+                bytes: [0; 15],
+                length: 0,
+            },
+            instruction: Instruction::default(),
+        };
+        DecodeCache {
+            entries: [nothing; DECODE_ENTRIES],
+        }
+    }
+}
+
+impl DecodeCache {
+    /// The instruction that `bytes` begin with, and the decoder's error where they are none.
+    fn decode(
+        &mut self,
+        rip: u64,
+        bitness: u32,
+        bytes: &Bytes,
+    ) -> Result<Instruction, DecoderError> {
+        let entry = &mut self.entries[(rip as usize) % DECODE_ENTRIES];
+        if entry.rip == rip
+            && entry.bitness == bitness
+            && entry.bytes.length != 0
+            && bytes.as_slice().starts_with(entry.bytes.as_slice())
+        {
+            return Ok(entry.instruction);
+        }
+        let mut decoder = Decoder::with_ip(bitness, bytes.as_slice(), rip, DecoderOptions::NONE);
+        let instruction = decoder.decode();
+        if instruction.code() == Code::INVALID {
+            return Err(decoder.last_error());
+        }
+        let length = instruction.len() as u8;
+        *entry = CachedInstruction {
+            rip,
+            bitness,
+            bytes: Bytes { length, ..*bytes },
+            instruction,
+        };
+        Ok(instruction)
+    }
+}
+
+/// Fetches and executes the instruction at the vCPU's RIP. `target`: the guest-physical address of
+/// the access that brought the vCPU here, where the exit tells it.
 pub fn emulate<V: VirtualCpu, P: Platform<V>>(
     cpu: &mut V,
     memory: &GuestMemory,
     platform: &mut P,
+    cache: &mut DecodeCache,
+    target: Option<Gpa>,
 ) -> Outcome {
     let paging = Paging::of(cpu);
     let mode = cpu.mode();
@@ -132,19 +204,22 @@ pub fn emulate<V: VirtualCpu, P: Platform<V>>(
         CpuMode::Protected32 | CpuMode::Compatibility32 => 32,
         _ => 16,
     };
-    let mut decoder = Decoder::with_ip(bitness, bytes.as_slice(), cpu.rip(), DecoderOptions::NONE);
-    let instruction = decoder.decode();
-    if instruction.code() == Code::INVALID {
-        // Bytes that ran out at a page that cannot be fetched fault there; all others are undefined.
-        if bytes.length < 15 && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
-            let next = linear(cpu.segment(SegmentName::Cs).base, mode, cpu.rip())
-                .wrapping_add(u64::from(bytes.length));
-            if let Err(fault) = paging.translate(memory, Gva(next), Access::Fetch) {
-                return Outcome::Fault(fault.into());
+    let instruction = match cache.decode(cpu.rip(), bitness, &bytes) {
+        Ok(instruction) => instruction,
+        Err(why) => {
+            // Bytes that ran out at a page that cannot be fetched fault there; all others are undefined.
+            if bytes.length < 15 && why == DecoderError::NoMoreBytes {
+                let next = linear(cpu.segment(SegmentName::Cs).base, mode, cpu.rip())
+                    .wrapping_add(u64::from(bytes.length));
+                if let Err(fault) = paging.translate(memory, Gva(next), Access::Fetch) {
+                    return Outcome::Fault(fault.into());
+                }
             }
+            return Outcome::Fault(Exception::UNDEFINED_OPCODE);
         }
-        return Outcome::Fault(Exception::UNDEFINED_OPCODE);
-    }
+    };
+    // A string instruction has two addresses; the exit told only one of them.
+    let target = target.filter(|_| !instruction.is_string_instruction());
     let mut run = Run {
         cpu,
         memory,
@@ -152,6 +227,7 @@ pub fn emulate<V: VirtualCpu, P: Platform<V>>(
         paging,
         mode,
         instruction: &instruction,
+        target,
     };
     match run.execute() {
         Ok(Step::Done) => Outcome::Done(instruction.len() as u8),
@@ -321,6 +397,8 @@ struct Run<'a, V, P> {
     paging: Paging,
     mode: CpuMode,
     instruction: &'a Instruction,
+    /// Where the processor found that an access of this instruction is not to RAM.
+    target: Option<Gpa>,
 }
 
 impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
@@ -794,7 +872,17 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         (first < width.bytes()).then_some(first)
     }
 
+    /// The device address behind `at`, if the exit told it: it has then passed the guest's own page
+    /// tables in the processor, and is known not to be RAM.
+    fn known_device(&self, at: Gva, width: Width) -> Option<Gpa> {
+        self.target
+            .filter(|gpa| gpa.page_offset() == at.page_offset() && Self::split(at, width).is_none())
+    }
+
     fn load(&mut self, at: Gva, width: Width) -> Result<u64, Stop> {
+        if let Some(gpa) = self.known_device(at, width) {
+            return Ok(self.platform.mmio_read(self.cpu, gpa, width) & width.mask());
+        }
         if Self::split(at, width).is_some() {
             self.probe(at, width, Access::Read)?;
             let mut value = 0;
@@ -814,6 +902,11 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     fn store(&mut self, at: Gva, width: Width, value: u64) -> Result<(), Stop> {
+        if let Some(gpa) = self.known_device(at, width) {
+            self.platform
+                .mmio_write(self.cpu, gpa, width, value & width.mask());
+            return Ok(());
+        }
         if Self::split(at, width).is_some() {
             self.probe(at, width, Access::Write)?;
             for (n, byte) in value

@@ -66,6 +66,7 @@ struct Bench {
     cpu: FakeCpu,
     memory: GuestMemory,
     device: Device,
+    cache: DecodeCache,
 }
 
 impl Bench {
@@ -90,12 +91,19 @@ impl Bench {
             cpu: FakeCpu::long_mode(CODE, TABLES),
             memory,
             device,
+            cache: DecodeCache::default(),
         }
     }
 
     fn run(&mut self, code: &[u8]) -> Outcome {
         self.memory.write(Gpa(self.cpu.rip()), code).unwrap();
-        emulate(&mut self.cpu, &self.memory, &mut self.device)
+        emulate(
+            &mut self.cpu,
+            &self.memory,
+            &mut self.device,
+            &mut self.cache,
+            None,
+        )
     }
 
     fn device_u64(&self, at: usize) -> u64 {
@@ -270,7 +278,7 @@ fn real_mode_segments_and_limits() {
     b.cpu.set_gpr(Gpr::Rax, 0xaabb_ccdd_eeff_0741);
     b.memory.write(Gpa(CODE + 0x100), &[0xab]).unwrap(); // stosw
     assert_eq!(
-        emulate(&mut b.cpu, &b.memory, &mut b.device),
+        emulate(&mut b.cpu, &b.memory, &mut b.device, &mut b.cache, None),
         Outcome::Done(1)
     );
     assert_eq!(b.memory.read_u16(Gpa(0xb_8004)).unwrap(), 0x0741);
@@ -278,9 +286,40 @@ fn real_mode_segments_and_limits() {
     b.cpu.set_gpr(Gpr::Rbx, 0xffff);
     b.memory.write(Gpa(CODE + 0x100), &[0x8b, 0x07]).unwrap(); // mov ax, [bx]
     assert_eq!(
-        emulate(&mut b.cpu, &b.memory, &mut b.device),
+        emulate(&mut b.cpu, &b.memory, &mut b.device, &mut b.cache, None),
         Outcome::Fault(Exception::GENERAL_PROTECTION),
         "a word at the limit"
+    );
+}
+
+#[test]
+fn changed_code_is_decoded_anew() {
+    let mut b = Bench::new();
+    b.cpu.set_gpr(Gpr::Rbx, DEVICE);
+    b.cpu.set_gpr(Gpr::Rax, 0x55);
+    assert_eq!(b.run(&[0x88, 0x03]), Outcome::Done(2)); // mov [rbx], al
+    assert_eq!(b.run(&[0x88, 0x03]), Outcome::Done(2));
+    b.set_device(0, 0x77);
+    assert_eq!(b.run(&[0x8a, 0x03]), Outcome::Done(2)); // mov al, [rbx]
+    assert_eq!(b.cpu.gpr(Gpr::Rax), 0x77);
+}
+
+#[test]
+fn the_address_of_the_exit_is_used_where_it_fits() {
+    let mut b = Bench::new();
+    b.memory.write(Gpa(CODE), &[0x8b, 0x03]).unwrap(); // mov eax, [rbx]
+    // Linear and physical address differ: no page table says so, but the exit does.
+    b.cpu.set_gpr(Gpr::Rbx, (5 << 30) | 0x20);
+    let target = Some(Gpa(DEVICE + 0x20));
+    let done = emulate(&mut b.cpu, &b.memory, &mut b.device, &mut b.cache, target);
+    assert_eq!(done, Outcome::Done(2));
+    assert_eq!(b.device.log, [(false, DEVICE + 0x20, Width::Dword, 0)]);
+    // Another offset in the page: not the access that exited, so the page tables decide.
+    b.cpu.set_gpr(Gpr::Rbx, (5 << 30) | 0x28);
+    let fault = emulate(&mut b.cpu, &b.memory, &mut b.device, &mut b.cache, target);
+    assert!(
+        matches!(fault, Outcome::Fault(Exception { vector: 14, .. })),
+        "{fault:?}"
     );
 }
 

@@ -22,7 +22,7 @@ use virt::{
 use crate::{
     clock, control,
     cpuid::CpuidState,
-    emulate::{self, Exception, Outcome, Platform},
+    emulate::{self, DecodeCache, Exception, Outcome, Platform},
     host::Host,
     msr::{self, Mtrrs, number},
     vm::{EndReason, Vm},
@@ -92,6 +92,7 @@ pub type ExitCounters = [u64; Exit::KINDS];
 pub struct Vcpu<V> {
     hw: V,
     rest: Rest,
+    cache: Box<DecodeCache>,
     activity: Activity,
     counters: ExitCounters,
 }
@@ -103,6 +104,17 @@ struct Rest {
     apic: LocalApic,
     msrs: Msrs,
     nmi_pending: bool,
+    /// What the instruction that is being emulated has reached.
+    reach: Reach,
+}
+
+/// What an emulated instruction reached, beyond devices that speak up by themselves.
+#[derive(Clone, Copy, Debug, Default)]
+struct Reach {
+    /// The local APIC or a control register: interrupts may be deliverable now.
+    interrupts: bool,
+    /// A port was written: a timer may be set anew.
+    ports: bool,
 }
 
 impl<V: VirtualCpu> Vcpu<V> {
@@ -141,10 +153,12 @@ impl<V: VirtualCpu> Vcpu<V> {
             apic,
             msrs: Msrs::default(),
             nmi_pending: false,
+            reach: Reach::default(),
         };
         Some(Vcpu {
             hw,
             rest,
+            cache: Box::default(),
             activity,
             counters: [0; Exit::KINDS],
         })
@@ -303,10 +317,10 @@ impl<V: VirtualCpu> Vcpu<V> {
                 return self.step_over();
             }
             Exit::PortIo(io) if !io.string => return self.port_io(io),
-            Exit::PortIo(_) | Exit::CrAccess(None) => self.emulate(),
+            Exit::PortIo(_) | Exit::CrAccess(None) => return self.emulate(None),
             Exit::MsrRead => return self.rdmsr(host),
-            Exit::MsrWrite => self.wrmsr(host),
-            Exit::NestedPageFault(fault) => self.nested_page_fault(fault),
+            Exit::MsrWrite => return self.wrmsr(host),
+            Exit::NestedPageFault(fault) => return self.nested_page_fault(fault),
             Exit::CrAccess(Some(access)) => self.cr_access(access),
             Exit::Halt => {
                 self.step_over();
@@ -315,9 +329,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             Exit::Xsetbv => self.xsetbv(),
             // Nested page tables map RAM write-back and the guest has no device memory of
             // the host's: there is nothing that a flush could make visible.
-            Exit::Wbinvd | Exit::Invd | Exit::Pause => {
-                self.step_over();
-            }
+            Exit::Wbinvd | Exit::Invd | Exit::Pause => return self.step_over(),
             // Not shown in CPUID.
             Exit::Monitor | Exit::Mwait | Exit::VirtualizationInstruction => {
                 self.raise(Exception::UNDEFINED_OPCODE);
@@ -330,15 +342,17 @@ impl<V: VirtualCpu> Vcpu<V> {
             Exit::ExternalInterrupt => host.take_interrupts(),
             Exit::Nmi => host.take_nmi(),
             Exit::InterruptWindow | Exit::NmiWindow | Exit::Deadline | Exit::Init => {}
-            Exit::TripleFault => self.end(EndKind::TripleFault),
-            Exit::TaskSwitch => self.end(EndKind::Unsupported("a hardware task switch")),
-            Exit::Random => self.end(EndKind::Unsupported("an intercepted RDRAND or RDSEED")),
-            Exit::NestedMisconfiguration(gpa) => self.end(EndKind::Misconfiguration(gpa)),
+            Exit::TripleFault => return self.end(EndKind::TripleFault),
+            Exit::TaskSwitch => return self.end(EndKind::Unsupported("a hardware task switch")),
+            Exit::Random => {
+                return self.end(EndKind::Unsupported("an intercepted RDRAND or RDSEED"));
+            }
+            Exit::NestedMisconfiguration(gpa) => return self.end(EndKind::Misconfiguration(gpa)),
             Exit::EntryFailure { code } => {
                 let why = self.hw.explain_entry_failure();
-                self.end(EndKind::EntryFailure { code, why });
+                return self.end(EndKind::EntryFailure { code, why });
             }
-            Exit::Unknown { code, info } => self.end(EndKind::UnknownExit { code, info }),
+            Exit::Unknown { code, info } => return self.end(EndKind::UnknownExit { code, info }),
         }
         Next::Check
     }
@@ -391,7 +405,8 @@ impl<V: VirtualCpu> Vcpu<V> {
             apic_id: self.rest.id.0,
             apic_enabled: self.rest.apic.base().enabled(),
             cr4: self.hw.cr4(),
-            xcr0: self.hw.xcr0(),
+            // Asked for only where it shows: the sizes of the XSAVE area.
+            xcr0: if leaf == 0xd { self.hw.xcr0() } else { 0 },
         };
         let result = self.rest.vm.cpuid.get(leaf, subleaf, state);
         self.hw.set_gpr(Gpr::Rax, u64::from(result.eax));
@@ -407,11 +422,13 @@ impl<V: VirtualCpu> Vcpu<V> {
             Direction::Write => {
                 vm.ports
                     .write(io.port, io.width, (rax & io.width.mask()) as u32);
+                // A device that wants attention posts to an inbox, which the loop looks at.
+                let next = self.step_over();
                 if Vm::is_timer_port(io.port) {
-                    vm.timers_changed(self.rest.id);
+                    self.rest.vm.timers_changed(self.rest.id);
+                    return Next::Check;
                 }
-                self.step_over();
-                Next::Check
+                next
             }
             Direction::Read => {
                 let value = u64::from(vm.ports.read(io.port, io.width));
@@ -490,16 +507,21 @@ impl<V: VirtualCpu> Vcpu<V> {
         }
     }
 
-    fn wrmsr<H: Host>(&mut self, host: &mut H) {
+    fn wrmsr<H: Host>(&mut self, host: &mut H) -> Next {
         let msr = self.hw.gpr(Gpr::Rcx) as u32;
-        let value = self.edx_eax();
-        let known =
-            self.read_msr(msr).is_some() || msr::write_ignored(self.rest.vm.cpuid.vendor(), msr);
-        let result = self.write_msr(msr, value);
-        if result.is_err() && !known && !LocalApic::owns_msr(msr) {
-            self.rest.note_msr(host, "write to", msr);
+        match self.write_msr(msr, self.edx_eax()) {
+            Ok(next) => match self.step_over() {
+                Next::Enter => next,
+                Next::Check => Next::Check,
+            },
+            Err(exception) => {
+                if !LocalApic::owns_msr(msr) && self.read_msr(msr).is_none() {
+                    self.rest.note_msr(host, "write to", msr);
+                }
+                self.raise(exception);
+                Next::Check
+            }
         }
-        self.complete(result);
     }
 
     fn read_msr(&mut self, msr: u32) -> Option<u64> {
@@ -521,103 +543,109 @@ impl<V: VirtualCpu> Vcpu<V> {
         }
     }
 
-    fn write_msr(&mut self, msr: u32, value: u64) -> Result<(), Exception> {
+    fn write_msr(&mut self, msr: u32, value: u64) -> Result<Next, Exception> {
         const GP: Exception = Exception::GENERAL_PROTECTION;
         let Vcpu { hw, rest, .. } = self;
         if LocalApic::owns_msr(msr) {
             let effect = rest.apic.write_msr(msr, value).map_err(|_| GP)?;
             rest.apic_effect(effect);
-            return Ok(());
+            let unchanged = msr == number::APIC_BASE && effect == ApicEffect::None;
+            return Ok(if unchanged { Next::Enter } else { Next::Check });
         }
         match msr {
             number::TSC => {
                 let adjust = value.wrapping_sub(rest.vm.clock.now());
                 rest.set_tsc_adjust(hw, adjust);
-                Ok(())
+                return Ok(Next::Check);
             }
             number::TSC_ADJUST => {
                 rest.set_tsc_adjust(hw, value);
-                Ok(())
+                return Ok(Next::Check);
             }
-            number::EFER => control::write_efer(hw, &rest.vm.cpuid, value),
+            number::EFER => control::write_efer(hw, &rest.vm.cpuid, value)?,
             number::KVM_SYSTEM_TIME => {
                 rest.msrs.system_time = value;
-                rest.write_time_info()
+                rest.write_time_info()?;
             }
             number::KVM_WALL_CLOCK => {
                 rest.msrs.wall_clock = value;
-                let written = clock::write_wall_clock(&rest.vm.memory, Gpa(value), rest.vm.epoch);
-                if written { Ok(()) } else { Err(GP) }
+                if !clock::write_wall_clock(&rest.vm.memory, Gpa(value), rest.vm.epoch) {
+                    return Err(GP);
+                }
             }
-            number::TSC_AUX if !rest.vm.cpuid.has_tsc_aux() => Err(GP),
+            number::TSC_AUX if !rest.vm.cpuid.has_tsc_aux() => return Err(GP),
             _ => {
                 let bits = rest.vm.cpuid.physical_bits();
-                if let Some(good) = rest.msrs.mtrrs.write(msr, value, bits) {
-                    return if good { Ok(()) } else { Err(GP) };
-                }
-                if hw.msr(msr).is_some() {
-                    return if hw.set_msr(msr, value) {
-                        Ok(())
-                    } else {
-                        Err(GP)
-                    };
-                }
-                if msr::write_ignored(rest.vm.cpuid.vendor(), msr) {
-                    Ok(())
-                } else {
-                    Err(GP)
+                let taken = match rest.msrs.mtrrs.write(msr, value, bits) {
+                    Some(good) => good,
+                    None if hw.msr(msr).is_some() => hw.set_msr(msr, value),
+                    None => msr::write_ignored(rest.vm.cpuid.vendor(), msr),
+                };
+                if !taken {
+                    return Err(GP);
                 }
             }
         }
+        Ok(Next::Enter)
     }
 
-    fn nested_page_fault(&mut self, fault: NestedPageFault) {
+    fn nested_page_fault(&mut self, fault: NestedPageFault) -> Next {
         if self.rest.vm.memory.contains(fault.gpa, 1) {
             // RAM is mapped with all rights from the start, so this cannot be the guest's doing.
-            self.end(EndKind::Misconfiguration(fault.gpa));
-            return;
+            return self.end(EndKind::Misconfiguration(fault.gpa));
         }
         if fault.page_walk {
             // Page tables in device memory: a PC reads all-ones there, so every walk ends in a
             // reserved-bit fault; no system does this on purpose.
-            self.end(EndKind::Unsupported("page tables outside RAM"));
-            return;
+            return self.end(EndKind::Unsupported("page tables outside RAM"));
         }
         if fault.fetch {
-            self.end(EndKind::Unsupported("execution outside RAM"));
-            return;
+            return self.end(EndKind::Unsupported("execution outside RAM"));
         }
         if self.hw.queued().is_some() {
             // An event was being delivered: its stack or its tables are in device memory. The
             // instruction at RIP has nothing to do with it, and the delivery would never end.
-            self.end(EndKind::Unsupported(
+            return self.end(EndKind::Unsupported(
                 "an event whose stack or tables are outside RAM",
             ));
-            return;
         }
-        self.emulate();
+        self.emulate(Some(fault.gpa))
     }
 
-    fn emulate(&mut self) {
-        let Vcpu { hw, rest, .. } = self;
+    fn emulate(&mut self, target: Option<Gpa>) -> Next {
+        let Vcpu {
+            hw, rest, cache, ..
+        } = self;
         let vm = rest.vm.clone();
-        match emulate::emulate(hw, &vm.memory, rest) {
-            Outcome::Done(length) => {
-                self.finish_instruction(Some(length));
-            }
+        rest.reach = Reach::default();
+        let outcome = emulate::emulate(hw, &vm.memory, rest, cache, target);
+        let Reach { interrupts, ports } = self.rest.reach;
+        if ports {
+            // A string instruction may have written to any port.
+            vm.timers_changed(self.rest.id);
+        }
+        let next = match outcome {
+            Outcome::Done(length) => self.finish_instruction(Some(length)),
             // An iteration ends the shadow of STI or MOV SS, and traps when single-stepped, as an
             // instruction does: or no interrupt would ever stop a long one in such a shadow.
             Outcome::Again => {
                 self.finish_instruction(Some(0));
+                Next::Check
             }
-            Outcome::Fault(exception) => self.raise(exception),
+            Outcome::Fault(exception) => {
+                self.raise(exception);
+                Next::Check
+            }
             Outcome::Unsupported(bytes) => self.end(EndKind::Instruction(bytes)),
+        };
+        if interrupts || ports {
+            Next::Check
+        } else {
+            next
         }
-        // A string instruction may have written to any port.
-        self.rest.vm.timers_changed(self.rest.id);
     }
 
-    fn end(&mut self, kind: EndKind) {
+    fn end(&mut self, kind: EndKind) -> Next {
         let dump = Box::new(Dump {
             vcpu: self.rest.id,
             state: self.hw.state(),
@@ -631,6 +659,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             },
         };
         self.rest.vm.end(reason);
+        Next::Check
     }
 }
 
@@ -787,10 +816,12 @@ impl Rest {
 impl<V: VirtualCpu> Platform<V> for Rest {
     fn mmio_read(&mut self, _cpu: &mut V, gpa: Gpa, width: Width) -> u64 {
         match self.xapic_offset(gpa) {
-            Some(offset) => self
-                .apic
-                .read_mmio(offset, width)
-                .map_or(width.mask(), u64::from),
+            Some(offset) => {
+                // A reserved register raises an APIC error.
+                self.reach.interrupts = true;
+                let value = self.apic.read_mmio(offset, width);
+                value.map_or(width.mask(), u64::from)
+            }
             None => self.vm.mmio.read(gpa.0, width),
         }
     }
@@ -798,6 +829,7 @@ impl<V: VirtualCpu> Platform<V> for Rest {
     fn mmio_write(&mut self, _cpu: &mut V, gpa: Gpa, width: Width, value: u64) {
         match self.xapic_offset(gpa) {
             Some(offset) => {
+                self.reach.interrupts = true;
                 if let Ok(effect) = self.apic.write_mmio(offset, width, value as u32) {
                     self.apic_effect(effect);
                 }
@@ -811,6 +843,7 @@ impl<V: VirtualCpu> Platform<V> for Rest {
     }
 
     fn port_write(&mut self, port: u16, width: Width, value: u32) {
+        self.reach.ports = true;
         self.vm.ports.write(port, width, value);
     }
 
@@ -825,6 +858,7 @@ impl<V: VirtualCpu> Platform<V> for Rest {
     }
 
     fn control_write(&mut self, cpu: &mut V, cr: u8, value: u64) -> Result<(), Exception> {
+        self.reach.interrupts = true;
         match cr {
             0 => control::write_cr0(cpu, value),
             2 => {
