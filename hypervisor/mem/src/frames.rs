@@ -87,6 +87,8 @@ struct Access {
     window: Window,
     /// All usable memory from 1 MiB up but the bookkeeping.
     runs: Runs,
+    /// The largest of `runs`: where nearly every access goes.
+    main: Run,
     /// Usable frames below 1 MiB.
     low: [bool; LOW_FRAMES as usize],
 }
@@ -94,6 +96,9 @@ struct Access {
 impl Access {
     /// Whether all of `run` is usable RAM.
     fn contains(&self, run: Run) -> bool {
+        if run.first >= self.main.first && run.end() <= self.main.end() {
+            return true;
+        }
         if run.first < LOW_FRAMES {
             self.low
                 .get(run.first as usize..run.end() as usize)
@@ -183,6 +188,13 @@ impl Frames {
 
         self.access.call_once(|| Access {
             window: Window(window),
+            // `init` refused a machine without a run, so there is a largest one.
+            main: runs
+                .as_slice()
+                .iter()
+                .copied()
+                .max_by_key(|run| run.count)
+                .unwrap_or(home),
             runs: runs.clone(),
             low: low_free,
         });

@@ -8,7 +8,10 @@
 //! Not here: nested page tables (`nested`) and devices' memory.
 
 use alloc::vec::Vec;
-use core::fmt;
+use core::{
+    fmt,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use crate::addr::{PAGE_SIZE, PAGE_SIZE_1G};
 use crate::nested::{EntryFormat, MemoryType, NestedError, NestedTable, Rights};
@@ -109,6 +112,8 @@ pub struct GuestMemory {
     owner: Owner,
     /// Sorted by address, not overlapping.
     regions: Vec<Region>,
+    /// Index of the region that was used last: accesses come in runs. Only a hint.
+    last: AtomicUsize,
 }
 
 macro_rules! scalar {
@@ -149,6 +154,7 @@ impl GuestMemory {
             memory,
             owner: Owner::VmRam(vm),
             regions: Vec::new(),
+            last: AtomicUsize::new(0),
         };
         let mut lowest = Gpa(0);
         for range in layout {
@@ -251,6 +257,17 @@ impl GuestMemory {
     scalar!(u32, read_u32, write_u32);
     scalar!(u64, read_u64, write_u64);
 
+    /// Reads an aligned 64-bit number in one access: an entry of the guest's page tables.
+    ///
+    /// # Errors
+    /// Not RAM, or not aligned.
+    pub fn read_entry(&self, gpa: Gpa) -> Result<u64, NotRam> {
+        match self.within_one(gpa, 8) {
+            Some(hpa) if gpa.is_aligned(8) => Ok(self.memory.read_u64(hpa)),
+            _ => Err(NotRam { gpa, bytes: 8 }),
+        }
+    }
+
     /// Zeroes all RAM, as after power-up. The guest must not be running.
     pub fn scrub(&self) {
         const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
@@ -271,6 +288,22 @@ impl GuestMemory {
             .try_for_each(|r| table.map(r.gpa, r.hpa, r.bytes, Rights::ALL, MemoryType::WriteBack))
     }
 
+    /// Where `bytes` bytes at `gpa` are in host memory, if one region holds them all.
+    fn within_one(&self, gpa: Gpa, bytes: u64) -> Option<Hpa> {
+        let inside = |region: &Region| {
+            let offset = gpa.0.checked_sub(region.gpa.0)?;
+            (offset < region.bytes && bytes <= region.bytes - offset).then(|| region.hpa + offset)
+        };
+        let last = self.regions.get(self.last.load(Ordering::Relaxed));
+        if let Some(hpa) = last.and_then(inside) {
+            return Some(hpa);
+        }
+        let at = self.regions.partition_point(|r| r.end() <= gpa.0);
+        let hpa = self.regions.get(at).and_then(inside)?;
+        self.last.store(at, Ordering::Relaxed);
+        Some(hpa)
+    }
+
     /// The regions from the one that holds `gpa` on; none when `gpa` is not RAM.
     fn regions_from(&self, gpa: Gpa) -> &[Region] {
         let at = self.regions.partition_point(|r| r.end() <= gpa.0);
@@ -287,13 +320,9 @@ impl GuestMemory {
         bytes: usize,
         mut copy: impl FnMut(Hpa, core::ops::Range<usize>),
     ) -> Result<(), NotRam> {
-        // Nearly every access lies within one region.
-        if let Some(region) = self.regions_from(gpa).first() {
-            let offset = gpa.0 - region.gpa.0;
-            if bytes as u64 <= region.bytes - offset {
-                copy(region.hpa + offset, 0..bytes);
-                return Ok(());
-            }
+        if let Some(hpa) = self.within_one(gpa, bytes as u64) {
+            copy(hpa, 0..bytes);
+            return Ok(());
         }
         if !self.contains(gpa, bytes as u64) {
             return Err(NotRam {

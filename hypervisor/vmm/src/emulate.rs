@@ -273,8 +273,11 @@ fn fetch<V: VirtualCpu>(
         out.length = length as u8;
         return Ok(out);
     }
-    let cs = cpu.segment(SegmentName::Cs);
-    let base = if mode == CpuMode::Long64 { 0 } else { cs.base };
+    let base = if mode == CpuMode::Long64 {
+        0
+    } else {
+        cpu.segment(SegmentName::Cs).base
+    };
     let start = linear(base, mode, cpu.rip());
     while out.length < 15 {
         let at = Gva(start.wrapping_add(u64::from(out.length)));
@@ -403,6 +406,9 @@ struct Run<'a, V, P> {
 
 impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     fn execute(&mut self) -> Result<Step, Stop> {
+        if self.move_whole_register()? {
+            return Ok(Step::Done);
+        }
         match self.instruction.mnemonic() {
             Mnemonic::Mov | Mnemonic::Movnti => self.mov()?,
             Mnemonic::Movbe => {
@@ -519,6 +525,38 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             _ => return Err(Stop::Unsupported),
         }
         Ok(Step::Done)
+    }
+
+    /// The two instructions that drivers reach device registers with: MOV between memory and a whole
+    /// 32- or 64-bit register. Returns whether this was one.
+    fn move_whole_register(&mut self) -> Result<bool, Stop> {
+        let (width, load) = match self.instruction.code() {
+            Code::Mov_r32_rm32 => (Width::Dword, true),
+            Code::Mov_r64_rm64 => (Width::Qword, true),
+            Code::Mov_rm32_r32 => (Width::Dword, false),
+            Code::Mov_rm64_r64 => (Width::Qword, false),
+            _ => return Ok(false),
+        };
+        let (register, memory) = if load { (0, 1) } else { (1, 0) };
+        if self.instruction.op_kind(memory) != OpKind::Memory {
+            return Ok(false);
+        }
+        let first = if width == Width::Dword {
+            Register::EAX
+        } else {
+            Register::RAX
+        };
+        let number = self.instruction.op_register(register) as usize - first as usize;
+        let gpr = Gpr::ALL[number & 15];
+        let at = self.operand_address(memory)?;
+        if load {
+            let value = self.load(at, width)?;
+            self.cpu.set_gpr(gpr, value);
+        } else {
+            let value = self.cpu.gpr(gpr) & width.mask();
+            self.store(at, width, value)?;
+        }
+        Ok(true)
     }
 
     fn mov(&mut self) -> Result<(), Stop> {
@@ -789,16 +827,26 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         self.cpu.set_rflags((old & !mask) | (flags & mask));
     }
 
-    /// Linear address of a memory operand, checked against its segment.
-    fn operand_address(&self, operand: u32) -> Result<Gva, Stop> {
+    /// Offset of the most common operand, base register and displacement in 64-bit mode.
+    fn plain_offset(&self, operand: u32) -> Option<u64> {
+        let instruction = self.instruction;
+        let base = instruction.memory_base();
+        let plain = self.mode == CpuMode::Long64
+            && instruction.op_kind(operand) == OpKind::Memory
+            && instruction.memory_index() == Register::None
+            && (Register::RAX..=Register::R15).contains(&base);
+        plain.then(|| {
+            let gpr = Gpr::ALL[base as usize - Register::RAX as usize];
+            self.cpu
+                .gpr(gpr)
+                .wrapping_add(instruction.memory_displacement64())
+        })
+    }
+
+    /// Offset of any memory operand.
+    fn any_offset(&self, operand: u32) -> Result<u64, Stop> {
         let mut unreadable = false;
-        let segment = match self.instruction.op_kind(operand) {
-            OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI => Register::ES,
-            _ => self.instruction.memory_segment(),
-        };
-        let name = segment_name(segment).ok_or(Stop::Unsupported)?;
-        let offset = self
-            .instruction
+        self.instruction
             .virtual_address(operand, 0, |register, _, _| {
                 if register.is_segment_register() {
                     return Some(0);
@@ -812,16 +860,28 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
                 value
             })
             .filter(|_| !unreadable)
-            .ok_or(Stop::Unsupported)?;
+            .ok_or(Stop::Unsupported)
+    }
+
+    /// Linear address of a memory operand, checked against its segment.
+    fn operand_address(&self, operand: u32) -> Result<Gva, Stop> {
+        let segment = match self.instruction.op_kind(operand) {
+            OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI => Register::ES,
+            _ => self.instruction.memory_segment(),
+        };
+        let name = segment_name(segment).ok_or(Stop::Unsupported)?;
+        let offset = match self.plain_offset(operand) {
+            Some(offset) => offset,
+            None => self.any_offset(operand)?,
+        };
         let fault = if name == SegmentName::Ss {
             Exception::STACK_FAULT
         } else {
             Exception::GENERAL_PROTECTION
         };
-        let hidden = self.cpu.segment(name);
         if self.mode == CpuMode::Long64 {
             let base = match name {
-                SegmentName::Fs | SegmentName::Gs => hidden.base,
+                SegmentName::Fs | SegmentName::Gs => self.cpu.segment(name).base,
                 _ => 0,
             };
             let address = base.wrapping_add(offset);
@@ -837,6 +897,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
                 Err(Stop::Fault(fault))
             };
         }
+        let hidden = self.cpu.segment(name);
         let size = self.instruction.memory_size().size().max(1) as u64;
         let last = offset.wrapping_add(size - 1);
         let limit = u64::from(hidden.limit);

@@ -127,7 +127,7 @@ impl Paging {
             let shift = 12 + index_bits * (level - 1);
             let index = (linear >> shift) & ((1 << index_bits) - 1);
             let entry = if wide || self.long_mode() {
-                memory.read_u64(Gpa(table + index * 8)).unwrap_or(0)
+                memory.read_entry(Gpa(table + index * 8)).unwrap_or(0)
             } else {
                 memory.read_u32(Gpa(table + index * 4)).map_or(0, u64::from)
             };
