@@ -87,18 +87,24 @@ struct Access {
     window: Window,
     /// All usable memory from 1 MiB up but the bookkeeping.
     runs: Runs,
-    /// The largest of `runs`: where nearly every access goes.
-    main: Run,
+    /// First byte and length of the largest of `runs`: where nearly every access goes.
+    main: (u64, u64),
     /// Usable frames below 1 MiB.
     low: [bool; LOW_FRAMES as usize],
 }
 
 impl Access {
+    /// Whether all of these bytes are usable RAM.
+    fn contains_bytes(&self, hpa: Hpa, bytes: usize) -> bool {
+        let first = hpa.0 / PAGE_SIZE;
+        hpa.0.checked_add(bytes.max(1) as u64).is_some_and(|end| {
+            let count = end.div_ceil(PAGE_SIZE) - first;
+            self.contains(Run { first, count })
+        })
+    }
+
     /// Whether all of `run` is usable RAM.
     fn contains(&self, run: Run) -> bool {
-        if run.first >= self.main.first && run.end() <= self.main.end() {
-            return true;
-        }
         if run.first < LOW_FRAMES {
             self.low
                 .get(run.first as usize..run.end() as usize)
@@ -188,13 +194,11 @@ impl Frames {
 
         self.access.call_once(|| Access {
             window: Window(window),
-            // `init` refused a machine without a run, so there is a largest one.
             main: runs
                 .as_slice()
                 .iter()
-                .copied()
                 .max_by_key(|run| run.count)
-                .unwrap_or(home),
+                .map_or((0, 0), |run| (run.first * PAGE_SIZE, run.count * PAGE_SIZE)),
             runs: runs.clone(),
             low: low_free,
         });
@@ -259,17 +263,15 @@ impl Frames {
     /// # Panics
     /// When they are not: the caller made up an address.
     fn checked(&self, hpa: Hpa, bytes: usize) -> *mut u8 {
-        let first = hpa.0 / PAGE_SIZE;
-        let inside = |access: &&Access| {
-            hpa.0.checked_add(bytes.max(1) as u64).is_some_and(|end| {
-                let count = end.div_ceil(PAGE_SIZE) - first;
-                access.contains(Run { first, count })
-            })
-        };
-        match self.access.get().filter(inside) {
-            Some(access) => access.window.0.wrapping_add(hpa.0 as usize),
-            None => panic!("{bytes} bytes at {hpa:?} are not usable RAM"),
+        if let Some(access) = self.access.get() {
+            let (start, length) = access.main;
+            let offset = hpa.0.wrapping_sub(start);
+            let in_main = offset < length && bytes as u64 <= length - offset;
+            if in_main || access.contains_bytes(hpa, bytes) {
+                return access.window.0.wrapping_add(hpa.0 as usize);
+            }
         }
+        panic!("{bytes} bytes at {hpa:?} are not usable RAM")
     }
 
     fn zero(&self, base: Hpa, frames: u64) {

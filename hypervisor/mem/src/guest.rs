@@ -232,6 +232,12 @@ impl GuestMemory {
         at >= end.0
     }
 
+    /// Whether there is RAM at this address.
+    pub fn is_ram(&self, gpa: Gpa) -> bool {
+        let end = self.regions.last().map_or(0, Region::end);
+        gpa.0 < end && self.within_one(gpa, 1).is_some()
+    }
+
     /// Copies guest memory out.
     ///
     /// # Errors

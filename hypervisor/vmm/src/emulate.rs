@@ -87,7 +87,8 @@ pub enum Outcome {
 /// An instruction's bytes, for reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bytes {
-    bytes: [u8; 15],
+    /// Up to 15 bytes; zeroes behind them.
+    bytes: [u8; 16],
     length: u8,
 }
 
@@ -131,7 +132,11 @@ const DECODE_ENTRIES: usize = 32;
 struct CachedInstruction {
     rip: u64,
     bitness: u32,
-    bytes: Bytes,
+    /// Bytes of the instruction; 0 in an empty entry.
+    length: u8,
+    /// Them, the first one lowest, and ones where they are.
+    bytes: u128,
+    mask: u128,
     instruction: Instruction,
 }
 
@@ -140,10 +145,9 @@ impl Default for DecodeCache {
         let nothing = CachedInstruction {
             rip: 0,
             bitness: 0,
-            bytes: Bytes {
-                bytes: [0; 15],
-                length: 0,
-            },
+            length: 0,
+            bytes: 0,
+            mask: 0,
             instruction: Instruction::default(),
         };
         DecodeCache {
@@ -161,10 +165,11 @@ impl DecodeCache {
         bytes: &Bytes,
     ) -> Result<Instruction, DecoderError> {
         let entry = &mut self.entries[(rip as usize) % DECODE_ENTRIES];
+        let found = u128::from_le_bytes(bytes.bytes);
         if entry.rip == rip
             && entry.bitness == bitness
-            && entry.bytes.length != 0
-            && bytes.as_slice().starts_with(entry.bytes.as_slice())
+            && (1..=bytes.length).contains(&entry.length)
+            && (entry.bytes ^ found) & entry.mask == 0
         {
             return Ok(entry.instruction);
         }
@@ -177,7 +182,9 @@ impl DecodeCache {
         *entry = CachedInstruction {
             rip,
             bitness,
-            bytes: Bytes { length, ..*bytes },
+            length,
+            bytes: found,
+            mask: (1u128 << (8 * length)) - 1,
             instruction,
         };
         Ok(instruction)
@@ -263,7 +270,7 @@ fn fetch<V: VirtualCpu>(
     mode: CpuMode,
 ) -> Result<Bytes, Exception> {
     let mut out = Bytes {
-        bytes: [0; 15],
+        bytes: [0; 16],
         length: 0,
     };
     let assisted = cpu.instruction_bytes();

@@ -590,7 +590,7 @@ impl<V: VirtualCpu> Vcpu<V> {
     }
 
     fn nested_page_fault(&mut self, fault: NestedPageFault) -> Next {
-        if self.rest.vm.memory.contains(fault.gpa, 1) {
+        if self.rest.vm.memory.is_ram(fault.gpa) {
             // RAM is mapped with all rights from the start, so this cannot be the guest's doing.
             return self.end(EndKind::Misconfiguration(fault.gpa));
         }

@@ -122,7 +122,8 @@ impl Paging {
         } else {
             gva.0 & 0xffff_ffff
         };
-        let (mut writable, mut user_page, mut no_execute) = (true, true, false);
+        // Rights that every entry grants, and bits that any entry has.
+        let (mut granted, mut any) = (PTE_WRITE | PTE_USER, 0);
         for level in (1..=levels).rev() {
             let shift = 12 + index_bits * (level - 1);
             let index = (linear >> shift) & ((1 << index_bits) - 1);
@@ -136,17 +137,17 @@ impl Paging {
             }
             // The four PDPTEs of PAE paging have no R/W, U/S or XD bits.
             if !(level == 3 && levels == 3) {
-                writable &= entry & PTE_WRITE != 0;
-                user_page &= entry & PTE_USER != 0;
-                no_execute |= nx && entry & PTE_NX != 0;
+                granted &= entry;
+                any |= entry;
             }
-            let large = match level {
-                1 => true,
-                2 => entry & PTE_LARGE != 0 && (levels > 2 || self.cr4 & CR4_PSE != 0),
-                3 => levels > 3 && entry & PTE_LARGE != 0,
-                _ => false,
-            };
-            if !large {
+            let leaf = level == 1
+                || entry & PTE_LARGE != 0
+                    && match level {
+                        2 => levels > 2 || self.cr4 & CR4_PSE != 0,
+                        3 => levels > 3,
+                        _ => false,
+                    };
+            if !leaf {
                 table = entry
                     & if index_bits == 10 {
                         0xffff_f000
@@ -155,6 +156,9 @@ impl Paging {
                     };
                 continue;
             }
+            let writable = granted & PTE_WRITE != 0;
+            let user_page = granted & PTE_USER != 0;
+            let no_execute = nx && any & PTE_NX != 0;
             if !self.permits(access, user, writable, user_page, no_execute) {
                 return Err(fault(true));
             }
@@ -194,5 +198,149 @@ impl Paging {
             Access::Write => (writable || self.cr0 & CR0_WP == 0) && !smap_blocks,
             Access::Fetch => !(no_execute || (smep && user_page)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::boxed::Box;
+
+    use super::*;
+    use mem::{fake::FakeMemory, guest::pc_layout};
+
+    const TABLES: u64 = 0x10_0000;
+    const GVA: Gva = Gva(0x0000_7f12_3456_7abc);
+
+    fn memory() -> GuestMemory {
+        let host: &'static FakeMemory = Box::leak(Box::new(FakeMemory::new(16 << 20)));
+        GuestMemory::allocate(host, 1, &pc_layout(4 << 20)).expect("RAM")
+    }
+
+    /// Four levels for [`GVA`], each entry with these flags, down to the page at `page`.
+    fn four_levels(memory: &GuestMemory, page: u64, flags: u64) {
+        for level in 1..=4u64 {
+            let table = TABLES + (4 - level) * 0x1000;
+            let index = (GVA.0 >> (12 + 9 * (level - 1))) & 0x1ff;
+            let next = if level == 1 { page } else { table + 0x1000 };
+            memory
+                .write_u64(Gpa(table + index * 8), next | flags)
+                .expect("RAM");
+        }
+    }
+
+    fn long_mode(cpl: u8) -> Paging {
+        Paging {
+            cr0: CR0_PG | CR0_WP | 1,
+            cr3: TABLES,
+            cr4: CR4_PAE,
+            efer: EFER_LMA | EFER_NXE,
+            rflags: 2,
+            cpl,
+        }
+    }
+
+    const RW: u64 = PTE_PRESENT | PTE_WRITE;
+
+    #[test]
+    fn four_level_translation_and_rights() {
+        let m = memory();
+        four_levels(&m, 0x5000, RW | PTE_USER);
+        for access in [Access::Read, Access::Write, Access::Fetch] {
+            for cpl in [0, 3] {
+                assert_eq!(long_mode(cpl).translate(&m, GVA, access), Ok(Gpa(0x5abc)));
+            }
+        }
+        // (entry flags, CR4, RFLAGS.AC, CPL, access, error code)
+        let ac = RFLAGS_AC;
+        for (flags, cr4, rflags, cpl, access, code) in [
+            (RW, 0, 0, 3, Access::Read, Some(0b101)),
+            (RW, 0, 0, 0, Access::Read, None),
+            (PTE_PRESENT | PTE_USER, 0, 0, 3, Access::Write, Some(0b111)),
+            (PTE_PRESENT, 0, 0, 0, Access::Write, Some(0b011)),
+            (RW | PTE_NX, 0, 0, 0, Access::Fetch, Some(0b1_0001)),
+            (RW | PTE_USER, CR4_SMEP, 0, 0, Access::Fetch, Some(0b1_0001)),
+            (RW | PTE_USER, CR4_SMAP, 0, 0, Access::Read, Some(0b001)),
+            (RW | PTE_USER, CR4_SMAP, ac, 0, Access::Read, None),
+            (0, 0, 0, 0, Access::Write, Some(0b010)),
+        ] {
+            four_levels(&m, 0x5000, flags);
+            let mut paging = long_mode(cpl);
+            paging.cr4 |= cr4;
+            paging.rflags |= rflags;
+            let expected = match code {
+                None => Ok(Gpa(0x5abc)),
+                Some(error_code) => Err(PageFault {
+                    address: GVA,
+                    error_code,
+                }),
+            };
+            assert_eq!(
+                paging.translate(&m, GVA, access),
+                expected,
+                "{flags:#x} {access:?}"
+            );
+        }
+        // Without WP, a supervisor writes to a read-only page.
+        four_levels(&m, 0x5000, PTE_PRESENT);
+        let mut paging = long_mode(0);
+        paging.cr0 &= !CR0_WP;
+        assert_eq!(paging.translate(&m, GVA, Access::Write), Ok(Gpa(0x5abc)));
+    }
+
+    #[test]
+    fn large_pages_and_older_paging_modes() {
+        let m = memory();
+        four_levels(&m, 0, RW);
+        let pd = TABLES + 0x2000 + ((GVA.0 >> 21) & 0x1ff) * 8;
+        m.write_u64(Gpa(pd), 0x4020_0000 | RW | PTE_LARGE)
+            .expect("RAM");
+        let expected = Gpa(0x4020_0000 | (GVA.0 & 0x1f_ffff));
+        assert_eq!(long_mode(0).translate(&m, GVA, Access::Read), Ok(expected));
+
+        // 32-bit paging, a 4 MiB page with bits 39:32 of its address (PSE-36), and a 4 KiB page.
+        let mut paging = long_mode(0);
+        (paging.cr4, paging.efer) = (CR4_PSE, 0);
+        m.write_u32(Gpa(TABLES + 4), 0x0080_2000 | (RW | PTE_LARGE) as u32)
+            .expect("RAM");
+        assert_eq!(
+            paging.translate(&m, Gva(0x40_1234), Access::Read),
+            Ok(Gpa(0x1_0080_1234))
+        );
+        m.write_u32(Gpa(TABLES + 8), 0x10_4000 | RW as u32)
+            .expect("RAM");
+        m.write_u32(Gpa(0x10_4000), 0x7000 | RW as u32)
+            .expect("RAM");
+        assert_eq!(
+            paging.translate(&m, Gva(0x80_0678), Access::Write),
+            Ok(Gpa(0x7678))
+        );
+
+        // PAE: PDPTEs have no R/W bit, so the page is writable by its PTE alone.
+        (paging.cr3, paging.cr4) = (0x10_8020, CR4_PAE);
+        m.write_u64(Gpa(0x10_8020), 0x10_9000 | PTE_PRESENT)
+            .expect("RAM");
+        m.write_u64(Gpa(0x10_9000), 0x10_a000 | RW).expect("RAM");
+        m.write_u64(Gpa(0x10_a008), 0x9000 | RW).expect("RAM");
+        assert_eq!(
+            paging.translate(&m, Gva(0x1008), Access::Write),
+            Ok(Gpa(0x9008))
+        );
+
+        paging.cr0 = 1;
+        assert_eq!(
+            paging.translate(&m, Gva(0x1_2345_6789), Access::Read),
+            Ok(Gpa(0x2345_6789))
+        );
+    }
+
+    #[test]
+    fn tables_outside_ram_are_not_present() {
+        let m = memory();
+        let mut paging = long_mode(0);
+        paging.cr3 = 0xfee0_0000;
+        let fault = paging
+            .translate(&m, GVA, Access::Read)
+            .expect_err("a fault");
+        assert_eq!(fault.error_code, 0);
     }
 }
