@@ -187,7 +187,7 @@ impl Rig {
                 bail!("{name} is missing: {why}");
             }
         }
-        let image = self.images.join(&start.name).with_extension("img");
+        let image = self.images.join(format!("{}.img", start.name));
         let configuration = Configuration::new("plinth.toml", configuration, self.files.clone());
         builder.write_unchecked(&configuration, &image)?;
         let mut machine = start.place.machine(&image);
@@ -207,7 +207,7 @@ impl Rig {
         change: impl FnOnce(&mut Machine),
     ) -> Result<Session> {
         let builder = self.selftest.as_ref();
-        let image = self.images.join(&start.name).with_extension("img");
+        let image = self.images.join(format!("{}.img", start.name));
         builder
             .context("this run prepared no self-test")?
             .write_selftest(word, &image)?;
