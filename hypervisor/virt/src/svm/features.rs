@@ -80,10 +80,20 @@ pub struct Leaves {
     pub asids: u32,
     /// Fn8000_000A EDX.
     pub svm_edx: u32,
+    /// Fn4000_0000 EBX, ECX, EDX: the name of a hypervisor below this one.
+    pub below: [u32; 3],
 }
 
 impl Leaves {
     const SVM: u32 = 1 << 2;
+    /// ECX bit 31 of function 1: Fn4000_0000 is there (APM vol. 3, section E.3.9).
+    const HYPERVISOR: u32 = 1 << 31;
+    /// What QEMU calls its own emulation of a processor: "TCGTCGTCGTCG".
+    const TCG: [u32; 3] = [
+        u32::from_le_bytes(*b"TCGT"),
+        u32::from_le_bytes(*b"CGTC"),
+        u32::from_le_bytes(*b"GTCG"),
+    ];
 
     /// Executes CPUID.
     pub fn read() -> Self {
@@ -106,6 +116,10 @@ impl Leaves {
         if leaves.has_svm() && last >= 0x8000_000a {
             let svm = __cpuid(0x8000_000a);
             (leaves.asids, leaves.svm_edx) = (svm.ebx, svm.edx);
+        }
+        if leaves.basic_ecx & Self::HYPERVISOR != 0 {
+            let below = __cpuid(0x4000_0000);
+            leaves.below = [below.ebx, below.ecx, below.edx];
         }
         leaves
     }
@@ -135,6 +149,8 @@ pub struct Capabilities {
     pub physical_bits: u32,
     /// Bits of CR4 that the processor has.
     pub cr4: u64,
+    /// An interrupt in EVENTINJ may be delivered twice (QEMU TCG, 7.2 to 10.0).
+    pub repeats_injection: bool,
 }
 
 impl Capabilities {
@@ -153,6 +169,7 @@ impl Capabilities {
                 bits => bits,
             },
             cr4: cr4_bits(leaves),
+            repeats_injection: leaves.below == Leaves::TCG,
         }
     }
 
@@ -171,6 +188,7 @@ impl Capabilities {
                 basic_edx: u32::MAX,
                 ..Leaves::default()
             }),
+            repeats_injection: false,
         }
     }
 

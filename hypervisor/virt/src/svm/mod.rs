@@ -430,6 +430,77 @@ mod tests {
         assert_eq!(v.queued(), None);
     }
 
+    fn on_tcg() -> SvmVcpu {
+        let memory: &'static FakeMemory = Box::leak(Box::new(FakeMemory::new(1 << 20)));
+        let capabilities = Capabilities {
+            repeats_injection: true,
+            ..Capabilities::none()
+        };
+        vcpu(
+            &Svm::with_capabilities(memory, capabilities).expect("frames"),
+            1,
+        )
+    }
+
+    #[test]
+    fn an_interrupt_is_virtual_where_injection_repeats() {
+        for window in [false, true] {
+            let mut v = on_tcg();
+            v.request_interrupt_window(window);
+            v.inject(Event::Interrupt(0x40));
+            assert_eq!(v.queued(), Some(Event::Interrupt(0x40)));
+            v.pretend_exit(exit_code::CPUID, |vmcb| {
+                let interrupts = &mut vmcb.control.interrupts;
+                assert!(interrupts.irq() && interrupts.ignore_tpr() && interrupts.vector() == 0x40);
+                assert!(!vmcb.control.event_injection.valid());
+                assert!(!vmcb.control.intercepts1.contains(vmcb::Intercepts1::VINTR));
+                // Taken.
+                interrupts.set_irq(false);
+            });
+            assert_eq!(v.queued(), None);
+            v.pretend_exit(exit_code::CPUID, |vmcb| {
+                assert_eq!(vmcb.control.interrupts.irq(), window);
+                let intercepted = vmcb.control.intercepts1.contains(vmcb::Intercepts1::VINTR);
+                assert_eq!(intercepted, window);
+            });
+        }
+    }
+
+    #[test]
+    fn a_virtual_interrupt_that_was_not_taken_is_queued_again_once() {
+        // As TCG reports it.
+        let interrupted = EventField::new()
+            .with_valid(true)
+            .with_kind(EventType::Exception)
+            .with_vector(0x40);
+        for info in [EventField::new(), interrupted] {
+            let mut v = on_tcg();
+            v.inject(Event::Interrupt(0x40));
+            let exit = v.pretend_exit(exit_code::INTR, |vmcb| {
+                vmcb.control.exit_interrupt_info = info;
+            });
+            assert_eq!(exit, Some(Exit::ExternalInterrupt));
+            assert_eq!(v.queued(), Some(Event::Interrupt(0x40)));
+            v.pretend_exit(exit_code::INTR, |vmcb| {
+                vmcb.control.interrupts.set_irq(false)
+            });
+            assert_eq!(v.queued(), None);
+        }
+    }
+
+    #[test]
+    fn other_events_are_injected_everywhere() {
+        let mut v = on_tcg();
+        let event = Event::Exception {
+            vector: 14,
+            error_code: Some(2),
+        };
+        v.inject(event);
+        v.pretend_exit(exit_code::CPUID, |vmcb| {
+            assert!(vmcb.control.event_injection.valid() && !vmcb.control.interrupts.irq());
+        });
+    }
+
     #[test]
     fn an_intercepted_exception_takes_the_place_of_the_event_in_delivery() {
         let mut v = plain();

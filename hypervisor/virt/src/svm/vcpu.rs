@@ -280,11 +280,52 @@ impl SvmVcpu {
     #[inline]
     fn run_guest(&mut self) {
         self.before_entry();
+        let window = self.inject_virtually();
         // SAFETY: the vCPU is loaded (`enter` checks it) on an enabled pCPU whose host state was
         // stored by `load`; the VMCB is ours, with the nested tables that the VM was set up with,
         // and with every intercept that protects the host; interrupts are disabled between
         // `load` and `unload`, and no reference into the VMCB is alive.
         unsafe { switch::enter_guest(&raw mut self.frame) };
+        if let Some(window) = window {
+            self.after_virtual_injection(window);
+        }
+    }
+
+    /// Where EVENTINJ would deliver an interrupt twice, makes it a virtual interrupt for one
+    /// entry. Returns then whether the interrupt window was asked for, which uses the same bits.
+    ///
+    /// QEMU TCG (7.2 to 10.0) delivers the interrupt within VMRUN, but remembers its vector as an
+    /// exception still to be raised, which it does if anything stops its loop before the next #VMEXIT.
+    #[inline]
+    fn inject_virtually(&mut self) -> Option<bool> {
+        let event = self.control().event_injection;
+        let is_interrupt = event.valid() && event.kind() == EventType::Interrupt;
+        if !self.shared.capabilities.repeats_injection || !is_interrupt {
+            return None;
+        }
+        let window = self.control().interrupts.irq();
+        self.request_interrupt_window(true);
+        self.intercept1(Intercepts1::VINTR, false);
+        let control = self.control_mut();
+        control.interrupts.set_vector(event.vector());
+        control.event_injection = EventField::NONE;
+        Some(window)
+    }
+
+    /// After #VMEXIT: an interrupt that was not taken to its end is one interrupted in delivery,
+    /// which TCG reports as an exception. The window is as it was before; it had its chance behind the interrupt at the earliest, and the
+    /// VMM looks again after each exit.
+    fn after_virtual_injection(&mut self, window: bool) {
+        let control = self.control_mut();
+        let interrupts = control.interrupts;
+        if interrupts.irq() {
+            control.exit_interrupt_info = EventField::new()
+                .with_valid(true)
+                .with_kind(EventType::Interrupt)
+                .with_vector(interrupts.vector());
+        }
+        control.interrupts = interrupts.with_irq(!window).with_vector(0);
+        self.request_interrupt_window(window);
     }
 
     /// After #VMEXIT: why it came, if that is one of the frequent exits and needs nothing more.
@@ -498,10 +539,14 @@ impl SvmVcpu {
         hardware: impl FnOnce(&mut Vmcb),
     ) -> Option<Exit> {
         self.before_entry();
+        let window = self.inject_virtually();
         let vmcb = self.vmcb_mut();
         vmcb.control.exit_code = u64::from(exit_code);
         vmcb.control.exit_interrupt_info = EventField::new();
         hardware(vmcb);
+        if let Some(window) = window {
+            self.after_virtual_injection(window);
+        }
         self.frequent_exit().or_else(|| self.other_exit())
     }
 }
