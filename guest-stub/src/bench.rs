@@ -104,6 +104,12 @@ pub fn run(machine: &Machine, options: &Options, tsc_at_entry: u64) {
         only: options.only.as_str(),
     };
     println!("bench tsc-at-entry {tsc_at_entry}");
+    if options.wait_for_key {
+        println!("bench: press a key");
+        while crate::console::try_receive().is_none() {
+            core::hint::spin_loop();
+        }
+    }
     println!("bench tsc-khz {}", machine.tsc_hz / 1000);
     bench.measure("floor", || {});
     processor(&bench);

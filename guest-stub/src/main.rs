@@ -9,7 +9,7 @@
 //! | `checks=A,B.C` | groups or single checks to run; `none`; all when absent |
 //! | `facts=off` | no `fact` lines |
 //! | `mode=bench` | measure instead of checking |
-//! | `iterations=N`, `mmio=ADDRESS`, `only=NAME` | for the measurements |
+//! | `iterations=N`, `mmio=ADDRESS`, `only=NAME`, `start=key` | for the measurements |
 //! | `abuse=NAME` | misbehave in one way after the checks; `abuse=list` names them |
 //! | `end=poweroff`, `halt`, `reset`, `triple-fault`, `spin`, `shell` | how to end; `halt` when absent |
 //!

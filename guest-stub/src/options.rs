@@ -29,6 +29,8 @@ pub struct Options {
     pub mmio: Option<u64>,
     /// The only operation to measure; empty is all.
     pub only: Value,
+    /// The measurements wait for a key.
+    pub wait_for_key: bool,
 }
 
 /// Parses a command line. What is not understood is reported and left out; words without `=`
@@ -43,6 +45,7 @@ pub fn parse(line: &Text<COMMAND_LINE>) -> Options {
         iterations: None,
         mmio: None,
         only: Value::new(),
+        wait_for_key: false,
     };
     for word in line.as_str().split_ascii_whitespace() {
         let Some((key, value)) = word.split_once('=') else {
@@ -73,6 +76,10 @@ pub fn parse(line: &Text<COMMAND_LINE>) -> Options {
             "iterations" => {
                 options.iterations = number(value).filter(|&count| count > 0);
                 options.iterations.is_some()
+            }
+            "start" => {
+                options.wait_for_key = value == "key";
+                matches!(value, "key" | "at-once")
             }
             "only" => {
                 options.only = Value::format(format_args!("{value}"));

@@ -8,6 +8,7 @@
 //! is measured; files in `bench/` are written only from whole measurements of both emulators.
 
 mod figures;
+mod profile;
 mod report;
 mod svg;
 mod ticks;
@@ -71,6 +72,10 @@ pub struct Args {
     /// Measure this revision of Plinth, too, and show both side by side.
     #[arg(long, value_name = "REV")]
     compare: Option<String>,
+    /// Instead of measuring, show which functions of the kernel an operation's instructions are
+    /// spent in (QEMU).
+    #[arg(long, value_name = "OPERATION", conflicts_with_all = ["compare", "emulator", "runs"])]
+    profile: Option<String>,
 }
 
 /// Measures and tells.
@@ -85,6 +90,10 @@ pub fn run(args: &Args) -> anyhow::Result<Code> {
     };
     let guests = Guests::prepare()?;
     let builder = Builder::new(Profile::Release)?;
+    if let Some(operation) = &args.profile {
+        profile::run(&builder, &guests, operation)?;
+        return Ok(Code::Success);
+    }
     let results = measure(&builder, &guests, places, args.runs)?;
     println!("{}", report::markdown(&report::table(&results)));
     println!("Exits while Linux boots:\n");
@@ -211,9 +220,9 @@ impl Guest {
     fn command_line(self) -> String {
         match self {
             Self::Stub => "mode=bench end=poweroff".into(),
-            // Nothing random, so that runs repeat.
+            // Nothing random, so that runs repeat: Bochs' RDRAND differs from run to run.
             Self::Linux => format!(
-                "console=ttyS0 nokaslr norandmaps random.trust_cpu=off rdinit=/{}",
+                "console=ttyS0 nokaslr norandmaps random.trust_cpu=off clearcpuid=rdrand rdinit=/{}",
                 ticks::PATH
             ),
         }

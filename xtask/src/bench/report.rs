@@ -246,6 +246,11 @@ pub fn table(results: &Results) -> Vec<Vec<String>> {
             }
             _ => "-".into(),
         };
+        let ratio = match ours {
+            // Hardly more than the measurement itself.
+            Some(ours) if ours < 10 && kvm.is_some_and(|kvm| kvm > 100) => "no exit".into(),
+            _ => ratio,
+        };
         let bar = operation.and_then(|operation| operation.bar);
         rows.push(vec![
             title,

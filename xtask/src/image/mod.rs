@@ -192,6 +192,11 @@ impl Builder {
         })
     }
 
+    /// The kernel's functions: lines of offset and mangled name, by offset.
+    pub fn symbols(&self) -> &str {
+        &self.symbols
+    }
+
     /// Packs a configuration and writes the image. Prints what is wrong with it.
     ///
     /// # Errors
