@@ -7,7 +7,10 @@ use drivers::{
 use mem::Hpa;
 use spin::Once;
 
-use crate::{console, cpu, memory};
+use crate::{console, cpu, memory, time};
+
+/// How long the machine may take to turn itself off.
+const POWER_OFF_SECONDS: u64 = 5;
 
 static CONTROL: Once<PowerControl> = Once::new();
 
@@ -35,6 +38,11 @@ pub fn off() -> ! {
     if let Some(control) = CONTROL.get() {
         // SAFETY: output is flushed and, by this function's contract, nothing is left to do.
         unsafe { control.power_off() };
+        // The chipset takes its time, and an emulator on a busy workstation more.
+        let patience = time::now_tsc() + POWER_OFF_SECONDS * time::hz();
+        while time::now_tsc() < patience {
+            core::hint::spin_loop();
+        }
     }
     crate::error!("the machine does not power off by ACPI: turn it off by hand");
     console::flush();
