@@ -67,6 +67,12 @@ pub fn start_interrupts(firmware: &Firmware) -> bool {
     true
 }
 
+/// Whether there is a port that has to be polled, since it cannot interrupt.
+pub fn is_polled() -> bool {
+    let console = CONSOLE.lock();
+    console.port.is_some() && !console.interrupts
+}
+
 impl Console {
     /// Moves what has arrived into the input queue, and queued output to the port as far as it takes it.
     fn pump(&mut self) {

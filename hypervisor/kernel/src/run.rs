@@ -92,7 +92,8 @@ struct Slot<B: Backend> {
     config: VmConfig,
     kernel: &'static [u8],
     initrd: Option<&'static [u8]>,
-    console: ConsoleId,
+    /// Its console on the terminal, if it is configured to have one.
+    console: Option<ConsoleId>,
     live: Option<Live<B>>,
     /// Host time of its last start, in nanoseconds.
     started_ns: u64,
@@ -219,8 +220,8 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
             .initrd
             .as_deref()
             .and_then(|path| bundle.guest_file(path));
-        let console = consoles.attach(&vm.name);
-        if vm.focus {
+        let console = vm.console.then(|| consoles.attach(&vm.name));
+        if let Some(console) = console.filter(|_| vm.focus) {
             consoles.show_first(console);
         }
         slots.push(Slot {
@@ -372,10 +373,9 @@ impl<B: Backend> World<B> {
         let kick = Arc::new(Kick {
             entities: Once::new(),
         });
-        let console: Arc<dyn ConsoleSink> = if config.console {
-            Arc::new(GuestConsole(slot.console))
-        } else {
-            Arc::new(NoConsole)
+        let console: Arc<dyn ConsoleSink> = match slot.console {
+            Some(console) => Arc::new(GuestConsole(console)),
+            None => Arc::new(NoConsole),
         };
         let spec = VmSpec {
             id,
@@ -624,7 +624,7 @@ impl<B: Backend> World<B> {
                         .slots
                         .lock()
                         .iter()
-                        .find(|slot| slot.console == to)
+                        .find(|slot| slot.console == Some(to))
                         .and_then(|slot| slot.live.as_ref())
                         .map(|live| live.vm.clone());
                     if let Some(vm) = vm {
@@ -656,6 +656,10 @@ impl<B: Backend> World<B> {
             let sched = self.sched.lock();
             (sched.has_work(cpu.number), sched.next_deadline(cpu.number))
         };
+        // A serial port without an interrupt has to be looked at.
+        let polled = cpu.number == 0 && console::is_polled();
+        let next_look = polled.then(|| time::now_tsc() + time::us_to_ticks(SLICE_US));
+        let deadline = deadline.into_iter().chain(next_look).min();
         if !work {
             match deadline {
                 Some(at) => interrupts::arm_timer(at),

@@ -1,4 +1,4 @@
-//! What an operator says and sees: configuration, consoles, commands, metrics.
+//! What an operator writes and sees: the configuration, the bundle that carries it, the consoles.
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 

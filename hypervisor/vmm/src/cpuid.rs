@@ -213,14 +213,13 @@ pub struct CpuidPolicy {
     cache: Vec<CpuidResult>,
     xsave: Vec<CpuidResult>,
     hypervisor: [CpuidResult; 2],
-    tsc_khz: u32,
     extended: Vec<CpuidResult>,
     components: XsaveComponents,
 }
 
 impl CpuidPolicy {
-    /// Computes the table of a VM with `vcpus` processors, whose TSC ticks `tsc_hz` times a second.
-    pub fn new(host: HostCpuid<'_>, vcpus: u16, tsc_hz: u64) -> Self {
+    /// Computes the table of a VM with `vcpus` processors.
+    pub fn new(host: HostCpuid<'_>, vcpus: u16) -> Self {
         let vendor_leaf = host(0, 0);
         // "Auth" (AuthenticAMD) and "Hygo" (HygonGenuine) in EBX.
         let vendor = match &vendor_leaf.ebx.to_le_bytes() {
@@ -250,7 +249,6 @@ impl CpuidPolicy {
                     ..CpuidResult::default()
                 },
             ],
-            tsc_khz: u32::try_from(tsc_hz / 1000).unwrap_or(u32::MAX),
             extended: Vec::new(),
             components: XsaveComponents::X87 | XsaveComponents::SSE,
         };
@@ -607,11 +605,6 @@ impl CpuidPolicy {
         }
         entry
     }
-
-    /// TSC frequency shown to the guest, in kHz.
-    pub fn tsc_khz(&self) -> u32 {
-        self.tsc_khz
-    }
 }
 
 #[cfg(test)]
@@ -663,7 +656,7 @@ mod tests {
     };
 
     fn policy(vendor: &'static [u8; 12], vcpus: u16) -> CpuidPolicy {
-        CpuidPolicy::new(&|l, s| all_ones(vendor, l, s), vcpus, 2_000_000_000)
+        CpuidPolicy::new(&|l, s| all_ones(vendor, l, s), vcpus)
     }
 
     #[test]

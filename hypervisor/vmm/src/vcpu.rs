@@ -59,6 +59,8 @@ enum Next {
     Enter,
     /// Look at interrupts and timers first.
     Check,
+    /// The guest waits for somebody else: let others run.
+    Yield,
 }
 
 /// RFLAGS.TF.
@@ -196,6 +198,9 @@ impl<V: VirtualCpu> Vcpu<V> {
             if self.rest.vm.is_ended() {
                 return Pause::Ended;
             }
+            if next == Next::Yield {
+                return Pause::SliceOver;
+            }
             if (next == Next::Check || self.rest.apic.inbox().has_pending())
                 && let Some(pause) = self.check(host, slice_end)
             {
@@ -323,13 +328,19 @@ impl<V: VirtualCpu> Vcpu<V> {
             Exit::NestedPageFault(fault) => return self.nested_page_fault(fault),
             Exit::CrAccess(Some(access)) => self.cr_access(access),
             Exit::Halt => {
-                self.step_over();
-                self.activity = Activity::Halted;
+                // A single-step trap behind HLT is taken at once.
+                if self.step_over() == Next::Enter {
+                    self.activity = Activity::Halted;
+                }
             }
             Exit::Xsetbv => self.xsetbv(),
             // Nested page tables map RAM write-back and the guest has no device memory of
             // the host's: there is nothing that a flush could make visible.
-            Exit::Wbinvd | Exit::Invd | Exit::Pause => return self.step_over(),
+            Exit::Wbinvd | Exit::Invd => return self.step_over(),
+            Exit::Pause => {
+                self.step_over();
+                return Next::Yield;
+            }
             // Not shown in CPUID.
             Exit::Monitor | Exit::Mwait | Exit::VirtualizationInstruction => {
                 self.raise(Exception::UNDEFINED_OPCODE);
@@ -512,7 +523,7 @@ impl<V: VirtualCpu> Vcpu<V> {
         match self.write_msr(msr, self.edx_eax()) {
             Ok(next) => match self.step_over() {
                 Next::Enter => next,
-                Next::Check => Next::Check,
+                other => other,
             },
             Err(exception) => {
                 if !LocalApic::owns_msr(msr) && self.read_msr(msr).is_none() {

@@ -295,6 +295,26 @@ fn halt_with_interrupts_off_sleeps_on() {
 }
 
 #[test]
+fn a_pause_loop_gives_the_processor_away() {
+    let mut b = Bench::new();
+    b.vcpu.hw.exits = [Exit::Pause, Exit::TripleFault].into_iter().collect();
+    assert_eq!(b.vcpu.run(&mut b.host, u64::MAX), Pause::SliceOver);
+    assert_eq!(b.vcpu.hw.entries, 1);
+}
+
+#[test]
+fn single_step_over_halt_traps_at_once() {
+    let mut b = Bench::new();
+    b.vcpu.hw.state.rflags |= RFLAGS_TF;
+    b.execute(&[Exit::Halt]);
+    let trap = Event::Exception {
+        vector: 1,
+        error_code: None,
+    };
+    assert_eq!(b.vcpu.hw.injected, [trap]);
+}
+
+#[test]
 fn a_timer_interrupt_wakes_a_halted_vcpu() {
     let mut b = Bench::new();
     // Local APIC on, timer one-shot on vector 0x40, IF set, then HLT.

@@ -13,7 +13,7 @@ use core::{
 use devices::{
     VcpuId,
     acpi::{self, AcpiConfig},
-    bus::{MmioBus, Overlap, PortBus},
+    bus::{MmioBus, Overlap, PortBus, Swallow},
     i8042::KeyboardController,
     ioapic::{IOAPIC_BASE, IOAPIC_LEN, IoApic},
     lapic::{ApicBus, IntrPin, VcpuKick},
@@ -223,6 +223,8 @@ pub struct Vm {
     timers: Timers,
     /// Earliest deadline of `timers`, in ticks of `clock`; [`NEVER`] if none is armed.
     timer_deadline: AtomicU64,
+    /// Held while `timer_deadline` is made anew. Devices' locks come after it.
+    noting_deadline: Mutex<()>,
     end: Arc<EndCell>,
 }
 
@@ -330,6 +332,7 @@ impl Vm {
         let power = PowerManagement::new(time, irq(platform::SCI_IRQ), system.clone());
         ports.insert("acpi-pm", platform::PM_BASE, PM_PORTS, power.clone())?;
         ports.insert("reset", RESET_PORT, 1, ResetControl::new(system))?;
+        ports.insert("post", platform::POST_PORT, 1, Arc::new(Swallow))?;
         let pci_layout = PciLayout::default();
         let mut pci = PciBus::new();
         pci.insert(0, 0, HostBridge::new())?;
@@ -369,7 +372,7 @@ impl Vm {
         let vm = Vm {
             name: spec.name,
             memory,
-            cpuid: CpuidPolicy::new(host.cpuid, spec.vcpus, clock.hz()),
+            cpuid: CpuidPolicy::new(host.cpuid, spec.vcpus),
             clock,
             epoch: host.epoch,
             ports,
@@ -380,6 +383,7 @@ impl Vm {
             uart,
             timers,
             timer_deadline,
+            noting_deadline: Mutex::new(()),
             end,
         };
         Ok((Arc::new(vm), entry.state))
@@ -422,8 +426,11 @@ impl Vm {
     /// vCPU `by` may have set a device's timer anew: looks up the deadlines, and tells the vCPU that
     /// looks after them.
     pub(crate) fn timers_changed(&self, by: VcpuId) {
+        // Looked up and noted as one, or an older answer of another vCPU could replace a newer one.
+        let noting = self.noting_deadline.lock();
         let deadline = self.timers.deadline();
         let before = self.timer_deadline.swap(deadline, Ordering::Relaxed);
+        drop(noting);
         if by != TIMER_VCPU && deadline < before {
             self.end.kick.kick(TIMER_VCPU);
         }
