@@ -543,15 +543,31 @@ fn timer_deadline(machine: &Machine) -> Verdict {
     // SAFETY: as above.
     unsafe { cpu::wrmsr(msr::TSC_DEADLINE, 1) };
     await_count(machine, TIMER, 6)?;
-    // SAFETY: as above.
-    unsafe {
-        cpu::wrmsr(msr::TSC_DEADLINE, cpu::tsc() + machine.tsc_hz / 1000);
-        cpu::wrmsr(msr::TSC_DEADLINE, 0);
+    let mut expected = 6;
+    for _ in 0..20 {
+        let deadline = cpu::tsc() + machine.tsc_hz / 1000;
+        // SAFETY: as above.
+        unsafe {
+            cpu::wrmsr(msr::TSC_DEADLINE, deadline);
+            cpu::wrmsr(msr::TSC_DEADLINE, 0);
+        }
+        if cpu::tsc() < deadline {
+            break;
+        }
+        // Others had the processor until after the deadline, so the interrupt was due. Try again.
+        cpu::sti();
+        time::spin_us(machine.tsc_hz, 100);
+        cpu::cli();
+        expected = count(TIMER);
     }
     cpu::sti();
     time::spin_us(machine.tsc_hz, 3_000);
     cpu::cli();
-    ensure_eq!(count(TIMER), 6, "interrupts after the timer was disarmed");
+    ensure_eq!(
+        count(TIMER),
+        expected,
+        "interrupts after the timer was disarmed"
+    );
     Ok(())
 }
 

@@ -778,6 +778,9 @@ impl LocalApic {
 
     /// Mode changes (section 11.12.5, figure 11-27).
     fn write_base(&mut self, new: ApicBase) -> Result<ApicEffect, MsrFault> {
+        if new == self.base {
+            return Ok(ApicEffect::None);
+        }
         let reserved_low = ApicBase::new()
             .with_bsp(true)
             .with_x2apic(self.config.x2apic)

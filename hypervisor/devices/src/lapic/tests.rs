@@ -645,6 +645,18 @@ fn extint_goes_to_the_bootstrap_processor() {
 }
 
 #[test]
+fn the_same_base_again_changes_nothing() {
+    let mut m = machine(&[0]);
+    let base = m.cpus[0].base().into_bits();
+    assert_eq!(
+        m.cpus[0].write_msr(MSR_APIC_BASE, base),
+        Ok(ApicEffect::None)
+    );
+    let moved = m.cpus[0].write_msr(MSR_APIC_BASE, base + 0x1000);
+    assert_eq!(moved, Ok(ApicEffect::BaseChanged));
+}
+
+#[test]
 fn reset_drops_everything() {
     let mut m = machine(&[0, 1]);
     m.enable_x2apic();

@@ -280,23 +280,28 @@ impl SvmVcpu {
     #[inline]
     fn run_guest(&mut self) {
         self.before_entry();
-        let window = self.inject_virtually();
+        let queued = self.control().event_injection.valid();
+        let window = if queued {
+            self.inject_virtually()
+        } else {
+            None
+        };
         // SAFETY: the vCPU is loaded (`enter` checks it) on an enabled pCPU whose host state was
         // stored by `load`; the VMCB is ours, with the nested tables that the VM was set up with,
         // and with every intercept that protects the host; interrupts are disabled between
         // `load` and `unload`, and no reference into the VMCB is alive.
         unsafe { switch::enter_guest(&raw mut self.frame) };
-        if let Some(window) = window {
+        if queued && let Some(window) = window {
             self.after_virtual_injection(window);
         }
     }
 
-    /// Where EVENTINJ would deliver an interrupt twice, makes it a virtual interrupt for one
+    /// Where EVENTINJ would deliver the interrupt in it twice, makes it a virtual interrupt for one
     /// entry. Returns then whether the interrupt window was asked for, which uses the same bits.
     ///
     /// QEMU TCG (7.2 to 10.0) delivers the interrupt within VMRUN, but remembers its vector as an
     /// exception still to be raised, which it does if anything stops its loop before the next #VMEXIT.
-    #[inline]
+    #[inline(never)]
     fn inject_virtually(&mut self) -> Option<bool> {
         let event = self.control().event_injection;
         let is_interrupt = event.valid() && event.kind() == EventType::Interrupt;
