@@ -13,7 +13,7 @@ use super::{
 use crate::guests;
 
 /// A guest without a fault beside the faulty ones; short, and it powers off.
-const SOUND: Vm = Vm {
+const SOUND: Vm<'static> = Vm {
     name: "stub",
     memory_mib: 32,
     kernel: "stub",

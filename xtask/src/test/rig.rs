@@ -33,7 +33,7 @@ pub struct Start {
 }
 
 /// A guest, as a configuration says it.
-pub struct Vm {
+pub struct Vm<'t> {
     /// Its name.
     pub name: &'static str,
     /// In MiB.
@@ -43,10 +43,10 @@ pub struct Vm {
     /// A file of the rig.
     pub initrd: Option<&'static str>,
     /// For the kernel.
-    pub command_line: &'static str,
+    pub command_line: &'t str,
 }
 
-impl Vm {
+impl<'t> Vm<'t> {
     /// A Linux guest called `linux`, with the memory of the default configuration.
     pub fn linux(guest: &Guest) -> Self {
         Self {
@@ -59,7 +59,7 @@ impl Vm {
     }
 
     /// A guest stub.
-    pub fn stub(name: &'static str, command_line: &'static str) -> Self {
+    pub fn stub(name: &'static str, command_line: &'t str) -> Self {
         Self {
             name,
             memory_mib: 32,
@@ -159,7 +159,7 @@ impl Rig {
     ///
     /// # Errors
     /// A file is missing, or the machine does not start.
-    pub fn boot(&self, start: &Start, vms: &[Vm]) -> Result<Session> {
+    pub fn boot(&self, start: &Start, vms: &[Vm<'_>]) -> Result<Session> {
         if let (Place::Bare, [vm]) = (start.place, vms) {
             return self.boot_bare(start, vm);
         }
@@ -217,7 +217,7 @@ impl Rig {
     }
 
     /// Starts QEMU with the guest's kernel and without Plinth.
-    fn boot_bare(&self, start: &Start, vm: &Vm) -> Result<Session> {
+    fn boot_bare(&self, start: &Start, vm: &Vm<'_>) -> Result<Session> {
         if let Some((name, why)) = self.missing.iter().find(|(name, _)| name == vm.kernel) {
             bail!("{name} is missing: {why}");
         }

@@ -205,6 +205,48 @@ pub fn triple_fault(rig: &Rig, start: &Start) -> Result<String> {
     Ok(String::new())
 }
 
+/// The stub's ways to misbehave, and what is to be said of the end of such a guest.
+const ABUSES: [(&str, &str); 15] = [
+    ("triple-fault", "triple fault"),
+    ("jump-nowhere", "execution outside RAM"),
+    ("stack-nowhere", "stack or tables are outside RAM"),
+    ("tables-nowhere", "page tables outside RAM"),
+    ("idt-nowhere", "stack or tables are outside RAM"),
+    ("odd-mmio", "does not emulate"),
+    ("endless-string", "powered off"),
+    ("port-storm", "powered off"),
+    ("msr-storm", "powered off"),
+    ("mmio-storm", "powered off"),
+    ("pci-storm", "powered off"),
+    ("hypercall-storm", "powered off"),
+    ("control-storm", "powered off"),
+    ("timer-flood", "powered off"),
+    ("bad-ipi", "powered off"),
+];
+
+/// Guests that misbehave, each in its own way, end or power off; another beside them finds
+/// its machine in order, and the host lives on.
+pub fn abuse(rig: &Rig, start: &Start) -> Result<String> {
+    let limits = start.place.limits();
+    // The checks that measure time would notice that others use the processors, too.
+    let sound = "checks=cpuid,msr,exceptions,memory,io,fpu,acpi end=poweroff";
+    let mut text = Vm::stub("sound", sound).section();
+    for (name, _) in ABUSES {
+        let line = format!("checks=none facts=off abuse={name} end=poweroff");
+        text += &Vm::stub(name, &line).section();
+    }
+    let mut session = rig.boot_text(start, &text, |_| {})?;
+    stub_report(&mut session, limits)?;
+    session.wait_for_power_off(limits.boot)?;
+    let text = session.text();
+    for (name, end) in ABUSES {
+        let line = Regex::new(&format!(r"(?m)^\[plinth\] {name}: .*{end}"))?;
+        ensure!(line.is_match(&text), "nothing was said like /{line}/");
+    }
+    ensure!(!text.contains("HOST FAULT"), "the host failed");
+    Ok(format!("{} misbehave", ABUSES.len()))
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -243,6 +285,17 @@ mod tests {
     fn a_stub_that_checks_nothing_fails() {
         let said = format!("{STUB_GREETING}\r\nstub: 0 passed, 0 failed, 0 skipped\r\n");
         assert!(stub_report(&mut Script::new(&said, Vec::new()), LIMITS).is_err());
+    }
+
+    #[test]
+    fn no_way_to_misbehave_is_left_out() {
+        let source = include_str!("../../../guest-stub/src/abuse.rs");
+        let name = Regex::new(r#"(?m)^        name: "([a-z-]+)""#).unwrap();
+        let known: Vec<_> = name
+            .captures_iter(source)
+            .map(|found| found[1].to_owned())
+            .collect();
+        assert_eq!(known, ABUSES.map(|(name, _)| name));
     }
 
     #[test]

@@ -184,6 +184,7 @@ pub fn all() -> Vec<Scenario> {
             20,
             running::triple_fault,
         ));
+        all.push(Scenario::new(place, "guest-abuse", 30, running::abuse));
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
         all.push(Scenario::new(place, "host-backend", 5, host::backend).selftest());
