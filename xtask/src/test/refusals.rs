@@ -15,6 +15,7 @@ use crate::guests;
 /// A guest without a fault beside the faulty ones; short, and it powers off.
 const SOUND: Vm<'static> = Vm {
     name: "stub",
+    vcpus: 1,
     memory_mib: 32,
     kernel: "stub",
     initrd: None,

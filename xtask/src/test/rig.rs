@@ -36,6 +36,8 @@ pub struct Start {
 pub struct Vm<'t> {
     /// Its name.
     pub name: &'static str,
+    /// Virtual processors.
+    pub vcpus: u32,
     /// In MiB.
     pub memory_mib: u32,
     /// A file of the rig.
@@ -51,6 +53,7 @@ impl<'t> Vm<'t> {
     pub fn linux(guest: &Guest) -> Self {
         Self {
             name: "linux",
+            vcpus: 1,
             memory_mib: 256,
             kernel: guest.name,
             initrd: Some("initramfs"),
@@ -62,6 +65,7 @@ impl<'t> Vm<'t> {
     pub fn stub(name: &'static str, command_line: &'t str) -> Self {
         Self {
             name,
+            vcpus: 1,
             memory_mib: 32,
             kernel: "stub",
             initrd: None,
@@ -72,8 +76,8 @@ impl<'t> Vm<'t> {
     /// Its section of a configuration.
     pub fn section(&self) -> String {
         let mut text = format!(
-            "[[vm]]\nname = \"{}\"\nmemory = \"{}M\"\n[vm.boot]\nkernel = \"{}\"\n",
-            self.name, self.memory_mib, self.kernel
+            "[[vm]]\nname = \"{}\"\nvcpus = {}\nmemory = \"{}M\"\n[vm.boot]\nkernel = \"{}\"\n",
+            self.name, self.vcpus, self.memory_mib, self.kernel
         );
         if let Some(initrd) = self.initrd {
             writeln!(text, "initrd = \"{initrd}\"").expect("a String takes any text");
@@ -222,6 +226,7 @@ impl Rig {
             bail!("{name} is missing: {why}");
         }
         let mut machine = start.place.machine(&self.files.join(EMPTY_DISK));
+        machine.cpus = vm.vcpus;
         machine.memory_mib = vm.memory_mib;
         let file = |name: &str| self.files.join(name).display().to_string();
         machine

@@ -23,13 +23,16 @@ pub const STUB_GREETING: &str = "plinth guest-stub: hello";
 
 /// Linux boots, holds its conversation, and powers off; the remark says when the shell was
 /// there.
-pub fn linux(rig: &Rig, start: &Start, guest: &Guest) -> Result<String> {
+pub fn linux(rig: &Rig, start: &Start, guest: &Guest, vcpus: u32) -> Result<String> {
     let limits = start.place.limits();
-    let vm = Vm::linux(guest);
+    let vm = Vm {
+        vcpus,
+        ..Vm::linux(guest)
+    };
     let given = Given {
         release: guest.release,
         memory_mib: vm.memory_mib,
-        cpus: 1,
+        cpus: vcpus,
     };
     let mut session = rig.boot(start, &[vm])?;
     let started = session.started();

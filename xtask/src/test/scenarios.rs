@@ -172,11 +172,12 @@ pub fn all() -> Vec<Scenario> {
     let [newer, older] = &guests::CATALOGUE;
     let mut all = Vec::new();
     for place in [Place::QEMU_BIOS, Place::QEMU_UEFI, Place::Bochs, Place::Kvm] {
-        all.push(linux(place, newer));
+        all.push(linux(place, newer, 1));
         all.push(Scenario::new(place, "stub", 8, running::stub).quick());
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
-        all.push(linux(place, older));
+        all.push(linux(place, older, 1));
+        all.push(linux(place, newer, 2));
         all.push(Scenario::new(place, "two-vms", 25, running::two_vms));
         all.push(Scenario::new(
             place,
@@ -222,10 +223,14 @@ pub fn all() -> Vec<Scenario> {
 }
 
 /// Linux boots, converses, and powers off.
-fn linux(place: Place, guest: &'static Guest) -> Scenario {
-    let what = guest.name.trim_end_matches("-cloud");
-    Scenario::new(place, what, 25, move |rig, start| {
-        running::linux(rig, start, guest)
+fn linux(place: Place, guest: &'static Guest, vcpus: u32) -> Scenario {
+    let name = guest.name.trim_end_matches("-cloud");
+    let what = match vcpus {
+        1 => name.to_owned(),
+        more => format!("{name}-{more}-vcpus"),
+    };
+    Scenario::new(place, &what, 25, move |rig, start| {
+        running::linux(rig, start, guest, vcpus)
     })
 }
 
@@ -233,7 +238,7 @@ fn linux(place: Place, guest: &'static Guest) -> Scenario {
 pub fn reference() -> Vec<Scenario> {
     let mut all: Vec<_> = guests::CATALOGUE
         .iter()
-        .map(|guest| linux(Place::Bare, guest))
+        .map(|guest| linux(Place::Bare, guest, 1))
         .collect();
     all.push(Scenario::new(Place::Bare, "stub", 5, running::stub));
     all
