@@ -293,7 +293,7 @@ impl GuestFpu {
         }
     }
 
-    /// The guest's XCR0. While `loaded` it is read from the register: QEMU 7.2 and 10.0 (TCG) do not
+    /// The guest's XCR0. While `loaded` it is read from the register: QEMU 7.2 (TCG) does not
     /// intercept XSETBV, so that the guest may have changed it.
     pub fn xcr0(&self, loaded: bool) -> u64 {
         if loaded && self.features.xsave {
