@@ -11,11 +11,12 @@ use mem::fake::FakeMemory;
 use proptest::prelude::*;
 use spin::Mutex;
 
-use super::*;
+use super::{msrs::MAX_MSR_NOTES, *};
 use crate::{
     clock::TimeSource,
     cpuid::CpuidResult,
     fake::FakeCpu,
+    msr::number,
     vm::{Environment, VmSpec},
 };
 

@@ -10,7 +10,10 @@ use mem::{
 use proptest::prelude::*;
 use virt::{CpuState, Gpr, SegmentName, VirtualCpu};
 
-use super::*;
+use super::{
+    alu::{Alu, RFLAGS_CF, RFLAGS_OF, compute},
+    *,
+};
 use crate::fake::FakeCpu;
 
 const CODE: u64 = 0x10_0000;

@@ -7,11 +7,15 @@
 //! Invariants: whatever the guest does, an exit is handled in bounded time; what cannot be
 //! handled ends this VM with a named reason and a register dump, and only this VM.
 
-use alloc::{boxed::Box, format, string::String, sync::Arc};
+mod end;
+mod msrs;
+mod platform;
+
+use alloc::{boxed::Box, sync::Arc};
 
 use devices::{
     VcpuId,
-    lapic::{ApicEffect, LocalApic, LocalApicConfig},
+    lapic::{LocalApic, LocalApicConfig},
     time::{Clock, earliest},
 };
 use mem::{Direction, Gpa, Width};
@@ -20,13 +24,16 @@ use virt::{
 };
 
 use crate::{
-    clock, control,
+    control,
     cpuid::CpuidState,
     emulate::{self, DecodeCache, Exception, Outcome, Platform},
     host::Host,
-    msr::{self, Mtrrs, number},
-    vm::{EndReason, Vm},
+    vm::Vm,
 };
+
+pub use end::Dump;
+use end::EndKind;
+use msrs::Msrs;
 
 /// Why [`Vcpu::run`] came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,23 +76,8 @@ const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_IF: u64 = 1 << 9;
 /// DR6.BS.
 const DR6_SINGLE_STEP: u64 = 1 << 14;
-/// Lines that one vCPU may have written to the host's log about unknown MSRs.
-const MAX_MSR_NOTES: u32 = 16;
-/// Bit 0 of the paravirtual clock MSR: enable.
-const TIME_INFO_ENABLE: u64 = 1;
 /// The result of a hypercall that does not exist (Linux uapi kvm_para.h, KVM_ENOSYS).
 const HYPERCALL_UNKNOWN: u64 = 1000u64.wrapping_neg();
-
-/// MSRs that live with the vCPU.
-#[derive(Debug, Default)]
-struct Msrs {
-    mtrrs: Mtrrs,
-    /// Guest TSC minus the VM's clock, wrapping: IA32_TSC_ADJUST.
-    tsc_adjust: u64,
-    system_time: u64,
-    wall_clock: u64,
-    notes: u32,
-}
 
 /// Number of exits by kind.
 pub type ExitCounters = [u64; Exit::KINDS];
@@ -498,108 +490,6 @@ impl<V: VirtualCpu> Vcpu<V> {
         self.complete(result);
     }
 
-    fn edx_eax(&self) -> u64 {
-        (self.hw.gpr(Gpr::Rdx) << 32) | (self.hw.gpr(Gpr::Rax) & 0xffff_ffff)
-    }
-
-    fn rdmsr<H: Host>(&mut self, host: &mut H) -> Next {
-        let msr = self.hw.gpr(Gpr::Rcx) as u32;
-        match self.read_msr(msr) {
-            Some(value) => {
-                self.hw.set_gpr(Gpr::Rax, value & 0xffff_ffff);
-                self.hw.set_gpr(Gpr::Rdx, value >> 32);
-                self.step_over()
-            }
-            None => {
-                self.rest.note_msr(host, "read of", msr);
-                self.raise(Exception::GENERAL_PROTECTION);
-                Next::Check
-            }
-        }
-    }
-
-    fn wrmsr<H: Host>(&mut self, host: &mut H) -> Next {
-        let msr = self.hw.gpr(Gpr::Rcx) as u32;
-        match self.write_msr(msr, self.edx_eax()) {
-            Ok(next) => match self.step_over() {
-                Next::Enter => next,
-                other => other,
-            },
-            Err(exception) => {
-                if !LocalApic::owns_msr(msr) && self.read_msr(msr).is_none() {
-                    self.rest.note_msr(host, "write to", msr);
-                }
-                self.raise(exception);
-                Next::Check
-            }
-        }
-    }
-
-    fn read_msr(&mut self, msr: u32) -> Option<u64> {
-        let Vcpu { hw, rest, .. } = self;
-        if LocalApic::owns_msr(msr) {
-            return rest.apic.read_msr(msr).ok();
-        }
-        match msr {
-            number::TSC => Some(rest.vm.clock.now().wrapping_add(rest.msrs.tsc_adjust)),
-            number::TSC_ADJUST => Some(rest.msrs.tsc_adjust),
-            number::EFER => Some(hw.efer()),
-            number::KVM_SYSTEM_TIME => Some(rest.msrs.system_time),
-            number::KVM_WALL_CLOCK => Some(rest.msrs.wall_clock),
-            number::TSC_AUX if !rest.vm.cpuid.has_tsc_aux() => None,
-            _ => hw
-                .msr(msr)
-                .or_else(|| rest.msrs.mtrrs.read(msr))
-                .or_else(|| msr::constant(rest.vm.cpuid.vendor(), msr)),
-        }
-    }
-
-    fn write_msr(&mut self, msr: u32, value: u64) -> Result<Next, Exception> {
-        const GP: Exception = Exception::GENERAL_PROTECTION;
-        let Vcpu { hw, rest, .. } = self;
-        if LocalApic::owns_msr(msr) {
-            let effect = rest.apic.write_msr(msr, value).map_err(|_| GP)?;
-            rest.apic_effect(effect);
-            let unchanged = msr == number::APIC_BASE && effect == ApicEffect::None;
-            return Ok(if unchanged { Next::Enter } else { Next::Check });
-        }
-        match msr {
-            number::TSC => {
-                let adjust = value.wrapping_sub(rest.vm.clock.now());
-                rest.set_tsc_adjust(hw, adjust);
-                return Ok(Next::Check);
-            }
-            number::TSC_ADJUST => {
-                rest.set_tsc_adjust(hw, value);
-                return Ok(Next::Check);
-            }
-            number::EFER => control::write_efer(hw, &rest.vm.cpuid, value)?,
-            number::KVM_SYSTEM_TIME => {
-                rest.msrs.system_time = value;
-                rest.write_time_info()?;
-            }
-            number::KVM_WALL_CLOCK => {
-                rest.msrs.wall_clock = value;
-                if !clock::write_wall_clock(&rest.vm.memory, Gpa(value), rest.vm.epoch) {
-                    return Err(GP);
-                }
-            }
-            number::TSC_AUX if !rest.vm.cpuid.has_tsc_aux() => return Err(GP),
-            _ => {
-                let bits = rest.vm.cpuid.physical_bits();
-                let taken = match rest.msrs.mtrrs.write(msr, value, bits) {
-                    Some(good) => good,
-                    None if hw.msr(msr).is_some() => hw.set_msr(msr, value),
-                    None => msr::write_ignored(rest.vm.cpuid.vendor(), msr),
-                };
-                if !taken {
-                    return Err(GP);
-                }
-            }
-        }
-        Ok(Next::Enter)
-    }
-
     fn nested_page_fault(&mut self, fault: NestedPageFault) -> Next {
         if self.rest.vm.memory.is_ram(fault.gpa) {
             // RAM is mapped with all rights from the start, so this cannot be the guest's doing.
@@ -655,238 +545,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             next
         }
     }
-
-    fn end(&mut self, kind: EndKind) -> Next {
-        let dump = Box::new(Dump {
-            vcpu: self.rest.id,
-            state: self.hw.state(),
-            counters: self.counters,
-        });
-        let reason = match kind {
-            EndKind::TripleFault => EndReason::TripleFault(dump),
-            kind => EndReason::Failure {
-                what: kind.describe(),
-                dump,
-            },
-        };
-        self.rest.vm.end(reason);
-        Next::Check
-    }
-}
-
-/// Why this vCPU must end its VM.
-enum EndKind {
-    TripleFault,
-    Unsupported(&'static str),
-    Misconfiguration(Gpa),
-    EntryFailure { code: u64, why: String },
-    UnknownExit { code: u64, info: u64 },
-    Instruction(emulate::Bytes),
-}
-
-impl EndKind {
-    fn describe(&self) -> String {
-        match self {
-            EndKind::TripleFault => String::from("triple fault"),
-            EndKind::Unsupported(what) => format!("{what}, which Plinth does not emulate"),
-            EndKind::Misconfiguration(gpa) => {
-                format!("nested page tables are wrong for guest-physical {gpa}: a defect of Plinth")
-            }
-            EndKind::EntryFailure { code, why } => {
-                format!("VM entry refused (code {code:#x}): a defect of Plinth\n{why}")
-            }
-            EndKind::UnknownExit { code, info } => {
-                format!("unknown exit (code {code:#x}, information {info:#x})")
-            }
-            EndKind::Instruction(bytes) => format!(
-                "an instruction on device memory that Plinth does not emulate: {:02x?}",
-                bytes.as_slice()
-            ),
-        }
-    }
-}
-
-/// The last state of the vCPU that ended its VM.
-#[derive(Debug)]
-pub struct Dump {
-    /// Which vCPU.
-    pub vcpu: VcpuId,
-    /// Its registers.
-    pub state: CpuState,
-    /// Its exits so far.
-    pub counters: ExitCounters,
-}
-
-impl core::fmt::Display for Dump {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        let s = &self.state;
-        let cs = s.segments[SegmentName::Cs as usize];
-        let ss = s.segments[SegmentName::Ss as usize];
-        writeln!(
-            f,
-            "vCPU {}: RIP {:04x}:{:016x}  RFLAGS {:08x}",
-            self.vcpu.0, cs.selector, s.rip, s.rflags
-        )?;
-        const NAMES: [&str; 16] = [
-            "RAX", "RCX", "RDX", "RBX", "RSP", "RBP", "RSI", "RDI", "R8 ", "R9 ", "R10", "R11",
-            "R12", "R13", "R14", "R15",
-        ];
-        for row in 0..4 {
-            for column in 0..4 {
-                let n = row * 4 + column;
-                write!(f, "  {} {:016x}", NAMES[n], s.gprs[n])?;
-            }
-            writeln!(f)?;
-        }
-        writeln!(
-            f,
-            "  CR0 {:08x}  CR2 {:016x}  CR3 {:016x}  CR4 {:08x}  EFER {:04x}",
-            s.cr0, s.cr2, s.cr3, s.cr4, s.efer
-        )?;
-        writeln!(
-            f,
-            "  CS base {:x} limit {:x} rights {:05x}  SS {:04x} base {:x}  GDT {:x}+{:x}  IDT {:x}+{:x}",
-            cs.base,
-            cs.limit,
-            cs.rights.into_bits(),
-            ss.selector,
-            ss.base,
-            s.gdtr.base,
-            s.gdtr.limit,
-            s.idtr.base,
-            s.idtr.limit
-        )?;
-        write!(f, "  exits:")?;
-        for (name, count) in Exit::NAMES
-            .iter()
-            .zip(self.counters)
-            .filter(|(_, n)| *n > 0)
-        {
-            write!(f, " {name} {count}")?;
-        }
-        Ok(())
-    }
-}
-
-impl Rest {
-    fn apic_effect(&mut self, effect: ApicEffect) {
-        match effect {
-            ApicEffect::None => {}
-            ApicEffect::EoiBroadcast(vector) => self.vm.ioapic.eoi(vector),
-            // The APIC page is never mapped, so every mode change takes effect by itself.
-            ApicEffect::BaseChanged => {}
-        }
-    }
-
-    fn set_tsc_adjust<V: VirtualCpu>(&mut self, hw: &mut V, adjust: u64) {
-        self.msrs.tsc_adjust = adjust;
-        hw.set_tsc_offset(self.vm.clock.tsc_offset().wrapping_add(adjust));
-        self.apic.set_tsc_adjust(adjust);
-        // The page relates the TSC to time, so it changes with the TSC. The guest enabled it
-        // at an address that was good then; RAM does not go away.
-        let _still_there = self.write_time_info();
-    }
-
-    fn write_time_info(&mut self) -> Result<(), Exception> {
-        if self.msrs.system_time & TIME_INFO_ENABLE == 0 {
-            return Ok(());
-        }
-        let at = Gpa(self.msrs.system_time & !TIME_INFO_ENABLE);
-        let hz = self.vm.clock.hz();
-        if clock::write_time_info(&self.vm.memory, at, hz, self.msrs.tsc_adjust) {
-            Ok(())
-        } else {
-            self.msrs.system_time = 0;
-            Err(Exception::GENERAL_PROTECTION)
-        }
-    }
-
-    fn note_msr<H: Host>(&mut self, host: &mut H, what: &str, msr: u32) {
-        if self.msrs.notes >= MAX_MSR_NOTES {
-            return;
-        }
-        self.msrs.notes += 1;
-        let last = if self.msrs.notes == MAX_MSR_NOTES {
-            "; no more such lines"
-        } else {
-            ""
-        };
-        host.note(format!(
-            "{}: {what} unknown MSR {msr:#x} gives #GP{last}",
-            self.vm.name
-        ));
-    }
-
-    /// Offset in the xAPIC page, if the address lies there and the APIC answers there.
-    fn xapic_offset(&self, gpa: Gpa) -> Option<u64> {
-        let page = self.apic.xapic_page()?;
-        (gpa.0 & !0xfff == page).then_some(gpa.0 & 0xfff)
-    }
-}
-
-impl<V: VirtualCpu> Platform<V> for Rest {
-    fn mmio_read(&mut self, _cpu: &mut V, gpa: Gpa, width: Width) -> u64 {
-        match self.xapic_offset(gpa) {
-            Some(offset) => {
-                // A reserved register raises an APIC error.
-                self.reach.interrupts = true;
-                let value = self.apic.read_mmio(offset, width);
-                value.map_or(width.mask(), u64::from)
-            }
-            None => self.vm.mmio.read(gpa.0, width),
-        }
-    }
-
-    fn mmio_write(&mut self, _cpu: &mut V, gpa: Gpa, width: Width, value: u64) {
-        match self.xapic_offset(gpa) {
-            Some(offset) => {
-                self.reach.interrupts = true;
-                if let Ok(effect) = self.apic.write_mmio(offset, width, value as u32) {
-                    self.apic_effect(effect);
-                }
-            }
-            None => self.vm.mmio.write(gpa.0, width, value),
-        }
-    }
-
-    fn port_read(&mut self, port: u16, width: Width) -> u32 {
-        self.vm.ports.read(port, width)
-    }
-
-    fn port_write(&mut self, port: u16, width: Width, value: u32) {
-        self.reach.ports = true;
-        self.vm.ports.write(port, width, value);
-    }
-
-    fn control_read(&mut self, cpu: &mut V, cr: u8) -> u64 {
-        match cr {
-            0 => cpu.cr0(),
-            2 => cpu.cr2(),
-            3 => cpu.cr3(),
-            4 => cpu.cr4(),
-            _ => self.apic.cr8(),
-        }
-    }
-
-    fn control_write(&mut self, cpu: &mut V, cr: u8, value: u64) -> Result<(), Exception> {
-        self.reach.interrupts = true;
-        match cr {
-            0 => control::write_cr0(cpu, value),
-            2 => {
-                cpu.set_cr2(value);
-                Ok(())
-            }
-            3 => control::write_cr3(cpu, &self.vm.cpuid, value),
-            4 => control::write_cr4(cpu, &self.vm.cpuid, value),
-            8 => self
-                .apic
-                .set_cr8(value)
-                .map_err(|_| Exception::GENERAL_PROTECTION),
-            _ => Err(Exception::UNDEFINED_OPCODE),
-        }
-    }
 }
 
 #[cfg(test)]
-#[path = "vcpu_tests.rs"]
 mod tests;

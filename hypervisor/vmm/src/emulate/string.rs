@@ -1,0 +1,135 @@
+//! The string instructions, with and without REP.
+//!
+//! Each iteration is complete in itself: a fault leaves the registers as the last whole one left them.
+
+use iced_x86::{Mnemonic, OpKind};
+use mem::Width;
+use virt::{Gpr, VirtualCpu};
+
+use super::{
+    MAX_ITERATIONS, Platform,
+    alu::{ARITHMETIC, Alu, RFLAGS_DF, RFLAGS_ZF, compute},
+    execute::{Run, Step, Stop},
+};
+use crate::walk::Access;
+
+impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
+    /// MOVS, STOS, LODS, SCAS, CMPS, INS, OUTS, with or without REP.
+    pub(super) fn string(&mut self) -> Result<Step, Stop> {
+        let instruction = self.instruction;
+        let width = match instruction.memory_size().size() {
+            1 => Width::Byte,
+            2 => Width::Word,
+            4 => Width::Dword,
+            8 => Width::Qword,
+            _ => return Err(Stop::Unsupported),
+        };
+        let address_width = self.string_address_width();
+        let repeat_equal = instruction.has_rep_prefix() || instruction.has_repe_prefix();
+        let repeat_unequal = instruction.has_repne_prefix();
+        let repeats = repeat_equal || repeat_unequal;
+        for _ in 0..MAX_ITERATIONS {
+            let count = self.cpu.gpr(Gpr::Rcx) & address_width.mask();
+            if repeats && count == 0 {
+                return Ok(Step::Done);
+            }
+            let compares = self.string_once(width, address_width)?;
+            if !repeats {
+                return Ok(Step::Done);
+            }
+            self.write_address_register(Gpr::Rcx, address_width, count.wrapping_sub(1));
+            let equal = self.cpu.rflags() & RFLAGS_ZF != 0;
+            if compares && (repeat_unequal == equal) {
+                return Ok(Step::Done);
+            }
+        }
+        Ok(Step::Again)
+    }
+
+    fn string_address_width(&self) -> Width {
+        let explicit = [self.instruction.op0_kind(), self.instruction.op1_kind()];
+        for kind in explicit {
+            match kind {
+                OpKind::MemorySegSI | OpKind::MemorySegDI | OpKind::MemoryESDI => {
+                    return Width::Word;
+                }
+                OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI => {
+                    return Width::Dword;
+                }
+                _ => {}
+            }
+        }
+        Width::Qword
+    }
+
+    /// One iteration. Returns whether the instruction compares (and so ends REP by ZF).
+    fn string_once(&mut self, width: Width, address_width: Width) -> Result<bool, Stop> {
+        use Mnemonic as M;
+        let (mut source, mut destination, mut compares) = (false, false, false);
+        match self.instruction.mnemonic() {
+            M::Movsb | M::Movsw | M::Movsd | M::Movsq => {
+                let value = self.load(self.operand_address(1)?, width)?;
+                self.store(self.operand_address(0)?, width, value)?;
+                (source, destination) = (true, true);
+            }
+            M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
+                let value = self.cpu.gpr(Gpr::Rax);
+                self.store(self.operand_address(0)?, width, value)?;
+                destination = true;
+            }
+            M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => {
+                let value = self.load(self.operand_address(1)?, width)?;
+                self.write_gpr(Gpr::Rax, width, value);
+                source = true;
+            }
+            M::Scasb | M::Scasw | M::Scasd | M::Scasq => {
+                let value = self.load(self.operand_address(1)?, width)?;
+                let (_, flags) = compute(Alu::Sub, self.cpu.gpr(Gpr::Rax), value, false, width);
+                self.set_flags(ARITHMETIC, flags);
+                (destination, compares) = (true, true);
+            }
+            M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq => {
+                let a = self.load(self.operand_address(0)?, width)?;
+                let b = self.load(self.operand_address(1)?, width)?;
+                let (_, flags) = compute(Alu::Sub, a, b, false, width);
+                self.set_flags(ARITHMETIC, flags);
+                (source, destination, compares) = (true, true, true);
+            }
+            M::Insb | M::Insw | M::Insd => {
+                let at = self.operand_address(0)?;
+                // The store must not fault once the device has been read.
+                self.probe(at, width, Access::Write)?;
+                let port = self.cpu.gpr(Gpr::Rdx) as u16;
+                let value = self.platform.port_read(port, width);
+                self.store(at, width, u64::from(value))?;
+                destination = true;
+            }
+            M::Outsb | M::Outsw | M::Outsd => {
+                let value = self.load(self.operand_address(1)?, width)?;
+                let port = self.cpu.gpr(Gpr::Rdx) as u16;
+                self.platform.port_write(port, width, value as u32);
+                source = true;
+            }
+            _ => return Err(Stop::Unsupported),
+        }
+        let back = self.cpu.rflags() & RFLAGS_DF != 0;
+        let step = width.bytes() as u64;
+        for (used, gpr) in [(source, Gpr::Rsi), (destination, Gpr::Rdi)] {
+            if used {
+                let old = self.cpu.gpr(gpr);
+                let new = if back {
+                    old.wrapping_sub(step)
+                } else {
+                    old.wrapping_add(step)
+                };
+                self.write_address_register(gpr, address_width, new);
+            }
+        }
+        Ok(compares)
+    }
+
+    /// Writes RCX, RSI or RDI as a string instruction of this address size does.
+    fn write_address_register(&mut self, gpr: Gpr, width: Width, value: u64) {
+        self.write_gpr(gpr, width, value & width.mask());
+    }
+}

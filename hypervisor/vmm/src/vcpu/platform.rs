@@ -1,0 +1,91 @@
+//! What an emulated instruction reaches beyond RAM: the local APIC, the buses, control registers.
+
+use devices::lapic::ApicEffect;
+use mem::{Gpa, Width};
+use virt::VirtualCpu;
+
+use super::Rest;
+use crate::{
+    control,
+    emulate::{Exception, Platform},
+};
+
+impl Rest {
+    pub(super) fn apic_effect(&mut self, effect: ApicEffect) {
+        match effect {
+            ApicEffect::None => {}
+            ApicEffect::EoiBroadcast(vector) => self.vm.ioapic.eoi(vector),
+            // The APIC page is never mapped, so every mode change takes effect by itself.
+            ApicEffect::BaseChanged => {}
+        }
+    }
+
+    /// Offset in the xAPIC page, if the address lies there and the APIC answers there.
+    fn xapic_offset(&self, gpa: Gpa) -> Option<u64> {
+        let page = self.apic.xapic_page()?;
+        (gpa.0 & !0xfff == page).then_some(gpa.0 & 0xfff)
+    }
+}
+
+impl<V: VirtualCpu> Platform<V> for Rest {
+    fn mmio_read(&mut self, _cpu: &mut V, gpa: Gpa, width: Width) -> u64 {
+        match self.xapic_offset(gpa) {
+            Some(offset) => {
+                // A reserved register raises an APIC error.
+                self.reach.interrupts = true;
+                let value = self.apic.read_mmio(offset, width);
+                value.map_or(width.mask(), u64::from)
+            }
+            None => self.vm.mmio.read(gpa.0, width),
+        }
+    }
+
+    fn mmio_write(&mut self, _cpu: &mut V, gpa: Gpa, width: Width, value: u64) {
+        match self.xapic_offset(gpa) {
+            Some(offset) => {
+                self.reach.interrupts = true;
+                if let Ok(effect) = self.apic.write_mmio(offset, width, value as u32) {
+                    self.apic_effect(effect);
+                }
+            }
+            None => self.vm.mmio.write(gpa.0, width, value),
+        }
+    }
+
+    fn port_read(&mut self, port: u16, width: Width) -> u32 {
+        self.vm.ports.read(port, width)
+    }
+
+    fn port_write(&mut self, port: u16, width: Width, value: u32) {
+        self.reach.ports = true;
+        self.vm.ports.write(port, width, value);
+    }
+
+    fn control_read(&mut self, cpu: &mut V, cr: u8) -> u64 {
+        match cr {
+            0 => cpu.cr0(),
+            2 => cpu.cr2(),
+            3 => cpu.cr3(),
+            4 => cpu.cr4(),
+            _ => self.apic.cr8(),
+        }
+    }
+
+    fn control_write(&mut self, cpu: &mut V, cr: u8, value: u64) -> Result<(), Exception> {
+        self.reach.interrupts = true;
+        match cr {
+            0 => control::write_cr0(cpu, value),
+            2 => {
+                cpu.set_cr2(value);
+                Ok(())
+            }
+            3 => control::write_cr3(cpu, &self.vm.cpuid, value),
+            4 => control::write_cr4(cpu, &self.vm.cpuid, value),
+            8 => self
+                .apic
+                .set_cr8(value)
+                .map_err(|_| Exception::GENERAL_PROTECTION),
+            _ => Err(Exception::UNDEFINED_OPCODE),
+        }
+    }
+}
