@@ -5,7 +5,12 @@
 //! ranges before a byte moves. The frames belong to the VM (`Owner::VmRam`); on drop they
 //! are zeroed and given back.
 //!
+//! Beside RAM there may be memory that the guest can only read, or only at times: ROM and flash
+//! ([`special`]). It comes after RAM in every look-up, so it costs RAM nothing.
+//!
 //! Not here: nested page tables (`nested`) and devices' memory.
+
+mod special;
 
 use alloc::vec::Vec;
 use core::{
@@ -15,6 +20,9 @@ use core::{
 
 use crate::addr::{PAGE_SIZE, PAGE_SIZE_1G};
 use crate::nested::{EntryFormat, MemoryType, NestedError, NestedTable, Rights};
+pub use special::Access;
+use special::Special;
+
 use crate::{Gpa, HostMemory, Hpa, OutOfFrames, Owner};
 
 /// Where a PC's low RAM ends at most: devices' memory lies between 3 GiB and 4 GiB.
@@ -114,6 +122,8 @@ pub struct GuestMemory {
     regions: Vec<Region>,
     /// Index of the region that was used last: accesses come in runs. Only a hint.
     last: AtomicUsize,
+    /// ROM and the like, sorted by address.
+    special: Vec<Special>,
 }
 
 macro_rules! scalar {
@@ -155,6 +165,7 @@ impl GuestMemory {
             owner: Owner::VmRam(vm),
             regions: Vec::new(),
             last: AtomicUsize::new(0),
+            special: Vec::new(),
         };
         let mut lowest = Gpa(0);
         for range in layout {
@@ -238,22 +249,22 @@ impl GuestMemory {
         gpa.0 < end && self.within_one(gpa, 1).is_some()
     }
 
-    /// Copies guest memory out.
+    /// Copies guest memory out: RAM, and special memory that the guest may read.
     ///
     /// # Errors
     /// Not all of it is RAM; `to` is unchanged.
     pub fn read(&self, gpa: Gpa, to: &mut [u8]) -> Result<(), NotRam> {
-        self.pieces(gpa, to.len(), |hpa, range| {
+        self.pieces(gpa, to.len(), Access::ReadOnly, |hpa, range| {
             self.memory.read(hpa, &mut to[range]);
         })
     }
 
-    /// Copies into guest memory.
+    /// Copies into guest memory: RAM, and special memory that the guest may write.
     ///
     /// # Errors
     /// Not all of it is RAM; nothing was written.
     pub fn write(&self, gpa: Gpa, from: &[u8]) -> Result<(), NotRam> {
-        self.pieces(gpa, from.len(), |hpa, range| {
+        self.pieces(gpa, from.len(), Access::ReadWrite, |hpa, range| {
             self.memory.write(hpa, &from[range]);
         })
     }
@@ -277,21 +288,27 @@ impl GuestMemory {
     /// Zeroes all RAM, as after power-up. The guest must not be running.
     pub fn scrub(&self) {
         const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
-        for region in &self.regions {
+        let special = self.special.iter().map(|s| &s.region);
+        for region in self.regions.iter().chain(special) {
             for offset in (0..region.bytes).step_by(ZEROES.len()) {
                 self.memory.write(region.hpa + offset, &ZEROES);
             }
         }
     }
 
-    /// Maps all RAM into nested page tables, for every kind of access.
+    /// Maps all RAM into nested page tables, for every kind of access, and special memory as it is now.
     ///
     /// # Errors
     /// As [`NestedTable::map`]; earlier regions stay mapped.
     pub fn map_into<F: EntryFormat>(&self, table: &mut NestedTable<F>) -> Result<(), NestedError> {
-        self.regions
-            .iter()
-            .try_for_each(|r| table.map(r.gpa, r.hpa, r.bytes, Rights::ALL, MemoryType::WriteBack))
+        self.regions.iter().try_for_each(|r| {
+            table.map(r.gpa, r.hpa, r.bytes, Rights::ALL, MemoryType::WriteBack)
+        })?;
+        let everything = GuestRange {
+            start: Gpa(0),
+            bytes: u64::MAX,
+        };
+        self.map_special(table, everything)
     }
 
     /// Where `bytes` bytes at `gpa` are in host memory, if one region holds them all.
@@ -324,6 +341,7 @@ impl GuestMemory {
         &self,
         gpa: Gpa,
         bytes: usize,
+        wanted: Access,
         mut copy: impl FnMut(Hpa, core::ops::Range<usize>),
     ) -> Result<(), NotRam> {
         if let Some(hpa) = self.within_one(gpa, bytes as u64) {
@@ -331,10 +349,7 @@ impl GuestMemory {
             return Ok(());
         }
         if !self.contains(gpa, bytes as u64) {
-            return Err(NotRam {
-                gpa,
-                bytes: bytes as u64,
-            });
+            return self.special_pieces(gpa, bytes, wanted, copy);
         }
         let mut done = 0;
         for region in self.regions_from(gpa) {
@@ -362,7 +377,8 @@ impl fmt::Debug for GuestMemory {
 impl Drop for GuestMemory {
     fn drop(&mut self) {
         self.scrub();
-        for region in &self.regions {
+        let special = self.special.iter().map(|s| &s.region);
+        for region in self.regions.iter().chain(special) {
             self.memory
                 .free(region.hpa, region.bytes / PAGE_SIZE, self.owner);
         }
