@@ -28,6 +28,9 @@ extern crate alloc;
 
 pub mod acpi;
 pub mod bus;
+pub mod debug_exit;
+pub mod debug_port;
+pub mod fw_cfg;
 pub mod i8042;
 pub mod ioapic;
 pub mod lapic;
@@ -39,6 +42,7 @@ pub mod platform;
 pub mod pm;
 pub mod rtc;
 pub mod system;
+pub mod test_device;
 pub mod time;
 pub mod uart;
 

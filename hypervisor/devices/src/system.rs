@@ -1,4 +1,4 @@
-//! Requests from a guest's platform to whoever runs the VM: reset and power-off.
+//! Requests from a guest's platform to whoever runs the VM: reset, power-off, end of a test.
 
 /// Which register asked for the reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub enum SystemRequest {
     Reset(ResetSource),
     /// Soft-off: the guest entered ACPI S5.
     PowerOff,
+    /// A test kernel is done, with this value.
+    TestExit(u32),
 }
 
 /// Carries out the platform's requests. Called from a vCPU's exit, with no lock held.

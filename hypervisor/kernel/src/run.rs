@@ -106,7 +106,9 @@ impl<B: Backend> Slot<B> {
     fn restarts(&mut self, reason: Option<&EndReason>) -> Result<bool, String> {
         let wanted = match reason {
             Some(EndReason::Reset) => return Ok(true),
-            Some(EndReason::PowerOff) | None => return Ok(self.config.restart == Restart::Always),
+            Some(EndReason::PowerOff | EndReason::TestExit(_)) | None => {
+                return Ok(self.config.restart == Restart::Always);
+            }
             Some(EndReason::TripleFault(_) | EndReason::Failure { .. }) => {
                 self.config.restart != Restart::Never
             }
@@ -385,6 +387,7 @@ impl<B: Backend> World<B> {
             kernel: slot.kernel,
             initrd: slot.initrd,
             command_line: &config.boot.cmdline,
+            test_devices: config.test_devices,
         };
         let environment = Environment {
             memory: &memory::HOST,

@@ -120,7 +120,7 @@ pub enum Restart {
     Always,
 }
 
-/// What a VM boots: a kernel file (bzImage, or ELF with a multiboot or PVH header; the loader finds out).
+/// What a VM boots: a kernel file (bzImage, multiboot, or ELF with a PVH note; the loader finds out).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Boot {
     /// Path as written, relative to the configuration file.
@@ -148,6 +148,8 @@ pub struct VmConfig {
     pub console: bool,
     /// `focus`: the terminal shows this VM first. At most one VM has it.
     pub focus: bool,
+    /// `test-devices`: it has what test kernels written for QEMU expect.
+    pub test_devices: bool,
     places: Places,
 }
 
@@ -509,7 +511,14 @@ impl<'t> Parser<'t> {
         self.check_keys(
             &s,
             &[
-                "name", "vcpus", "memory", "boot", "restart", "console", "focus",
+                "name",
+                "vcpus",
+                "memory",
+                "boot",
+                "restart",
+                "console",
+                "focus",
+                "test-devices",
             ],
         );
         let (vcpus, vcpus_at) = self.vcpus(&s);
@@ -541,6 +550,7 @@ impl<'t> Parser<'t> {
             }
             other => other.is_some_and(|(value, _)| value),
         };
+        let test_devices = self.boolean(&s, "test-devices");
         let ok =
             s.vm.as_ref()
                 .is_none_or(|vm| !self.config.disabled.contains(vm));
@@ -555,6 +565,7 @@ impl<'t> Parser<'t> {
                 restart: restart.unwrap_or_default(),
                 console,
                 focus,
+                test_devices: test_devices.is_some_and(|(value, _)| value),
                 places: Places {
                     vcpus: vcpus_at,
                     memory: memory_at,

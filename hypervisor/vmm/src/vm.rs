@@ -14,6 +14,9 @@ use devices::{
     VcpuId,
     acpi::{self, AcpiConfig},
     bus::{MmioBus, Overlap, PortBus, Swallow},
+    debug_exit::{self, DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, DebugExit},
+    debug_port::{DEBUG_PORT, DebugPort, FIRMWARE_DEBUG_PORT},
+    fw_cfg::{FW_CFG_PORT, FW_CFG_PORTS, FwCfg, FwCfgItems, Key},
     i8042::KeyboardController,
     ioapic::{IOAPIC_BASE, IOAPIC_LEN, IoApic},
     lapic::{ApicBus, IntrPin, VcpuKick},
@@ -25,6 +28,7 @@ use devices::{
     pm::{PM_PORTS, PowerManagement, RESET_PORT, ResetControl},
     rtc::{Rtc, RtcConfig},
     system::{SystemControl, SystemRequest},
+    test_device,
     time::{Clock, earliest},
     uart::{ConsoleSink, UART_PORTS, Uart},
 };
@@ -78,6 +82,8 @@ pub struct VmSpec<'a> {
     pub initrd: Option<&'a [u8]>,
     /// Kernel command line.
     pub command_line: &'a str,
+    /// Whether it has the devices that test kernels expect.
+    pub test_devices: bool,
 }
 
 /// What a VM needs of its host.
@@ -147,6 +153,8 @@ pub enum EndReason {
     PowerOff,
     /// The guest asked for a restart.
     Reset,
+    /// A test kernel ended its machine with this value.
+    TestExit(u32),
     /// Triple fault.
     TripleFault(Box<Dump>),
     /// The guest did what Plinth cannot carry out, or Plinth made a mistake.
@@ -163,6 +171,11 @@ impl fmt::Display for EndReason {
         match self {
             EndReason::PowerOff => f.write_str("powered off"),
             EndReason::Reset => f.write_str("reset"),
+            EndReason::TestExit(value) => write!(
+                f,
+                "test ended with value {value:#x}, exit status {}",
+                debug_exit::exit_status(*value)
+            ),
             EndReason::TripleFault(dump) => write!(f, "triple fault\n{dump}"),
             EndReason::Failure { what, dump } => write!(f, "{what}\n{dump}"),
         }
@@ -198,6 +211,7 @@ impl SystemControl for EndCell {
         self.end(match request {
             SystemRequest::Reset(_) => EndReason::Reset,
             SystemRequest::PowerOff => EndReason::PowerOff,
+            SystemRequest::TestExit(value) => EndReason::TestExit(value),
         });
     }
 }
@@ -207,7 +221,7 @@ pub struct Vm {
     /// Its name.
     pub name: String,
     /// Its RAM.
-    pub memory: GuestMemory,
+    pub memory: Arc<GuestMemory>,
     /// Its processor model.
     pub cpuid: CpuidPolicy,
     /// Its time.
@@ -268,6 +282,22 @@ fn place_acpi_tables(memory: &GuestMemory, config: &AcpiConfig<'_>) -> Result<Gp
     Ok(built.rsdp)
 }
 
+/// What `fw_cfg` tells every system that asks: the machine's size, and the command line.
+fn fw_cfg_items(spec: &VmSpec<'_>) -> FwCfgItems {
+    let mut command_line = spec.command_line.as_bytes().to_vec();
+    command_line.push(0);
+    let mut items = FwCfgItems::new();
+    items.set(Key::RamSize, spec.memory_bytes.to_le_bytes().to_vec());
+    items.set(Key::NoGraphic, 1u16.to_le_bytes().to_vec());
+    items.set(Key::CpuCount, spec.vcpus.to_le_bytes().to_vec());
+    items.set(Key::MaxCpus, spec.vcpus.to_le_bytes().to_vec());
+    items.set(Key::BootMenu, 0u16.to_le_bytes().to_vec());
+    let length = command_line.len() as u32;
+    items.set(Key::CommandLineSize, length.to_le_bytes().to_vec());
+    items.set(Key::CommandLineData, command_line);
+    items
+}
+
 /// The devices whose timers the VM's vCPUs drive.
 struct Timers {
     pit: Arc<Pit>,
@@ -295,7 +325,8 @@ impl Vm {
     /// # Errors
     /// No memory, or no usable boot image.
     pub fn new(spec: VmSpec<'_>, host: Environment<'_>) -> Result<(Arc<Self>, CpuState), VmError> {
-        let memory = GuestMemory::allocate(host.memory, spec.id, &ram_layout(spec.memory_bytes))?;
+        let layout = ram_layout(spec.memory_bytes);
+        let memory = Arc::new(GuestMemory::allocate(host.memory, spec.id, &layout)?);
         let end = Arc::new(EndCell {
             ended: AtomicBool::new(false),
             reason: Mutex::new(None),
@@ -326,13 +357,23 @@ impl Vm {
         );
         rtc.attach(&mut ports)?;
         let [com1, ..] = platform::SERIAL_PORTS;
-        let uart = Uart::new(irq(com1.irq), host.console);
+        let uart = Uart::new(irq(com1.irq), host.console.clone());
         ports.insert("com1", com1.port, UART_PORTS, uart.clone())?;
         KeyboardController::new(irq(platform::KEYBOARD_IRQ), system.clone()).attach(&mut ports)?;
         let power = PowerManagement::new(time, irq(platform::SCI_IRQ), system.clone());
         ports.insert("acpi-pm", platform::PM_BASE, PM_PORTS, power.clone())?;
-        ports.insert("reset", RESET_PORT, 1, ResetControl::new(system))?;
+        ports.insert("reset", RESET_PORT, 1, ResetControl::new(system.clone()))?;
         ports.insert("post", platform::POST_PORT, 1, Arc::new(Swallow))?;
+        if spec.test_devices {
+            let fw_cfg = FwCfg::new(fw_cfg_items(&spec), memory.clone());
+            ports.insert("fw_cfg", FW_CFG_PORT, FW_CFG_PORTS, fw_cfg)?;
+            let exit = DebugExit::new(system);
+            ports.insert("debug-exit", DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, exit)?;
+            let debug = DebugPort::new(host.console);
+            ports.insert("debug", DEBUG_PORT, 1, debug.clone())?;
+            ports.insert("firmware-debug", FIRMWARE_DEBUG_PORT, 1, debug)?;
+            test_device::attach(&mut ports, &mut mmio, &router)?;
+        }
         let pci_layout = PciLayout::default();
         let mut pci = PciBus::new();
         pci.insert(0, 0, HostBridge::new())?;

@@ -152,7 +152,7 @@ pub fn bad_kernel(rig: &Rig, start: &Start) -> Result<String> {
     stub_to_power_off(&mut session, start.place.limits())?;
     let text = session.text();
     for pattern in [
-        r"VM letter: .*letter: is not a bzImage or ELF",
+        r"VM letter: .*letter: is not a bzImage, ELF or multiboot kernel",
         r"cut-short.*(cut short|truncated|ends)",
     ] {
         let said = Regex::new(pattern)?.is_match(&text);

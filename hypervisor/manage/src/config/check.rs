@@ -36,6 +36,8 @@ pub enum FileKind {
     BzImage,
     /// An ELF file.
     Elf,
+    /// A multiboot kernel that is no ELF file.
+    Multiboot,
     /// Compressed by this program.
     Compressed(&'static str),
     /// A PE executable without Linux' setup header: an EFI application.
@@ -46,7 +48,7 @@ pub enum FileKind {
 
 impl FileKind {
     /// Bytes of a file's beginning that [`FileKind::sniff`] wants, if it has that many.
-    pub const SNIFF_BYTES: usize = 1024;
+    pub const SNIFF_BYTES: usize = 8192;
 
     /// Judges by the first bytes of a file.
     pub fn sniff(head: &[u8]) -> Self {
@@ -64,11 +66,28 @@ impl FileKind {
             (b"\x02\x21\x4c\x18", FileKind::Compressed("lz4")),
             (b"BZh", FileKind::Compressed("bzip2")),
         ];
-        MAGIC
-            .iter()
-            .find(|(magic, _)| head.starts_with(magic))
-            .map_or(FileKind::Other, |(_, kind)| *kind)
+        let known = MAGIC.iter().find(|(magic, _)| head.starts_with(magic));
+        match known {
+            Some((_, kind)) => *kind,
+            None if has_multiboot_header(head) => FileKind::Multiboot,
+            None => FileKind::Other,
+        }
     }
+}
+
+/// Whether the first 8192 bytes hold a multiboot 1 header, whose first three words sum to 0 (Multiboot
+/// Specification 0.6.96, section 3.1).
+fn has_multiboot_header(head: &[u8]) -> bool {
+    const MAGIC: u32 = 0x1bad_b002;
+    let word = |at: usize| {
+        let bytes = head.get(at..at + 4)?.try_into().ok()?;
+        Some(u32::from_le_bytes(bytes))
+    };
+    (0..head.len().min(8192)).step_by(4).any(|at| {
+        let header = [word(at), word(at + 4), word(at + 8)];
+        matches!(header, [Some(MAGIC), Some(flags), Some(sum)]
+            if MAGIC.wrapping_add(flags).wrapping_add(sum) == 0)
+    })
 }
 
 /// Compares a configuration with what is there. A VM that asks for what isn't is disabled; host
@@ -122,12 +141,14 @@ fn check_files(config: &mut Config, vm: &VmConfig, environment: &dyn Environment
     let kernel = environment.file(&vm.boot.kernel).and_then(|facts| {
         let what = match facts.kind {
             _ if facts.bytes == 0 => "is empty".to_string(),
-            FileKind::BzImage | FileKind::Elf => return Ok(facts.bytes),
+            FileKind::BzImage | FileKind::Elf | FileKind::Multiboot => return Ok(facts.bytes),
             FileKind::Compressed(how) => {
                 format!("is compressed with {how}; give it unpacked (a bzImage unpacks itself)")
             }
-            FileKind::EfiApplication => "is an EFI application, not a bzImage or ELF".to_string(),
-            FileKind::Other => "is not a bzImage or ELF".to_string(),
+            FileKind::EfiApplication => {
+                "is an EFI application, not a bzImage, ELF or multiboot kernel".to_string()
+            }
+            FileKind::Other => "is not a bzImage, ELF or multiboot kernel".to_string(),
         };
         Err(what)
     });

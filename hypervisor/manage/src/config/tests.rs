@@ -347,6 +347,25 @@ fn duplicate_names_disable_the_second() {
 }
 
 #[test]
+fn test_devices_are_there_on_demand_only() {
+    let with = |value: &str| {
+        let text = GOOD.replace(
+            "focus = true",
+            &format!("focus = true\ntest-devices = {value}"),
+        );
+        parse("p", text.as_bytes())
+    };
+    let config = with("true");
+    let devices: Vec<_> = config.vms.iter().map(|vm| vm.test_devices).collect();
+    assert_eq!(devices, [true, false]);
+    let report = with("\"yes\"").report();
+    assert!(
+        report.contains("vm.test-devices: must be true or false"),
+        "{report}"
+    );
+}
+
+#[test]
 fn one_vm_has_the_focus() {
     let text = GOOD.replace("console = false", "focus = true");
     let config = parse("p", text.as_bytes());
@@ -515,7 +534,10 @@ fn files_are_looked_at() {
         "p:14:19: error: VM linux: vm.boot.kernel: vmlinuz: no such file"
     );
     let kinds = [
-        (FileKind::Other, "vmlinuz: is not a bzImage or ELF"),
+        (
+            FileKind::Other,
+            "vmlinuz: is not a bzImage, ELF or multiboot kernel",
+        ),
         (FileKind::EfiApplication, "is an EFI application"),
         (
             FileKind::Compressed("xz"),
@@ -588,6 +610,15 @@ fn kinds_are_recognized() {
     );
     assert_eq!(FileKind::sniff(b""), FileKind::Other);
     assert_eq!(FileKind::sniff(b"#!/bin/sh"), FileKind::Other);
+    let flat = |sum: u32| {
+        let mut image = vec![0x90; 8192];
+        let words = [0x1bad_b002, 1 << 16, sum].map(u32::to_le_bytes);
+        image[8180..].copy_from_slice(words.as_flattened());
+        image
+    };
+    let sum = 0u32.wrapping_sub(0x1bad_b002 + (1 << 16));
+    assert_eq!(FileKind::sniff(&flat(sum)), FileKind::Multiboot);
+    assert_eq!(FileKind::sniff(&flat(sum + 1)), FileKind::Other);
 }
 
 proptest! {

@@ -167,7 +167,7 @@ impl From<NotRam> for LoadError {
 impl fmt::Display for LoadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            LoadError::NotAKernel => write!(f, "not a bzImage or ELF"),
+            LoadError::NotAKernel => write!(f, "not a bzImage, ELF or multiboot kernel"),
             LoadError::NoProtocol => {
                 write!(f, "an ELF file without a PVH note or a multiboot header")
             }

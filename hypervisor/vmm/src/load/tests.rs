@@ -256,7 +256,10 @@ fn bad_bzimages_are_refused_by_name() {
         refusal(0x260, &[0, 0, 0, 0x80]),
         "the kernel (2147483648 bytes) does not fit; give the VM more memory"
     );
-    assert_eq!(refusal(0x202, b"hdrs"), "not a bzImage or ELF");
+    assert_eq!(
+        refusal(0x202, b"hdrs"),
+        "not a bzImage, ELF or multiboot kernel"
+    );
 }
 
 #[test]
@@ -660,7 +663,7 @@ fn anything_else_is_not_a_kernel() {
     let memory = memory(4);
     for image in [&b""[..], b"MZ", b"#!/bin/sh\n", &[0; 100_000]] {
         let error = load(&memory, image, None, "", &LAYOUT).unwrap_err();
-        assert_eq!(error.to_string(), "not a bzImage or ELF");
+        assert_eq!(error.to_string(), "not a bzImage, ELF or multiboot kernel");
     }
 }
 

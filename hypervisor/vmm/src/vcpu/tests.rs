@@ -143,6 +143,7 @@ impl Bench {
             kernel: &kernel,
             initrd: None,
             command_line: "",
+            test_devices: false,
         };
         let environment = Environment {
             memory,
