@@ -28,8 +28,10 @@ extern crate alloc;
 
 pub mod acpi;
 pub mod bus;
+pub mod chipset;
 pub mod debug_exit;
 pub mod debug_port;
+pub mod flash;
 pub mod fw_cfg;
 pub mod i8042;
 pub mod ioapic;

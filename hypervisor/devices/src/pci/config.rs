@@ -251,6 +251,15 @@ impl ConfigSpace {
         Ok(offset)
     }
 
+    /// Gives the registers from `at` on their reset values and the masks of their writable bits; what lies
+    /// beyond the 256 bytes is left out.
+    pub fn set_registers(&mut self, at: u16, values: &[u8], writable: &[u8]) {
+        for (index, (&value, &mask)) in (usize::from(at)..SPACE).zip(values.iter().zip(writable)) {
+            self.bytes[index] = value;
+            self.writable[index] = mask;
+        }
+    }
+
     /// Says that the function uses INTA# (1) to INTD# (4), or none (0).
     pub fn set_interrupt_pin(&mut self, pin: u8) {
         self.bytes[offset::INTERRUPT_PIN] = pin;
