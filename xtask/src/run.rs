@@ -111,6 +111,10 @@ struct GuestArgs {
     /// Its initrd.
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<String>,
+    /// A disk of its, as an image file; may be given several times. What the guest writes is kept in
+    /// memory and lost at the end. A name that ends with .iso is read-only.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    disk: Vec<String>,
     /// Its command line.
     #[arg(
         long,
@@ -133,8 +137,10 @@ impl GuestArgs {
         let Some(kernel) = &self.kernel else {
             return Ok(None);
         };
+        let disks: Vec<String> = self.disk.iter().map(|disk| disk_table(disk)).collect();
+        let disks = disks.join(", ");
         let mut text = format!(
-            "[[vm]]\nname = \"guest\"\nfocus = true\nvcpus = {}\nmemory = {}\n\n[vm.boot]\nkernel = {}\n",
+            "[[vm]]\nname = \"guest\"\nfocus = true\nvcpus = {}\nmemory = {}\ndisks = [{disks}]\n\n[vm.boot]\nkernel = {}\n",
             self.vcpus,
             toml_string(&self.memory),
             toml_string(kernel),
@@ -146,6 +152,13 @@ impl GuestArgs {
         let here = std::env::current_dir().context("the current folder")?;
         Ok(Some(Configuration::new("(arguments)", text, here)))
     }
+}
+
+/// A disk, as an entry of `disks`.
+fn disk_table(image: &str) -> String {
+    let readonly = image.to_ascii_lowercase().ends_with(".iso");
+    let image = toml_string(image);
+    format!("{{ image = {image}, readonly = {readonly} }}")
 }
 
 /// A TOML basic string.
@@ -377,6 +390,7 @@ mod tests {
             append: "console=ttyS0 quiet".into(),
             memory: "1G".into(),
             vcpus: 3,
+            disk: vec!["a.img".into(), "b.ISO".into()],
         };
         let configuration = guest.configuration().unwrap().unwrap();
         let parsed = manage::config::parse("x", &configuration.text);
@@ -386,6 +400,8 @@ mod tests {
         assert_eq!(vm.boot.initrd.as_deref(), Some("i"));
         assert_eq!(vm.boot.cmdline, "console=ttyS0 quiet");
         assert_eq!((vm.memory, vm.vcpus), (1 << 30, 3));
+        let disks: Vec<_> = vm.disks.iter().map(|d| (&*d.image, d.readonly)).collect();
+        assert_eq!(disks, [("a.img", false), ("b.ISO", true)]);
     }
 
     #[test]

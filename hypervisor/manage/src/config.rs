@@ -11,6 +11,7 @@
 //! file, the number of VMs and the number of problems kept are limited, so that no file exhausts memory.
 
 mod check;
+mod disks;
 
 use alloc::{
     borrow::ToOwned,
@@ -24,6 +25,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 pub use check::{Environment, FileFacts, FileKind, check};
+pub use disks::{DEFAULT_CHANGES, DiskConfig, MAX_DISKS, MIN_CHANGES};
 
 use crate::console::DEFAULT_ESCAPE;
 
@@ -142,6 +144,8 @@ pub struct VmConfig {
     pub memory: u64,
     /// `boot`.
     pub boot: Boot,
+    /// `disks`, in the order in which the guest finds them.
+    pub disks: Vec<DiskConfig>,
     /// `restart`.
     pub restart: Restart,
     /// `console`: the VM's first serial port is a console on the host's terminal.
@@ -515,6 +519,7 @@ impl<'t> Parser<'t> {
                 "vcpus",
                 "memory",
                 "boot",
+                "disks",
                 "restart",
                 "console",
                 "focus",
@@ -524,6 +529,7 @@ impl<'t> Parser<'t> {
         let (vcpus, vcpus_at) = self.vcpus(&s);
         let memory = self.memory(&s);
         let boot = self.boot(&s);
+        let disks = self.disks(&s);
         let restart = self.choice(
             &s,
             "restart",
@@ -562,6 +568,7 @@ impl<'t> Parser<'t> {
                 vcpus,
                 memory,
                 boot,
+                disks,
                 restart: restart.unwrap_or_default(),
                 console,
                 focus,
@@ -626,17 +633,22 @@ impl<'t> Parser<'t> {
     }
 
     fn memory(&mut self, s: &Section<'_>) -> Option<(u64, Location)> {
-        let Some((value, at)) = self.value(s, "memory") else {
+        let Some((_, at)) = self.value(s, "memory") else {
             let text = "missing; write for example memory = \"256M\"".to_owned();
             self.bad(s, s.at, "memory", text);
             return None;
         };
-        let allowed = format!(
-            "allowed: {} to {}, in steps of {}",
-            size(MIN_MEMORY),
-            size(MAX_MEMORY),
-            size(MEMORY_STEP)
-        );
+        let bytes = self.size(s, "memory", MIN_MEMORY, MEMORY_STEP)?;
+        Some((bytes, at))
+    }
+
+    /// An amount of memory in bytes, from `min` to [`MAX_MEMORY`], a multiple of `step`.
+    fn size(&mut self, s: &Section<'_>, key: &'static str, min: u64, step: u64) -> Option<u64> {
+        let (value, at) = self.value(s, key)?;
+        let mut allowed = format!("allowed: {} to {}", size(min), size(MAX_MEMORY));
+        if step > 1 {
+            allowed += &format!(", in steps of {}", size(step));
+        }
         let bytes = match value {
             // A number too large for the type is too much memory, too.
             DeValue::Integer(n) if n.as_str().starts_with('-') => 0,
@@ -650,33 +662,24 @@ impl<'t> Parser<'t> {
                         "{} is not a size: write a number with M, G or T, like \"256M\"; {allowed}",
                         quote(text)
                     );
-                    self.bad(s, at, "memory", message);
+                    self.bad(s, at, key, message);
                     return None;
                 }
             },
             other => {
-                self.wrong_type(
-                    s,
-                    at,
-                    "memory",
-                    "a size like \"256M\", or a number of MiB",
-                    other,
-                );
+                let want = "a size like \"256M\", or a number of MiB";
+                self.wrong_type(s, at, key, want, other);
                 return None;
             }
         };
         let problem = match bytes {
-            _ if bytes < MIN_MEMORY => "too little",
+            _ if bytes < min => "too little",
             _ if bytes > MAX_MEMORY => "too much",
-            _ if !bytes.is_multiple_of(MEMORY_STEP) => "not a whole number of steps",
-            _ => return Some((bytes, at)),
+            _ if !bytes.is_multiple_of(step) => "not a whole number of steps",
+            _ => return Some(bytes),
         };
-        self.bad(
-            s,
-            at,
-            "memory",
-            format!("{} is {problem}; {allowed}", shown(value)),
-        );
+        let text = format!("{} is {problem}; {allowed}", shown(value));
+        self.bad(s, at, key, text);
         None
     }
 

@@ -17,8 +17,8 @@ const MAX_ORDER: u8 = 24;
 const FRAME_LIMIT: u64 = u32::MAX as u64;
 /// No frame: end of a list.
 const NONE: u32 = u32::MAX;
-/// Owners that are counted: the host, and two kinds for each VM.
-const OWNERS: usize = 1 + 2 * Owner::MAX_VMS as usize;
+/// Owners that are counted: the host, and three kinds for each VM.
+const OWNERS: usize = 1 + 3 * Owner::MAX_VMS as usize;
 
 /// A run of frames.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -357,12 +357,14 @@ impl<'a> Buddy<'a> {
 /// # Panics
 /// When the VM number is not below `Owner::MAX_VMS`: a defect of the host.
 fn slot(owner: Owner) -> usize {
-    let vm = match owner {
+    let (vm, kind) = match owner {
         Owner::Host => return 0,
-        Owner::VmRam(vm) | Owner::VmTables(vm) => vm,
+        Owner::VmRam(vm) => (vm, 0),
+        Owner::VmTables(vm) => (vm, 1),
+        Owner::VmDisks(vm) => (vm, 2),
     };
     assert!(vm < Owner::MAX_VMS, "VM number {vm} is out of range");
-    1 + 2 * usize::from(vm) + usize::from(matches!(owner, Owner::VmTables(_)))
+    1 + 3 * usize::from(vm) + kind
 }
 
 #[cfg(test)]

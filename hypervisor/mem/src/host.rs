@@ -24,6 +24,8 @@ pub enum Owner {
     VmRam(u16),
     /// Nested page tables, VMCS/VMCB, bitmaps of the VM with this number.
     VmTables(u16),
+    /// Changed blocks of the disks of the VM with this number.
+    VmDisks(u16),
 }
 
 impl Owner {

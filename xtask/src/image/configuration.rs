@@ -88,7 +88,9 @@ impl Configuration {
         let config = config::parse(&self.name, &self.text);
         let mut files = BTreeMap::new();
         for vm in &config.vms {
-            for name in std::iter::once(&vm.boot.kernel).chain(&vm.boot.initrd) {
+            let disks = vm.disks.iter().map(|disk| &disk.image);
+            let boot = std::iter::once(&vm.boot.kernel).chain(&vm.boot.initrd);
+            for name in boot.chain(disks) {
                 if let Ok(path) = self.find(name) {
                     files.insert(name.clone(), path);
                 }
@@ -173,10 +175,10 @@ mod tests {
     #[test]
     fn files_are_named_as_written() {
         let c = configuration(
-            "[[vm]]\nname = \"a\"\nmemory = \"64M\"\nboot = { kernel = \"Cargo.toml\", initrd = \"xtask/../Cargo.lock\" }\n",
+            "[[vm]]\nname = \"a\"\nmemory = \"64M\"\nboot = { kernel = \"Cargo.toml\", initrd = \"xtask/../Cargo.lock\" }\ndisks = [{ image = \"README.md\" }]\n",
         );
         let names: Vec<String> = c.files().into_iter().map(|(name, _)| name).collect();
-        assert_eq!(names, ["Cargo.toml", "xtask/../Cargo.lock"]);
+        assert_eq!(names, ["Cargo.toml", "README.md", "xtask/../Cargo.lock"]);
         // A text file is no kernel: the VM is disabled, with the place in the text.
         let checked = c.check();
         assert!(checked.vms.is_empty());

@@ -96,21 +96,31 @@ pub fn check(config: &mut Config, environment: &dyn Environment) {
     let total = environment.memory_bytes();
     let processors = environment.processors();
     let mut given = 0;
-    for vm in core::mem::take(&mut config.vms) {
+    for mut vm in core::mem::take(&mut config.vms) {
         let mut fine = check_files(config, &vm, environment);
+        fine &= check_disks(config, &mut vm, environment);
+        let changes = vm.disks.iter().map(|disk| disk.changes);
+        let needed = changes.fold(vm.memory, u64::saturating_add);
         if let Some(total) = total
-            && vm.memory > total.saturating_sub(given)
+            && needed > total.saturating_sub(given)
         {
+            let what = if needed == vm.memory {
+                size(needed)
+            } else {
+                format!(
+                    "{} and {} for changes on its disks",
+                    size(vm.memory),
+                    size(needed - vm.memory)
+                )
+            };
             let text = if given == 0 {
                 format!(
-                    "{} is more than the host has for VMs; allowed: up to {}",
-                    size(vm.memory),
+                    "{what} is more than the host has for VMs; allowed: up to {}",
                     size(total)
                 )
             } else {
                 format!(
-                    "{} is more than the {} that the VMs before it leave of the host's {}",
-                    size(vm.memory),
+                    "{what} is more than the {} that the VMs before it leave of the host's {}",
                     size(total.saturating_sub(given)),
                     size(total)
                 )
@@ -126,7 +136,7 @@ pub fn check(config: &mut Config, environment: &dyn Environment) {
             config.note(Severity::Warning, at, name, "vm.vcpus", text);
         }
         if fine {
-            given += vm.memory;
+            given += needed;
             config.vms.push(vm);
         }
     }
@@ -134,6 +144,36 @@ pub fn check(config: &mut Config, environment: &dyn Environment) {
 
 fn error(config: &mut Config, vm: &VmConfig, at: Location, key: &str, text: String) {
     config.note(Severity::Error, at, Some(&vm.name), key, text);
+}
+
+/// Whether the disks' images are there. No disk keeps more changed data than it has.
+fn check_disks(config: &mut Config, vm: &mut VmConfig, environment: &dyn Environment) -> bool {
+    let mut disks = core::mem::take(&mut vm.disks);
+    let mut fine = true;
+    for disk in &mut disks {
+        let why = match environment.file(&disk.image) {
+            Ok(facts) if facts.bytes > 0 => {
+                disk.changes = disk.changes.min(changes_of_all(facts.bytes));
+                continue;
+            }
+            Ok(_) => "is empty".to_string(),
+            Err(why) => why,
+        };
+        fine = false;
+        let text = format!("{}: {why}", disk.image);
+        error(config, vm, disk.place, "vm.disks.image", text);
+    }
+    vm.disks = disks;
+    fine
+}
+
+/// Bytes that a disk of this size takes when every block of it is changed: blocks of 4 KiB, and a table of
+/// 4 KiB per 512 of them.
+fn changes_of_all(bytes: u64) -> u64 {
+    let blocks = bytes.div_ceil(4096);
+    blocks
+        .saturating_add(blocks.div_ceil(512))
+        .saturating_mul(4096)
 }
 
 /// Whether kernel and initrd are there and can be what they should.

@@ -660,3 +660,94 @@ proptest! {
         );
     }
 }
+
+const DISKS: &str = r#"disks = [{ image = "a.img" }, { image = "b.iso", readonly = true }, { image = "c", changes = "8M" }]"#;
+
+#[test]
+fn disks_are_read_in_order() {
+    let config = parse("p", with(DISKS).as_bytes());
+    assert_eq!(config.problems, []);
+    let disks: Vec<_> = config.vms[0]
+        .disks
+        .iter()
+        .map(|d| (d.image.as_str(), d.readonly, d.changes))
+        .collect();
+    let wanted = [
+        ("a.img", false, DEFAULT_CHANGES),
+        ("b.iso", true, 0),
+        ("c", false, 8 << 20),
+    ];
+    assert_eq!(disks, wanted);
+}
+
+#[test]
+fn bad_disks_disable_the_vm() {
+    let many = format!("disks = [{}]", "{ image = \"d\" }, ".repeat(9));
+    for (line, wanted) in [
+        (
+            "disks = 7",
+            "vm.disks: must be a list of tables; found a whole number",
+        ),
+        (
+            "disks = [\"a.img\"]",
+            "vm.disks: must be a list of tables; found a string",
+        ),
+        (&many, "vm.disks: there are 9 disks; allowed: up to 8"),
+        ("disks = [{}]", "vm.disks.image: missing"),
+        (
+            "disks = [{ image = \"\" }]",
+            "vm.disks.image: \"\" is not a file's path",
+        ),
+        (
+            "disks = [{ image = \"d\", read-only = true }]",
+            "vm.disks.read-only: unknown key; did you mean readonly?",
+        ),
+        (
+            "disks = [{ image = \"d\", readonly = true, changes = \"8M\" }]",
+            "vm.disks.changes: a read-only disk has none",
+        ),
+        (
+            "disks = [{ image = \"d\", changes = 0 }]",
+            "vm.disks.changes: 0 is too little; allowed: 1 MiB to 1 TiB",
+        ),
+    ] {
+        let problem = only_problem(line);
+        assert!(problem.contains(wanted), "{line}: {problem}");
+        assert!(parse("p", with(line).as_bytes()).vms.is_empty());
+    }
+}
+
+#[test]
+fn disks_are_compared_with_what_is_there() {
+    let mut place = place();
+    let facts = |bytes| FileFacts {
+        bytes,
+        kind: FileKind::Other,
+    };
+    place.files.extend([
+        ("k", place.files["stub.elf"]),
+        ("a.img", facts(4 << 20)),
+        ("b.iso", facts(1 << 30)),
+    ]);
+    let mut config = parse("p", with(DISKS).as_bytes());
+    check(&mut config, &place);
+    let line = config.problems[0].to_string();
+    assert_eq!(line, "p:5:79: error: VM a: vm.disks.image: c: no such file");
+    place.files.insert("c", facts(1 << 30));
+    let mut config = parse("p", with(DISKS).as_bytes());
+    // Two blocks in 1024 are for tables.
+    let needed = (16 << 20) + (4 << 20) + 2 * 4096 + (8 << 20);
+    place.memory = Some(needed);
+    check(&mut config, &place);
+    assert_eq!(config.problems, []);
+    assert_eq!(config.vms[0].disks[0].changes, (4 << 20) + 2 * 4096);
+    place.memory = Some(needed - 1);
+    check(&mut config, &place);
+    let line = config.problems[0].to_string();
+    assert!(
+        line.contains(
+            "vm.memory: 16 MiB and 12.0 MiB for changes on its disks is more than the host has"
+        ),
+        "{line}"
+    );
+}
