@@ -137,12 +137,12 @@ impl IoApic {
         let asserted = state.levels & (1 << pin) != 0;
         let entry = &mut state.entries[pin];
         if asserted && entry.level() && !entry.masked() && !entry.remote_irr() {
+            // Set when a local APIC accepts it (section 3.2.4, bit 14): what nobody takes, nobody ends.
             // Only vectored messages are ended by an EOI.
+            let accepted = self.sink.deliver(&entry.message());
             let mode = DeliveryMode::from_bits(entry.mode_bits());
-            if matches!(mode, DeliveryMode::Fixed | DeliveryMode::LowestPriority) {
-                entry.set_remote_irr(true);
-            }
-            self.sink.deliver(&entry.message());
+            let vectored = matches!(mode, DeliveryMode::Fixed | DeliveryMode::LowestPriority);
+            entry.set_remote_irr(accepted && vectored);
         }
     }
 
@@ -213,13 +213,11 @@ impl InterruptSink for IoApic {
 
 impl MmioDevice for IoApic {
     fn read(&self, offset: u64, width: Width) -> Result<u64, IoError> {
-        if width != Width::Dword {
-            return Err(IoError::InvalidWidth);
-        }
         let state = self.state.lock();
-        match offset {
-            0 => Ok(u64::from(state.index)),
-            0x10 => Ok(u64::from(Self::read_register(&state))),
+        match (offset, width) {
+            (0, Width::Byte | Width::Word | Width::Dword) => Ok(u64::from(state.index)),
+            (0x10, Width::Dword) => Ok(u64::from(Self::read_register(&state))),
+            (0 | 0x10, _) => Err(IoError::InvalidWidth),
             _ => Err(IoError::InvalidRegister),
         }
     }
@@ -250,12 +248,14 @@ mod tests {
     use alloc::vec::Vec;
     use proptest::prelude::*;
 
+    /// Takes what has a vector below 0xf0.
     #[derive(Default)]
     struct Messages(Mutex<Vec<Message>>);
 
     impl MessageSink for Messages {
-        fn deliver(&self, message: &Message) {
+        fn deliver(&self, message: &Message) -> bool {
             self.0.lock().push(*message);
+            message.vector < 0xf0
         }
     }
 
@@ -369,9 +369,24 @@ mod tests {
     }
 
     #[test]
+    fn a_level_that_nobody_takes_waits_for_no_eoi() {
+        let (ioapic, sink) = setup();
+        ioapic.set_level(16, true);
+        write(&ioapic, 0x30, 0x80f1);
+        assert_eq!(sink.vectors(), [0xf1]);
+        assert_eq!(read(&ioapic, 0x30), 0x80f1, "no remote IRR");
+        // Where somebody takes it, it is delivered.
+        write(&ioapic, 0x30, 0x8041);
+        assert_eq!(sink.vectors(), [0x41]);
+        assert_eq!(read(&ioapic, 0x30), 0xc041);
+    }
+
+    #[test]
     fn access_shapes() {
         let (ioapic, _) = setup();
-        assert_eq!(ioapic.read(0, Width::Byte), Err(IoError::InvalidWidth));
+        ioapic.write(0, Width::Dword, 0x1234).unwrap();
+        assert_eq!(ioapic.read(0, Width::Byte), Ok(0x34));
+        assert_eq!(ioapic.read(0x10, Width::Word), Err(IoError::InvalidWidth));
         assert_eq!(
             ioapic.read(0x20, Width::Dword),
             Err(IoError::InvalidRegister)

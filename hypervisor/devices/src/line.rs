@@ -80,7 +80,8 @@ pub const TIMER_GSI: u32 = 2;
 /// Mainboard wiring: inputs 0 to 15 are ISA IRQs, inputs from 16 are IOAPIC pins alone.
 ///
 /// ISA IRQ n drives PIC input n and IOAPIC pin n, but IRQ 0 drives pin 2 ([`TIMER_GSI`]),
-/// and IRQ 2, the PIC's cascade, is no device's line and goes nowhere.
+/// and IRQ 2, the PIC's cascade, is no device's line and goes nowhere. Pin 0 is the PIC's output
+/// ([`crate::lapic::IntrPin`]).
 pub struct GsiRouter {
     pic: Arc<dyn InterruptSink>,
     ioapic: Arc<dyn InterruptSink>,

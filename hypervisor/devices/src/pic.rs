@@ -328,6 +328,10 @@ impl Pic {
                 }
             }
         };
+        // INTR falls with the acknowledge, so that what is still pending makes an edge of its own.
+        if self.output.swap(false, Ordering::AcqRel) {
+            self.intr.lower();
+        }
         self.update(&mut pair);
         vector
     }

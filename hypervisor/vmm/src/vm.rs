@@ -340,7 +340,9 @@ impl Vm {
         let apic_ids: Vec<u32> = (0..u32::from(spec.vcpus)).collect();
         let apic_bus = ApicBus::new(&apic_ids, host.kick);
         let ioapic = IoApic::new(IOAPIC_ID, apic_bus.clone());
-        let pic = Pic::new(Line::new(Arc::new(IntrPin::new(apic_bus.clone())), 0));
+        // As on a PC, the 8259A's output is also input 0 of the IOAPIC.
+        let intr = IntrPin::new(apic_bus.clone(), Line::new(ioapic.clone(), 0));
+        let pic = Pic::new(Line::new(Arc::new(intr), 0));
         let router: Arc<dyn InterruptSink> = Arc::new(GsiRouter::new(pic.clone(), ioapic.clone()));
         let irq = |number: u8| Line::new(router.clone(), u32::from(number));
 

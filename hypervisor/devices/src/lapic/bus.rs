@@ -3,11 +3,12 @@
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use super::inbox::ApicInbox;
 use super::message::{DeliveryMode, Destination, Message};
 use crate::VcpuId;
-use crate::line::InterruptSink;
+use crate::line::{InterruptSink, Line};
 
 /// Makes a vCPU look at its inbox soon: wakes it, or makes it leave guest mode.
 pub trait VcpuKick: Send + Sync {
@@ -18,7 +19,9 @@ pub trait VcpuKick: Send + Sync {
 /// Takes interrupt messages: from an IOAPIC, or from a device's MSI.
 pub trait MessageSink: Send + Sync {
     /// Delivers `message`; from no processor, so [`Destination::AllButSender`] is everyone.
-    fn deliver(&self, message: &Message);
+    ///
+    /// Returns whether a processor took it: none does if the destination names none, or none that is on.
+    fn deliver(&self, message: &Message) -> bool;
 
     /// Delivers an MSI: `data` written to guest-physical `address`. Other addresses are ignored.
     fn deliver_msi(&self, address: u64, data: u32) {
@@ -33,6 +36,8 @@ pub struct ApicBus {
     inboxes: Box<[Arc<ApicInbox>]>,
     /// (APIC ID, index into `inboxes`), sorted.
     by_id: Box<[(u32, u32)]>,
+    /// A processor has, or had, another xAPIC ID than in `by_id`.
+    ids_changed: AtomicBool,
     kick: Arc<dyn VcpuKick>,
 }
 
@@ -47,6 +52,7 @@ impl ApicBus {
                 .map(|(index, &id)| Arc::new(ApicInbox::new(VcpuId(index), id)))
                 .collect(),
             by_id: by_id.into(),
+            ids_changed: AtomicBool::new(false),
             kick,
         })
     }
@@ -56,31 +62,39 @@ impl ApicBus {
         self.inboxes.get(vcpu.0 as usize)
     }
 
-    /// Sends `message`, from the APIC of `sender` or from a device.
+    /// Sends `message`, from the APIC of `sender` or from a device. Returns whether anyone took it.
     ///
     /// The sender itself is not kicked: it is exiting and looks at its inbox before it enters.
-    pub fn send(&self, message: &Message, sender: Option<VcpuId>) {
+    pub fn send(&self, message: &Message, sender: Option<VcpuId>) -> bool {
         if !message.assert {
-            return;
+            return false;
         }
         if message.mode == DeliveryMode::LowestPriority {
-            if let Some(inbox) = self.lowest_priority(message, sender) {
-                self.post(inbox, message, sender);
-            }
-            return;
+            return self
+                .lowest_priority(message, sender)
+                .is_some_and(|inbox| self.post(inbox, message, sender));
         }
-        if let Destination::Physical(id) = message.destination {
+        if let Destination::Physical(id) = message.destination
+            && !self.ids_changed.load(Ordering::Relaxed)
+        {
             // At most one receiver; no walk.
-            if let Some(inbox) = self.find(id).filter(|i| i.identity().enabled()) {
-                self.post(inbox, message, sender);
-            }
-            return;
+            return self
+                .find(id)
+                .filter(|inbox| inbox.identity().enabled())
+                .is_some_and(|inbox| self.post(inbox, message, sender));
         }
+        let mut taken = false;
         for inbox in &self.inboxes {
             if matches(inbox, message.destination, sender) {
-                self.post(inbox, message, sender);
+                taken |= self.post(inbox, message, sender);
             }
         }
+        taken
+    }
+
+    /// A processor gave itself another xAPIC ID: from now on all are asked for theirs.
+    pub(super) fn ids_changed(&self) {
+        self.ids_changed.store(true, Ordering::Relaxed);
     }
 
     fn find(&self, id: u32) -> Option<&Arc<ApicInbox>> {
@@ -116,11 +130,12 @@ impl ApicBus {
             .or_else(|| candidates().next())
     }
 
-    fn post(&self, inbox: &ApicInbox, message: &Message, sender: Option<VcpuId>) {
+    /// Posts to one receiver. Returns whether it takes such a message.
+    fn post(&self, inbox: &ApicInbox, message: &Message, sender: Option<VcpuId>) -> bool {
         let kick = match message.mode {
             DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
                 if !inbox.identity().software_enabled() {
-                    false
+                    return false;
                 } else if message.vector < 16 {
                     inbox.post_illegal_vector()
                 } else {
@@ -132,11 +147,12 @@ impl ApicBus {
             DeliveryMode::StartUp => inbox.post_startup(message.vector),
             DeliveryMode::ExtInt => inbox.post_extint(),
             // No SMM to enter; a reserved mode is no message.
-            DeliveryMode::Smi | DeliveryMode::Reserved => false,
+            DeliveryMode::Smi | DeliveryMode::Reserved => return false,
         };
         if kick && sender != Some(inbox.vcpu()) {
             self.kick.kick(inbox.vcpu());
         }
+        true
     }
 }
 
@@ -152,30 +168,35 @@ fn matches(inbox: &ApicInbox, destination: Destination, sender: Option<VcpuId>) 
 }
 
 impl MessageSink for ApicBus {
-    fn deliver(&self, message: &Message) {
-        self.send(message, None);
+    fn deliver(&self, message: &Message) -> bool {
+        self.send(message, None)
     }
 }
 
-/// The wire from the 8259A's INTR output to the bootstrap processor.
+/// The wire from the 8259A's INTR output to LINT0 of the bootstrap processor, and to a pin of the
+/// IOAPIC (MP specification, section 3.6.2.2: virtual wire mode by either).
 ///
 /// Input 0 going high posts to the inbox of vCPU 0, which then asks the PIC.
-pub struct IntrPin(Arc<ApicBus>);
+pub struct IntrPin {
+    bus: Arc<ApicBus>,
+    ioapic: Line,
+}
 
 impl IntrPin {
-    /// The wire into `bus`.
-    pub fn new(bus: Arc<ApicBus>) -> Self {
-        IntrPin(bus)
+    /// The wire into `bus`, and to an input of the IOAPIC.
+    pub fn new(bus: Arc<ApicBus>, ioapic: Line) -> Self {
+        IntrPin { bus, ioapic }
     }
 }
 
 impl InterruptSink for IntrPin {
     fn set_level(&self, _input: u32, high: bool) {
-        if let Some(inbox) = self.0.inbox(VcpuId(0))
+        if let Some(inbox) = self.bus.inbox(VcpuId(0))
             && high
-            && inbox.post_extint()
+            && inbox.post_intr()
         {
-            self.0.kick.kick(inbox.vcpu());
+            self.bus.kick.kick(inbox.vcpu());
         }
+        self.ioapic.set(high);
     }
 }

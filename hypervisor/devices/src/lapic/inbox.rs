@@ -19,9 +19,11 @@ bitflags! {
         /// A start-up IPI; its vector is in bits 15:8.
         const STARTUP = 1 << 3;
         /// The 8259A's INTR output went high.
-        const EXTINT = 1 << 4;
+        const INTR = 1 << 4;
         /// A message with a vector below 16 came in.
         const ILLEGAL_VECTOR = 1 << 5;
+        /// An ExtINT message came in.
+        const EXTINT = 1 << 6;
         /// The vector of STARTUP.
         const STARTUP_VECTOR = 0xff << 8;
     }
@@ -180,9 +182,13 @@ impl ApicInbox {
         })
     }
 
-    /// Says that the 8259A's INTR output went high.
+    /// Says that the 8259A's INTR output, wired to LINT0, went high.
     #[must_use = "a kick may be due"]
-    pub fn post_extint(&self) -> bool {
+    pub fn post_intr(&self) -> bool {
+        self.flag(Pending::INTR)
+    }
+
+    pub(super) fn post_extint(&self) -> bool {
         self.flag(Pending::EXTINT)
     }
 
@@ -221,6 +227,8 @@ impl ApicInbox {
             },
             interrupts: pending.contains(Pending::INTERRUPT),
             illegal_vector: pending.contains(Pending::ILLEGAL_VECTOR),
+            intr: pending.contains(Pending::INTR),
+            extint: pending.contains(Pending::EXTINT),
         }
     }
 
@@ -258,4 +266,6 @@ pub(super) struct Taken {
     pub signals: Signals,
     pub interrupts: bool,
     pub illegal_vector: bool,
+    pub intr: bool,
+    pub extint: bool,
 }

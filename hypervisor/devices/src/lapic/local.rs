@@ -182,6 +182,8 @@ pub struct LocalApic {
     clock: Arc<dyn Clock>,
 
     base: ApicBase,
+    /// xAPIC ID; the x2APIC's is that of `config`.
+    xapic_id: u8,
     tpr: u8,
     /// xAPIC logical ID.
     logical: u8,
@@ -200,6 +202,8 @@ pub struct LocalApic {
     tsc_adjust: u64,
     /// Signals drained along with interrupts, kept for [`LocalApic::take_signals`].
     signals: Signals,
+    /// An ExtINT message came: the next interrupt acknowledge is the 8259A's.
+    extint: bool,
     /// Interrupts accepted for service, for statistics.
     accepted: u64,
 }
@@ -225,6 +229,7 @@ impl LocalApic {
                 .with_page(XAPIC_BASE >> 12)
                 .with_enabled(true)
                 .with_bsp(vcpu == VcpuId(0)),
+            xapic_id: config.apic_id as u8,
             tpr: 0,
             logical: 0,
             model: MODEL_FLAT,
@@ -239,27 +244,15 @@ impl LocalApic {
             timer,
             tsc_adjust: 0,
             signals: Signals::default(),
+            extint: false,
             accepted: 0,
         };
         apic.publish();
         Some(apic)
     }
 
-    /// The registers after power-up or a reset of the VM (SDM vol. 3A, section 11.4.7.1).
-    ///
-    /// Drops what is in the inbox.
-    pub fn reset(&mut self) {
-        self.base = ApicBase::new()
-            .with_page(XAPIC_BASE >> 12)
-            .with_enabled(true)
-            .with_bsp(self.inbox.vcpu() == VcpuId(0));
-        self.tsc_adjust = 0;
-        self.drain();
-        self.signals = Signals::default();
-        self.init();
-    }
-
-    /// The registers after INIT: as after power-up, but IA32_APIC_BASE stays (section 11.4.7.3).
+    /// The registers after INIT: as after power-up, but IA32_APIC_BASE and the APIC ID stay (section
+    /// 11.4.7.3).
     ///
     /// A start-up IPI that followed the INIT stays in the inbox.
     pub fn init(&mut self) {
@@ -275,6 +268,7 @@ impl LocalApic {
         self.isr = VectorSet::default();
         self.tmr = VectorSet::default();
         self.timer = Timer::new(self.timer.rate);
+        self.extint = false;
         self.publish();
     }
 
@@ -349,10 +343,19 @@ impl LocalApic {
         self.accepted = self.accepted.wrapping_add(1);
     }
 
-    /// Whether the 8259A's INTR reaches the processor: APIC off, or LINT0 unmasked as ExtINT.
-    pub fn extint_enabled(&self) -> bool {
+    /// Whether the next interrupt is the 8259A's, `intr` being its output: it reaches the processor when
+    /// the APIC is off, through LINT0 as ExtINT, or as an ExtINT message.
+    pub fn wants_extint(&self, intr: bool) -> bool {
+        if !self.base.enabled() {
+            return intr;
+        }
         let lint0 = self.lvt[LvtEntry::Lint0 as usize];
-        !self.base.enabled() || (!lint0.masked() && lint0.mode() == DeliveryMode::ExtInt)
+        self.extint || (intr && !lint0.masked() && lint0.mode() == DeliveryMode::ExtInt)
+    }
+
+    /// The processor asked the 8259A for the vector to take.
+    pub fn accept_extint(&mut self) {
+        self.extint = false;
     }
 
     /// Processor priority (section 11.8.3.1).
@@ -404,6 +407,11 @@ impl LocalApic {
         if taken.illegal_vector {
             self.raise_error(Errors::RECEIVE_ILLEGAL_VECTOR);
         }
+        // As ExtINT, LINT0 is a level, and the 8259A is asked for it.
+        if taken.intr && self.lvt[LvtEntry::Lint0 as usize].mode() != DeliveryMode::ExtInt {
+            self.local_event(LvtEntry::Lint0);
+        }
+        self.extint |= taken.extint;
         let Signals { nmi, init, startup } = taken.signals;
         self.signals.nmi |= nmi;
         if init {
@@ -432,13 +440,9 @@ impl LocalApic {
             DeliveryMode::Fixed if lvt.vector() >= 16 => {
                 self.request(lvt.vector(), Trigger::Edge);
             }
-            DeliveryMode::Fixed => {
-                // The error entry's own bad vector is recorded but not signalled again.
-                self.new_errors |= Errors::RECEIVE_ILLEGAL_VECTOR;
-                if entry != LvtEntry::Error {
-                    self.local_event(LvtEntry::Error);
-                }
-            }
+            // An error entry with a bad vector is recorded as well, but signals nothing: the error before
+            // it has disarmed it.
+            DeliveryMode::Fixed => self.raise_error(Errors::RECEIVE_ILLEGAL_VECTOR),
             DeliveryMode::Nmi => self.signals.nmi = true,
             DeliveryMode::Init => self.signals.init = true,
             // ExtINT is the PIC's affair; SMI has nowhere to go; the rest is reserved here.
@@ -450,9 +454,13 @@ impl LocalApic {
         }
     }
 
+    /// Notes an error. The first since the last write to ESR interrupts (section 11.5.3).
     fn raise_error(&mut self, error: Errors) {
+        let armed = self.new_errors.is_empty();
         self.new_errors |= error;
-        self.local_event(LvtEntry::Error);
+        if armed {
+            self.local_event(LvtEntry::Error);
+        }
     }
 
     /// A performance-counter overflow: delivers through the performance LVT entry and masks it
@@ -464,20 +472,29 @@ impl LocalApic {
 
     // --- registers -------------------------------------------------------------------------
 
-    /// Reads the xAPIC page: `offset` in bytes, 32-bit accesses at multiples of 16 (section 11.4.1).
+    /// Reads the xAPIC page: `offset` in bytes, at multiples of 16 (section 11.4.1).
     ///
-    /// A reserved register reads 0 and sets an error bit.
+    /// A reserved register reads 0 and sets an error bit. Only 32-bit reads are defined; narrower ones
+    /// within a register get their part of it, as processors give it.
     pub fn read_mmio(&mut self, offset: u64, width: Width) -> Result<u32, IoError> {
-        let number = Self::mmio_register(offset, width)?;
-        match Register::from_number(number) {
+        let within = (offset % 16) as usize;
+        if width == Width::Qword {
+            return Err(IoError::InvalidWidth);
+        }
+        if within + width.bytes() > 4 {
+            return Err(IoError::Unaligned);
+        }
+        let number = u8::try_from(offset / 16).map_err(|_| IoError::InvalidRegister)?;
+        let value = match Register::from_number(number) {
             Some(Register::SelfIpi) | None => {
                 self.raise_error(Errors::ILLEGAL_REGISTER);
-                Ok(0)
+                0
             }
             // Write-only.
-            Some(Register::Eoi) => Ok(0),
-            Some(register) => Ok(self.read(register)),
-        }
+            Some(Register::Eoi) => 0,
+            Some(register) => self.read(register),
+        };
+        Ok((value >> (8 * within)) & width.mask() as u32)
     }
 
     /// Writes the xAPIC page: `offset` in bytes, 32-bit accesses at multiples of 16.
@@ -489,7 +506,13 @@ impl LocalApic {
         width: Width,
         value: u32,
     ) -> Result<ApicEffect, IoError> {
-        let number = Self::mmio_register(offset, width)?;
+        if width != Width::Dword {
+            return Err(IoError::InvalidWidth);
+        }
+        if !offset.is_multiple_of(16) {
+            return Err(IoError::Unaligned);
+        }
+        let number = u8::try_from(offset / 16).map_err(|_| IoError::InvalidRegister)?;
         match Register::from_number(number) {
             Some(Register::SelfIpi) | None => {
                 self.raise_error(Errors::ILLEGAL_REGISTER);
@@ -497,16 +520,6 @@ impl LocalApic {
             }
             Some(register) => Ok(self.write(register, value)),
         }
-    }
-
-    fn mmio_register(offset: u64, width: Width) -> Result<u8, IoError> {
-        if width != Width::Dword {
-            return Err(IoError::InvalidWidth);
-        }
-        if !offset.is_multiple_of(16) {
-            return Err(IoError::Unaligned);
-        }
-        u8::try_from(offset / 16).map_err(|_| IoError::InvalidRegister)
     }
 
     /// Whether [`LocalApic::read_msr`] and [`LocalApic::write_msr`] answer for this MSR.
@@ -593,7 +606,7 @@ impl LocalApic {
 
     fn read(&self, register: Register) -> u32 {
         match register {
-            Register::Id => (self.config.apic_id & 0xff) << 24,
+            Register::Id => u32::from(self.xapic_id) << 24,
             Register::Version => Version::new()
                 .with_version(0x14)
                 .with_max_lvt(LvtEntry::COUNT as u8 - 1)
@@ -631,6 +644,14 @@ impl LocalApic {
         match register {
             Register::Eoi => return self.eoi(),
             Register::Tpr => self.set_tpr(value as u8),
+            Register::Id => {
+                // Only in xAPIC mode: WRMSR refuses it before it comes here.
+                self.xapic_id = (value >> 24) as u8;
+                self.publish();
+                if u32::from(self.xapic_id) != self.config.apic_id {
+                    self.bus.ids_changed();
+                }
+            }
             Register::Ldr => {
                 self.logical = (value >> 24) as u8;
                 self.publish();
@@ -674,8 +695,7 @@ impl LocalApic {
                 }
             }
             // Read-only.
-            Register::Id
-            | Register::Version
+            Register::Version
             | Register::Apr
             | Register::Ppr
             | Register::Rrd
@@ -740,9 +760,13 @@ impl LocalApic {
         }
         let destination = match icr.shorthand() {
             Shorthand::Sender => {
-                // Only fixed delivery is defined for self (table 11-3).
-                if mode == DeliveryMode::Fixed {
-                    self.self_ipi(icr.vector());
+                // Only fixed delivery is defined for self (table 11-3). Processors take an NMI, too.
+                match mode {
+                    DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
+                        self.self_ipi(icr.vector());
+                    }
+                    DeliveryMode::Nmi => self.signals.nmi = true,
+                    _ => {}
                 }
                 return;
             }
@@ -799,6 +823,7 @@ impl LocalApic {
             ((true, _), (false, false)) => {
                 // Registers lose their state; on again, it is as after reset.
                 self.base = new;
+                self.xapic_id = self.config.apic_id as u8;
                 self.init();
             }
             ((true, false), (true, true)) => {
@@ -821,7 +846,7 @@ impl LocalApic {
                 .with_id(if x2apic {
                     self.config.apic_id
                 } else {
-                    self.config.apic_id & 0xff
+                    u32::from(self.xapic_id)
                 })
                 .with_logical(self.logical)
                 .with_flat(self.model == MODEL_FLAT)

@@ -10,8 +10,8 @@ use spin::Mutex;
 use super::*;
 use crate::VcpuId;
 use crate::bus::IoError;
-use crate::line::InterruptSink;
-use crate::testing::FakeClock;
+use crate::line::{InterruptSink, Line};
+use crate::testing::{FakeClock, RecordingSink};
 
 const HZ: u64 = 2_000_000_000;
 
@@ -353,11 +353,14 @@ fn turning_off_loses_state_and_stops_delivery() {
     assert!(m.cpus[1].write_msr(MSR_APIC_BASE, off).is_ok());
     m.write(0, 0x300, 0xc_0060);
     assert_eq!(m.kicks.take(), [0u32; 0]);
-    assert!(m.cpus[1].extint_enabled(), "INTR is wired straight through");
+    assert!(
+        m.cpus[1].wants_extint(true),
+        "INTR is wired straight through"
+    );
     let on = m.cpus[1].base().with_enabled(true).into_bits();
     assert!(m.cpus[1].write_msr(MSR_APIC_BASE, on).is_ok());
     assert_eq!(m.read(1, 0xf0), 0xff);
-    assert!(!m.cpus[1].extint_enabled());
+    assert!(!m.cpus[1].wants_extint(true));
 }
 
 #[test]
@@ -402,7 +405,7 @@ fn software_disabled_takes_signals_but_no_interrupts() {
     m.write(0, 0x300, 0x400);
     assert_eq!(m.kicks.take(), [1]);
     m.cpus[1].set_virtual_wire();
-    assert!(m.cpus[1].extint_enabled());
+    assert!(m.cpus[1].wants_extint(true));
     assert_eq!(m.read(1, 0x360), 0x400);
 }
 
@@ -427,6 +430,15 @@ fn errors_latch_on_write() {
     m.bus.deliver_msi(0xfee0_1000, 0x05);
     m.write(1, 0x280, 0);
     assert_eq!(m.read(1, 0x280), 1 << 6);
+    // Further errors interrupt after the next write to ESR only.
+    m.write(0, 0x300, 0x0f);
+    assert_eq!(m.who_got(0xfe), [0]);
+    m.write(0, 0x300, 0x0f);
+    assert_eq!(m.who_got(0xfe), [0usize; 0]);
+    m.write(0, 0x280, 0);
+    m.write(0, 0x300, 0x0f);
+    assert_eq!(m.who_got(0xfe), [0]);
+    m.write(0, 0x280, 0);
     // An error entry with an illegal vector does not recurse.
     m.write(0, 0x370, 0x00);
     m.write(0, 0x300, 0x0f);
@@ -438,17 +450,22 @@ fn errors_latch_on_write() {
 fn mmio_shape() {
     let mut m = machine(&[0]);
     let cpu = &mut m.cpus[0];
-    assert_eq!(cpu.read_mmio(0x20, Width::Byte), Err(IoError::InvalidWidth));
+    assert_eq!(
+        cpu.read_mmio(0x20, Width::Qword),
+        Err(IoError::InvalidWidth)
+    );
+    assert_eq!(cpu.read_mmio(0x23, Width::Word), Err(IoError::Unaligned));
+    assert_eq!(cpu.read_mmio(0x30, Width::Byte), Ok(0x14));
+    assert_eq!(cpu.read_mmio(0x32, Width::Word), Ok(0x0105));
     assert_eq!(cpu.read_mmio(0x24, Width::Dword), Err(IoError::Unaligned));
     assert_eq!(
         cpu.write_mmio(0x1000, Width::Dword, 0),
         Err(IoError::InvalidRegister)
     );
     assert_eq!(
-        cpu.write_mmio(0x20, Width::Dword, 7 << 24),
-        Ok(ApicEffect::None)
+        cpu.write_mmio(0x20, Width::Byte, 7),
+        Err(IoError::InvalidWidth)
     );
-    assert_eq!(cpu.read_mmio(0x20, Width::Dword), Ok(0), "the ID is fixed");
 }
 
 #[test]
@@ -634,13 +651,96 @@ fn a_masked_timer_is_silent() {
 }
 
 #[test]
-fn extint_goes_to_the_bootstrap_processor() {
-    let m = machine(&[0, 1]);
-    let pin = IntrPin::new(m.bus.clone());
+fn the_8259s_output_reaches_the_bootstrap_processor() {
+    let mut m = machine(&[0, 1]);
+    m.enable_all();
+    let ioapic = Arc::new(RecordingSink::default());
+    let pin = IntrPin::new(m.bus.clone(), Line::new(ioapic.clone(), 0));
     pin.set_level(0, true);
     assert_eq!(m.kicks.take(), [0]);
     assert!(m.bus.inbox(VcpuId(0)).unwrap().has_pending());
+    assert!(!m.cpus[0].wants_extint(true), "LINT0 is masked");
     pin.set_level(0, false);
+    assert_eq!(m.kicks.take(), [0u32; 0]);
+    assert_eq!(ioapic.take(), [(0, true), (0, false)]);
+    // LINT0 as ExtINT: a level.
+    m.write(0, 0x350, 0x700);
+    assert!(m.cpus[0].wants_extint(true) && !m.cpus[0].wants_extint(false));
+    assert!(!m.cpus[1].wants_extint(true));
+    // LINT0 as an interrupt of its own: an edge.
+    m.write(0, 0x350, 0x0045);
+    pin.set_level(0, true);
+    assert_eq!(m.who_got(0x45), [0]);
+    assert_eq!(m.cpus[0].interrupt(), None);
+    m.write(0, 0x350, 0x0400);
+    pin.set_level(0, true);
+    assert!(m.cpus[0].take_signals().nmi);
+    m.write(0, 0x350, 0x1_0045);
+    pin.set_level(0, true);
+    assert_eq!(m.cpus[0].interrupt(), None, "masked");
+}
+
+#[test]
+fn an_extint_message_is_taken_once() {
+    let mut m = machine(&[0, 1]);
+    m.enable_all();
+    m.bus.deliver_msi(0xfee0_1000, 0x700);
+    assert_eq!(m.kicks.take(), [1]);
+    assert_eq!(m.cpus[1].interrupt(), None);
+    assert!(m.cpus[1].wants_extint(false) && !m.cpus[0].wants_extint(false));
+    m.cpus[1].accept_extint();
+    assert!(!m.cpus[1].wants_extint(false));
+    m.bus.deliver_msi(0xfee0_1000, 0x700);
+    let _ = m.cpus[1].take_signals();
+    m.cpus[1].init();
+    assert!(!m.cpus[1].wants_extint(false), "INIT voids it");
+}
+
+#[test]
+fn the_xapic_id_can_be_changed_and_comes_back() {
+    let mut m = machine(&[0, 1, 2]);
+    m.enable_all();
+    m.write(1, 0x20, 0x07ff_ffff);
+    assert_eq!(m.read(1, 0x20), 7 << 24);
+    let send = |m: &Machine, id: u64| m.bus.deliver_msi(0xfee0_0000 | id << 12, 0x41);
+    send(&m, 7);
+    assert_eq!(m.who_got(0x41), [1]);
+    send(&m, 1);
+    assert_eq!(m.who_got(0x41), [0usize; 0]);
+    // The same ID twice: both take it.
+    m.write(2, 0x20, 7 << 24);
+    send(&m, 7);
+    assert_eq!(m.who_got(0x41), [1, 2]);
+    m.cpus[1].init();
+    assert_eq!(m.read(1, 0x20), 7 << 24, "INIT keeps it");
+    m.enable_x2apic();
+    assert_eq!(m.cpus[1].read_msr(0x802), Ok(1));
+    send(&m, 1);
+    assert_eq!(m.who_got(0x41), [1]);
+    assert_eq!(
+        m.cpus[1].write_msr(MSR_APIC_BASE, 0xfee0_0000),
+        Ok(ApicEffect::BaseChanged)
+    );
+    assert_eq!(
+        m.cpus[1].write_msr(MSR_APIC_BASE, 0xfee0_0800),
+        Ok(ApicEffect::BaseChanged)
+    );
+    assert_eq!(m.read(1, 0x20), 1 << 24, "as after power-up");
+}
+
+#[test]
+fn a_processor_may_send_itself_an_nmi() {
+    let mut m = machine(&[0, 1]);
+    m.enable_all();
+    m.write(0, 0x300, 1 << 18 | 0x4400);
+    assert!(m.cpus[0].take_signals().nmi);
+    // INIT, SMI and start-up are not defined for self.
+    for mode in [0x200, 0x500, 0x600] {
+        m.write(0, 0x300, 1 << 18 | 0x4000 | mode);
+        assert!(m.cpus[0].take_signals().is_empty());
+    }
+    m.write(0, 0x300, 1 << 18 | 0x4100 | 0x51);
+    assert_eq!(m.who_got(0x51), [0]);
     assert_eq!(m.kicks.take(), [0u32; 0]);
 }
 
@@ -654,19 +754,6 @@ fn the_same_base_again_changes_nothing() {
     );
     let moved = m.cpus[0].write_msr(MSR_APIC_BASE, base + 0x1000);
     assert_eq!(moved, Ok(ApicEffect::BaseChanged));
-}
-
-#[test]
-fn reset_drops_everything() {
-    let mut m = machine(&[0, 1]);
-    m.enable_x2apic();
-    m.bus.deliver_msi(0xfeef_f000, 0x60);
-    m.bus.deliver_msi(0xfeef_f000, 0x400);
-    m.cpus[1].reset();
-    assert_eq!(m.cpus[1].base().into_bits(), 0xfee0_0800);
-    assert!(m.cpus[1].take_signals().is_empty());
-    m.write(1, 0xf0, 0x1ff);
-    assert_eq!(m.cpus[1].interrupt(), None);
 }
 
 #[test]

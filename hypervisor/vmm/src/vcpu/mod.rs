@@ -70,6 +70,8 @@ enum Next {
     Yield,
 }
 
+/// CR0.NW and CR0.CD.
+const CR0_CACHE: u64 = 3 << 29;
 /// RFLAGS.TF.
 const RFLAGS_TF: u64 = 1 << 8;
 /// RFLAGS.IF.
@@ -240,8 +242,10 @@ impl<V: VirtualCpu> Vcpu<V> {
             // INIT keeps the FPU, MSRs such as the MTRRs, and the TSC; only the core state goes.
             let mut state = CpuState::reset();
             state.xcr0 = self.hw.xcr0();
+            // CD and NW stay (SDM vol. 3A, table 10-1).
+            state.cr0 = (state.cr0 & !CR0_CACHE) | (self.hw.cr0() & CR0_CACHE);
             self.hw.set_state(&state);
-            self.activity = if self.rest.id == VcpuId(0) {
+            self.activity = if self.rest.apic.base().bsp() {
                 Activity::Running
             } else {
                 Activity::WaitForStartup
@@ -275,7 +279,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             }
         }
         let vector = rest.apic.interrupt();
-        let external = rest.apic.extint_enabled() && rest.vm.pic.pending();
+        let external = rest.apic.wants_extint(rest.vm.pic.pending());
         if vector.is_none() && !external {
             return;
         }
@@ -288,17 +292,21 @@ impl<V: VirtualCpu> Vcpu<V> {
             return;
         }
         // The 8259A's interrupts come before the APIC's own (SDM vol. 3A, section 11.8.4).
-        let vector = match vector {
-            _ if external => rest.vm.pic.acknowledge(),
+        let (vector, more) = match vector {
+            waiting if external => {
+                rest.apic.accept_extint();
+                (rest.vm.pic.acknowledge(), waiting.is_some())
+            }
+            // What else the APIC has is held back by this one's priority.
             Some(vector) => {
                 rest.apic.accept(vector);
-                vector
+                (vector, false)
             }
             None => return,
         };
         self.hw.inject(Event::Interrupt(vector));
         self.activity = Activity::Running;
-        if rest.apic.extint_enabled() && rest.vm.pic.pending() {
+        if more || rest.apic.wants_extint(rest.vm.pic.pending()) {
             self.hw.request_interrupt_window(true);
         }
     }
