@@ -345,8 +345,7 @@ impl State {
         let mut told = None;
         if control.read() {
             let beyond = length - available as u32;
-            let end = address.0.checked_add(u64::from(length)).ok_or(())?;
-            if beyond > MAX_ZEROED || !memory.contains(address, end - address.0) {
+            if beyond > MAX_ZEROED || !memory.is_writable(address, u64::from(length)) {
                 return Err(());
             }
             memory

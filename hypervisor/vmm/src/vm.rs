@@ -381,10 +381,10 @@ impl Vm {
         pci.insert(0, 0, HostBridge::new())?;
         Arc::new(pci).attach(&mut ports, &mut mmio, &pci_layout)?;
 
-        let ecam = GuestRange {
-            start: Gpa(pci_layout.ecam),
+        let ecam = pci_layout.ecam.map(|ecam| GuestRange {
+            start: Gpa(ecam),
             bytes: ECAM_BUS_LEN,
-        };
+        });
         let rsdp = place_acpi_tables(
             &memory,
             &AcpiConfig {
@@ -395,10 +395,14 @@ impl Vm {
                 pci: pci_layout,
             },
         )?;
-        let reserved = [VGA_HOLE, FIRMWARE_AREA, ecam].map(|range| MapEntry {
-            range,
-            kind: MapKind::Reserved,
-        });
+        let reserved: Vec<MapEntry> = [VGA_HOLE, FIRMWARE_AREA]
+            .into_iter()
+            .chain(ecam)
+            .map(|range| MapEntry {
+                range,
+                kind: MapKind::Reserved,
+            })
+            .collect();
         let layout = BootLayout {
             reserved: &reserved,
             rsdp: Some(rsdp),

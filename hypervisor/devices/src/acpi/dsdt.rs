@@ -109,18 +109,21 @@ fn pci_root(config: &AcpiConfig<'_>) -> Vec<u8> {
 /// The DSDT's body.
 pub(super) fn aml(config: &AcpiConfig<'_>) -> Vec<u8> {
     let mut scope = pci_root(config);
-    // Claims the ECAM, without which Linux does not use it, and ports that no device below has.
-    scope.extend(device(
-        "RES0",
-        "PNP0C02",
-        Some(0),
-        vec![
-            &Memory32Fixed::new(true, config.pci.ecam as u32, ECAM_BUS_LEN as u32),
-            &ports(platform::PM_BASE, pm::PM_PORTS as u8),
-            &ports(platform::POST_PORT, 1),
-            &ports(0x92, 1),
-        ],
-    ));
+    // Claims ports that no device below has, and the ECAM, without which Linux does not use it.
+    let claimed = [
+        ports(platform::PM_BASE, pm::PM_PORTS as u8),
+        ports(platform::POST_PORT, 1),
+        ports(0x92, 1),
+    ];
+    let mut claims: Vec<&dyn Aml> = claimed.iter().map(|ports| ports as &dyn Aml).collect();
+    let ecam = config
+        .pci
+        .ecam
+        .map(|ecam| Memory32Fixed::new(true, ecam as u32, ECAM_BUS_LEN as u32));
+    if let Some(ecam) = &ecam {
+        claims.push(ecam);
+    }
+    scope.extend(device("RES0", "PNP0C02", Some(0), claims));
     scope.extend(device(
         "PIC0",
         "PNP0000",

@@ -1,12 +1,14 @@
 //! The ACPI tables that a guest finds: what hardware there is and where.
 //!
 //! [`build`] lays out RSDP, RSDT, XSDT, FADT, FACS, MADT, MCFG and DSDT one after the other
-//! from a base address, RSDP first (ACPI 6.5, chapter 5). Static tables are plain layouts
+//! from a base address, RSDP first (ACPI 6.5, chapter 5); [`loader_files`] gives them to firmware,
+//! which places them itself. Static tables are plain layouts
 //! here; the DSDT's AML is in [`dsdt`](self). All tables lie below 4 GiB, so that 32-bit
 //! pointers reach them.
 
 mod dsdt;
 mod layout;
+mod loader;
 
 use alloc::vec::Vec;
 use core::fmt;
@@ -21,6 +23,8 @@ use crate::line::TIMER_GSI;
 use crate::pci::PciLayout;
 use crate::platform::{PM_BASE, SCI_IRQ, SerialPort};
 use crate::{pm, rtc};
+pub use loader::{LoaderFiles, loader_files};
+
 use layout::{
     BootFlags, Facs, Fadt, FadtFlags, GenericAddress, Header, IoApicEntry, LocalApicEntry,
     LocalApicNmi, LocalX2ApicEntry, LocalX2ApicNmi, MadtFixed, McfgEntry, Override, Rsdp,
@@ -100,24 +104,12 @@ pub fn build(config: &AcpiConfig<'_>, base: Gpa) -> Result<AcpiTables, BadBase> 
     let facs = placer.place(Facs::new().as_bytes().to_vec());
     let fadt = placer.place(fadt(config, facs, dsdt));
     let madt = placer.place(madt(config));
-    let mcfg = placer.place(table(
-        *b"MCFG",
-        1,
-        &[
-            &[0; 8],
-            McfgEntry {
-                base: U64::new(config.pci.ecam),
-                segment: U16::ZERO,
-                start_bus: 0,
-                end_bus: 0,
-                reserved: U32::ZERO,
-            }
-            .as_bytes(),
-        ],
-    ));
-    let listed = [fadt, madt, mcfg];
-    let narrow = listed.map(|at| U32::new(at.0 as u32));
-    let wide = listed.map(|at| U64::new(at.0));
+    let mut listed = alloc::vec![fadt, madt];
+    if let Some(ecam) = config.pci.ecam {
+        listed.push(placer.place(mcfg(ecam)));
+    }
+    let narrow: Vec<U32> = listed.iter().map(|at| U32::new(at.0 as u32)).collect();
+    let wide: Vec<U64> = listed.iter().map(|at| U64::new(at.0)).collect();
     let rsdt = placer.place(table(*b"RSDT", 1, &[narrow.as_bytes()]));
     let xsdt = placer.place(table(*b"XSDT", 1, &[wide.as_bytes()]));
     if placer.next.0 > LIMIT {
@@ -192,6 +184,17 @@ fn fadt(config: &AcpiConfig<'_>, facs: Gpa, dsdt: Gpa) -> Vec<u8> {
         ..Fadt::default()
     };
     table(*b"FACP", 6, &[body.as_bytes()])
+}
+
+fn mcfg(ecam: u64) -> Vec<u8> {
+    let entry = McfgEntry {
+        base: U64::new(ecam),
+        segment: U16::ZERO,
+        start_bus: 0,
+        end_bus: 0,
+        reserved: U32::ZERO,
+    };
+    table(*b"MCFG", 1, &[&[0; 8], entry.as_bytes()])
 }
 
 fn madt(config: &AcpiConfig<'_>) -> Vec<u8> {

@@ -160,3 +160,88 @@ fn dump() {
         std::fs::write(format!("{directory}/{name}-{gpa}.aml"), bytes).unwrap();
     }
 }
+
+/// Carries a loader script out, as firmware does.
+fn load(files: LoaderFiles, places: [u64; 2]) -> AcpiTables {
+    let [rsdp, tables, (_, script)] = files;
+    let mut files = [rsdp, tables];
+    let text = |bytes: &[u8]| {
+        let end = bytes.iter().position(|&b| b == 0).unwrap();
+        String::from_utf8(bytes[..end].to_vec()).unwrap()
+    };
+    let index = |files: &[(&str, Vec<u8>); 2], bytes: &[u8]| {
+        let name = text(bytes);
+        files.iter().position(|(known, _)| *known == name).unwrap()
+    };
+    let mut allocated = [false; 2];
+    assert_eq!(script.len() % 128, 0);
+    for step in script.chunks(128) {
+        let file = index(&files, &step[4..60]);
+        match u32_at(step, 0) {
+            1 => {
+                let alignment = u64::from(u32_at(step, 60));
+                assert!(places[file].is_multiple_of(alignment));
+                allocated[file] = true;
+            }
+            2 => {
+                let pointee = index(&files, &step[60..116]);
+                assert!(allocated[file] && allocated[pointee]);
+                let (at, size) = (u32_at(step, 116) as usize, usize::from(step[120]));
+                let field = &mut files[file].1[at..at + size];
+                let mut value = [0; 8];
+                value[..size].copy_from_slice(field);
+                let value = u64::from_le_bytes(value) + places[pointee];
+                field.copy_from_slice(&value.to_le_bytes()[..size]);
+            }
+            3 => {
+                let [result, start, length] = [60, 64, 68].map(|at| u32_at(step, at) as usize);
+                let bytes = &mut files[file].1;
+                assert_eq!(bytes[result], 0);
+                bytes[result] = checksum(&bytes[start..start + length]);
+            }
+            other => panic!("step {other}"),
+        }
+    }
+    // Take the tables apart again.
+    let [(_, rsdp), (_, tables)] = files;
+    let end = Gpa(places[1] + tables.len() as u64);
+    let mut parts = vec![(Gpa(places[0]), rsdp)];
+    let mut at = 0;
+    while at < tables.len() {
+        let length = u32_at(&tables, at + 4) as usize;
+        parts.push((Gpa(places[1] + at as u64), tables[at..at + length].to_vec()));
+        at = (at + length).next_multiple_of(64);
+    }
+    AcpiTables {
+        rsdp: Gpa(places[0]),
+        tables: parts,
+        end,
+    }
+}
+
+#[test]
+fn firmware_places_the_same_tables_elsewhere() {
+    let config = config(&[0, 1]);
+    // At the place that `build` would choose, all is the same to the byte.
+    let built = build(&config, BASE).unwrap();
+    let loaded = load(loader_files(&config).unwrap(), [BASE.0, BASE.0 + 64]);
+    assert_eq!(loaded.tables, built.tables);
+    // Elsewhere, all that changes is pointers and sums.
+    let tables = load(loader_files(&config).unwrap(), [0xf_1230, 0x7f_e000]);
+    let rsdp = at(&tables, 0xf_1230);
+    assert_eq!((sum(&rsdp[..20]), sum(rsdp)), (0, 0));
+    for signature in [b"FACP", b"APIC", b"MCFG"] {
+        assert_eq!(sum(find(&tables, signature)), 0);
+    }
+    let fadt = find(&tables, b"FACP");
+    assert_eq!(&at(&tables, u64::from(u32_at(fadt, 40)))[..4], b"DSDT");
+    assert_eq!(u64_at(fadt, 132), u64::from(u32_at(fadt, 36)));
+}
+
+#[test]
+fn without_ecam_there_is_no_mcfg() {
+    let mut config = config(&[0]);
+    config.pci.ecam = None;
+    let tables = build(&config, BASE).unwrap();
+    assert!(tables.tables.iter().all(|(_, t)| &t[..4] != b"MCFG"));
+}

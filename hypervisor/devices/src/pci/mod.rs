@@ -52,8 +52,8 @@ pub trait PciFunction: Send + Sync {
 /// The parts of the guest's address spaces that belong to PCI.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PciLayout {
-    /// ECAM of bus 0.
-    pub ecam: u64,
+    /// ECAM of bus 0, where the chip set has one.
+    pub ecam: Option<u64>,
     /// Window for memory BARs below 4 GiB.
     pub mmio32: Range<u64>,
     /// Window for 64-bit memory BARs.
@@ -65,7 +65,7 @@ pub struct PciLayout {
 impl Default for PciLayout {
     fn default() -> Self {
         PciLayout {
-            ecam: platform::ECAM_BASE,
+            ecam: Some(platform::ECAM_BASE),
             mmio32: platform::PCI_MMIO32,
             mmio64: None,
             io: platform::PCI_IO,
@@ -164,12 +164,10 @@ impl PciBus {
         })?;
         let bus = self.clone();
         ports.insert("pci-io", base, len, Arc::new(IoWindow { bus, base }))?;
-        mmio.insert(
-            "pci-ecam",
-            layout.ecam,
-            ECAM_BUS_LEN,
-            Arc::new(Ecam(self.clone())),
-        )?;
+        if let Some(ecam) = layout.ecam {
+            let device = Arc::new(Ecam(self.clone()));
+            mmio.insert("pci-ecam", ecam, ECAM_BUS_LEN, device)?;
+        }
         for (name, window) in [
             ("pci-mmio32", Some(&layout.mmio32)),
             ("pci-mmio64", layout.mmio64.as_ref()),
@@ -536,7 +534,7 @@ mod tests {
     #[test]
     fn ecam_and_ports_reach_the_same_function() {
         let s = setup();
-        let ecam = s.layout.ecam + (3 << 15);
+        let ecam = s.layout.ecam.unwrap() + (3 << 15);
         assert_eq!(s.mmio.read(ecam, Width::Dword), 0x1042_1af4);
         s.mmio.write(ecam + 0x3c, Width::Byte, 11);
         assert_eq!(s.read(3, 0x3c, Width::Byte), 11);
@@ -603,7 +601,7 @@ mod tests {
                     0 => s.ports.write(0xcf8, Width::Dword, value | 0x8000_0000),
                     1 => s.ports.write(0xcfc + at % 4, narrow, value),
                     2 => { s.ports.read(0xcf8 + at % 8, narrow); }
-                    3 => s.mmio.write(s.layout.ecam + (3 << 15) + u64::from(at % 0x100), width, u64::from(value)),
+                    3 => s.mmio.write(s.layout.ecam.unwrap() + (3 << 15) + u64::from(at % 0x100), width, u64::from(value)),
                     4 => { s.mmio.read(window, width); }
                     _ => { s.ports.read(0xc000 | at, narrow); }
                 }

@@ -104,6 +104,15 @@ impl GuestMemory {
         self.special_at(gpa).map(Special::access)
     }
 
+    /// Whether the guest may write all of these bytes: RAM, or special memory that is writable now.
+    pub fn is_writable(&self, gpa: Gpa, bytes: u64) -> bool {
+        self.contains(gpa, bytes)
+            || usize::try_from(bytes).is_ok_and(|bytes| {
+                self.special_pieces(gpa, bytes, Access::ReadWrite, |_, _| {})
+                    .is_ok()
+            })
+    }
+
     /// Changes what the guest may do with the special memory that lies wholly in `range`. The guest meets
     /// it after [`Self::map_special`].
     pub fn set_special_access(&self, range: GuestRange, access: Access) {
@@ -228,6 +237,10 @@ mod tests {
         assert_eq!(byte, [0]);
         assert!(memory.write(Gpa(0xc_0000), &[1]).is_err(), "read-only");
         assert_eq!(memory.write(Gpa(0xc_4000), &[1]), Ok(()));
+        assert!(memory.is_writable(Gpa(0xc_4000), 0x4000) && memory.is_writable(Gpa(0), 0x1000));
+        assert!(
+            !memory.is_writable(Gpa(0xc_3fff), 2) && !memory.is_writable(Gpa(0xc_4000), 0x4001)
+        );
         assert!(
             memory.write(Gpa(0xc_3fff), &[1, 2]).is_err(),
             "half of it is read-only"
