@@ -95,6 +95,7 @@ fn report(result: &Calibration) {
     let invariant = cpu::cpuid()
         .get_advanced_power_mgmt_info()
         .is_some_and(|info| info.has_invariant_tsc());
+    time::set_invariant(invariant);
     if !invariant {
         warn!(
             "the TSC is not invariant: guests' clocks drift if the processor changes its speed or sleeps"

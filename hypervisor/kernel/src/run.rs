@@ -331,6 +331,17 @@ fn host_cpuid(leaf: u32, subleaf: u32) -> vmm::cpuid::CpuidResult {
     }
 }
 
+/// The processor model that a configuration asks for.
+fn processor_model(cpu: &config::CpuConfig) -> vmm::cpuid::CpuModel {
+    vmm::cpuid::CpuModel {
+        base: match cpu.base {
+            config::CpuBase::Host => vmm::cpuid::ModelBase::Host,
+            config::CpuBase::Baseline => vmm::cpuid::ModelBase::Baseline,
+        },
+        features: cpu.features.clone(),
+    }
+}
+
 /// Writes guest output to the serial line: what the queue takes at once, the rest when the line has taken some.
 fn write_terminal(bytes: &[u8]) {
     let taken = console::write(bytes);
@@ -388,6 +399,7 @@ impl<B: Backend> World<B> {
             initrd: slot.initrd,
             command_line: &config.boot.cmdline,
             test_devices: config.test_devices,
+            cpu: processor_model(&config.cpu),
         };
         let environment = Environment {
             memory: &memory::HOST,
@@ -395,6 +407,7 @@ impl<B: Backend> World<B> {
             time: TimeSource {
                 read: time::now_tsc,
                 hz: time::hz(),
+                stable: time::is_stable(),
             },
             epoch: self.boot_epoch + time::ns() / NS_PER_SECOND,
             console,

@@ -285,7 +285,9 @@ fn start_one(trampoline: &Trampoline, cpu: &'static PerCpu, stack: u64) -> bool 
         // It lists itself once it is ready for work; the next one's number depends on that.
         online = wait(PATIENCE_US, || at(Stage::Answered));
         let after = time::now_tsc();
-        check_skew(cpu, before, THEIR_TSC.load(Ordering::SeqCst), after);
+        if online {
+            check_skew(cpu, before, THEIR_TSC.load(Ordering::SeqCst), after);
+        }
         online = online && wait(PATIENCE_US, || percpu::get(cpu.number).is_some());
     }
     if !online {
@@ -308,6 +310,7 @@ fn check_skew(cpu: &PerCpu, before: u64, theirs: u64, after: u64) {
         theirs.saturating_sub(after)
     };
     if skew > 0 {
+        time::note_skew();
         warn!(
             "the time-stamp counter of processor {} is off by at least {skew} ticks: guests' clocks may jump",
             cpu.number

@@ -1,12 +1,18 @@
 //! The host's clock: the time-stamp counter, and what it counts per second.
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::percpu;
 
 /// TSC at the kernel's first instruction.
 pub static ENTRY_TSC: AtomicU64 = AtomicU64::new(0);
 
 /// Ticks per second; 0 until calibrated.
 static HZ: AtomicU64 = AtomicU64::new(0);
+
+/// What is known of the TSC beyond its rate.
+static INVARIANT: AtomicBool = AtomicBool::new(false);
+static SKEWED: AtomicBool = AtomicBool::new(false);
 
 /// The time-stamp counter now.
 pub fn now_tsc() -> u64 {
@@ -27,6 +33,22 @@ pub fn hz() -> u64 {
 /// Sets what calibration found, in ticks per second.
 pub fn set_hz(hz: u64) {
     HZ.store(hz, Ordering::Relaxed);
+}
+
+/// Notes whether CPUID calls the TSC invariant.
+pub fn set_invariant(invariant: bool) {
+    INVARIANT.store(invariant, Ordering::Relaxed);
+}
+
+/// Notes that two processors' TSCs were seen to differ.
+pub fn note_skew() {
+    SKEWED.store(true, Ordering::Relaxed);
+}
+
+/// Whether the TSC shows the same on every processor, as far as can be told: there is one, or all
+/// have an invariant TSC and none was seen to be off.
+pub fn is_stable() -> bool {
+    percpu::count() == 1 || INVARIANT.load(Ordering::Relaxed) && !SKEWED.load(Ordering::Relaxed)
 }
 
 /// TSC ticks in microseconds; 0 before calibration.

@@ -11,6 +11,7 @@
 //! file, the number of VMs and the number of problems kept are limited, so that no file exhausts memory.
 
 mod check;
+mod cpu;
 mod disks;
 
 use alloc::{
@@ -25,6 +26,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 pub use check::{Environment, FileFacts, FileKind, check};
+pub use cpu::{CPU_FEATURES, CpuBase, CpuConfig};
 pub use disks::{DEFAULT_CHANGES, DiskConfig, MAX_DISKS, MIN_CHANGES};
 
 use crate::console::DEFAULT_ESCAPE;
@@ -146,6 +148,8 @@ pub struct VmConfig {
     pub boot: Boot,
     /// `disks`, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
+    /// `cpu` and `features`.
+    pub cpu: CpuConfig,
     /// `restart`.
     pub restart: Restart,
     /// `console`: the VM's first serial port is a console on the host's terminal.
@@ -524,12 +528,15 @@ impl<'t> Parser<'t> {
                 "console",
                 "focus",
                 "test-devices",
+                "cpu",
+                "features",
             ],
         );
         let (vcpus, vcpus_at) = self.vcpus(&s);
         let memory = self.memory(&s);
         let boot = self.boot(&s);
         let disks = self.disks(&s);
+        let cpu = self.cpu(&s);
         let restart = self.choice(
             &s,
             "restart",
@@ -569,6 +576,7 @@ impl<'t> Parser<'t> {
                 memory,
                 boot,
                 disks,
+                cpu,
                 restart: restart.unwrap_or_default(),
                 console,
                 focus,
@@ -788,7 +796,8 @@ impl<'t> Parser<'t> {
                 .iter()
                 .map(|candidate| (distance(name, candidate), candidate))
                 .filter(|(d, _)| *d <= 1 + name.len() / 4)
-                .min();
+                // Of two that are as near, the one that the word is the beginning of.
+                .min_by_key(|(d, candidate)| (*d, !candidate.starts_with(&**name)));
             let text = match near {
                 Some((_, near)) => format!("unknown key; did you mean {near}?"),
                 None => format!("unknown key; allowed: {}", allowed.join(", ")),

@@ -28,7 +28,7 @@ pub use exit::{CrAccess, Exit, NestedPageFault, PortIo};
 pub use preflight::{Feature, Need, Preflight, Status};
 pub use state::{
     AccessRights, CpuMode, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName,
-    SoftwareEvent,
+    SoftwareEvent, pdpte_is_valid,
 };
 
 /// Why virtualization could not be turned on for this pCPU, or a vCPU not be made.
@@ -176,10 +176,24 @@ pub trait VirtualCpu: Send + 'static {
     fn dr6(&self) -> u64;
     /// Sets DR6 (the VMM sets BS when it steps over an instruction with RFLAGS.TF set).
     fn set_dr6(&mut self, value: u64);
+    /// DR7.
+    fn dr7(&self) -> u64;
+    /// Sets DR7 (a hardware task switch clears its local breakpoints).
+    fn set_dr7(&mut self, value: u64);
+    /// DR0 to DR3: the breakpoints' addresses.
+    fn breakpoints(&self) -> [u64; 4];
     /// XCR0.
     fn xcr0(&self) -> u64;
     /// Sets XCR0, already checked by the caller.
     fn set_xcr0(&mut self, value: u64);
+    /// GDTR.
+    fn gdtr(&self) -> DescriptorTable;
+    /// IDTR.
+    fn idtr(&self) -> DescriptorTable;
+    /// Sets GDTR.
+    fn set_gdtr(&mut self, table: DescriptorTable);
+    /// Sets IDTR.
+    fn set_idtr(&mut self, table: DescriptorTable);
     /// Everything, for a dump or to start from.
     fn state(&self) -> CpuState;
     /// Sets everything: reset, boot protocol entry, start-up IPI.

@@ -225,6 +225,19 @@ impl CpuState {
     }
 }
 
+/// Whether a page-directory-pointer entry of PAE paging can be loaded: not present, or without
+/// reserved bits (SDM vol. 3A, table 4-8). `physical_bits`: width of physical addresses.
+pub const fn pdpte_is_valid(entry: u64, physical_bits: u8) -> bool {
+    const PRESENT: u64 = 1 << 0;
+    const RESERVED: u64 = 0b11 << 1 | 0b1111 << 5;
+    let beyond = if physical_bits < 64 {
+        u64::MAX << physical_bits
+    } else {
+        0
+    };
+    entry & PRESENT == 0 || entry & (RESERVED | beyond) == 0
+}
+
 /// Which instruction raised a software event (SDM vol. 3C, table 25-16).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SoftwareEvent {
@@ -260,4 +273,19 @@ pub enum Event {
         /// Bytes of the instruction, 1 to 15: the guest returns behind it.
         length: u8,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::pdpte_is_valid;
+
+    #[test]
+    fn reserved_bits_make_a_present_pdpte_invalid() {
+        assert!(pdpte_is_valid(0x1000 | 0b1_1001 | 0xe00, 40));
+        assert!(pdpte_is_valid(u64::MAX - 1, 40), "not present: all ignored");
+        for bit in [1, 2, 5, 8, 40, 63] {
+            assert!(!pdpte_is_valid(1 | 1 << bit, 40), "bit {bit}");
+        }
+        assert!(pdpte_is_valid(1 | 1 << 40, 46));
+    }
 }

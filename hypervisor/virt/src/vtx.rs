@@ -120,7 +120,7 @@ impl Backend for Vtx {
         let fpu = FpuFeatures::detect();
         let msr_bitmap = memory.allocate(1, PAGE_SIZE, Owner::Host)?;
         let rdtscp = controls.proc2.contains(capability::Proc2::RDTSCP);
-        memory.write(msr_bitmap, &MsrBitmap::for_guests(rdtscp).0);
+        memory.write(msr_bitmap, &MsrBitmap::for_guests(rdtscp, found.ibpb).0);
         Ok(Vtx {
             shared: Arc::new(Shared {
                 memory,
@@ -245,7 +245,7 @@ impl MsrBitmap {
     const HIGH: usize = 1024;
 
     /// All exit, but for those that the processor switches or that `load` and `unload` do.
-    fn for_guests(rdtscp: bool) -> Self {
+    fn for_guests(rdtscp: bool, ibpb: bool) -> Self {
         let mut bitmap = MsrBitmap([0xff; PAGE_SIZE as usize]);
         for number in vcpu::MSRS_IN_VMCS.into_iter().chain(vcpu::MSRS_SWITCHED) {
             if number != msr::DEBUGCTL && (number != msr::TSC_AUX || rdtscp) {
@@ -255,6 +255,10 @@ impl MsrBitmap {
         }
         // The processor adds the offset also here (SDM vol. 3C, section 26.3).
         bitmap.pass(msr::TSC, 0);
+        if ibpb {
+            // A command, which holds nothing.
+            bitmap.pass(msr::PRED_CMD, Self::WRITES);
+        }
         bitmap
     }
 
@@ -277,7 +281,7 @@ mod tests {
 
     #[test]
     fn only_switched_msrs_pass() {
-        let bitmap = MsrBitmap::for_guests(true);
+        let bitmap = MsrBitmap::for_guests(true, false);
         for number in [
             msr::FS_BASE,
             msr::GS_BASE,
@@ -308,6 +312,8 @@ mod tests {
         }
         let passed: u32 = bitmap.0.iter().map(|b| b.count_zeros()).sum();
         assert_eq!(passed, 12 * 2 + 1);
-        assert!(exits(&MsrBitmap::for_guests(false), msr::TSC_AUX, false));
+        let other = MsrBitmap::for_guests(false, true);
+        assert!(exits(&other, msr::TSC_AUX, false));
+        assert!(exits(&other, msr::PRED_CMD, false) && !exits(&other, msr::PRED_CMD, true));
     }
 }

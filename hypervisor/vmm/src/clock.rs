@@ -15,6 +15,8 @@ pub struct TimeSource {
     pub read: fn() -> u64,
     /// Ticks per second.
     pub hz: u64,
+    /// It never changes its rate, and shows the same on every processor.
+    pub stable: bool,
 }
 
 /// The clock of one VM.
@@ -36,6 +38,11 @@ impl VmClock {
     /// Guest TSC of an unadjusted vCPU minus host TSC, wrapping.
     pub fn tsc_offset(&self) -> u64 {
         self.start.wrapping_neg()
+    }
+
+    /// Whether a guest may read it on any vCPU and find it never going back.
+    pub fn stable(&self) -> bool {
+        self.source.stable
     }
 
     /// Host TSC at which this clock shows `ticks`.
@@ -100,12 +107,13 @@ const TIME_INFO_BYTES: usize = 32;
 const TSC_STABLE: u8 = 1;
 
 /// Writes the time page of a vCPU whose TSC runs `adjust` ticks ahead of the VM's clock.
-/// The clock never changes its rate, so that the page is written once.
+/// The clock's rate is taken as constant, so that the page is written once; that it is, and the same on
+/// all vCPUs, is said only where the host's TSC is known to be.
 ///
 /// Returns `false` when the page is not in the guest's RAM.
 #[must_use]
-pub fn write_time_info(memory: &GuestMemory, at: Gpa, hz: u64, adjust: u64) -> bool {
-    let scale = TickScale::new(hz);
+pub fn write_time_info(memory: &GuestMemory, at: Gpa, clock: &VmClock, adjust: u64) -> bool {
+    let scale = TickScale::new(clock.hz());
     let mut info = [0u8; TIME_INFO_BYTES];
     // version, pad, tsc_timestamp, system_time, tsc_to_system_mul, tsc_shift, flags, pad.
     info[0..4].copy_from_slice(&2u32.to_le_bytes());
@@ -113,7 +121,7 @@ pub fn write_time_info(memory: &GuestMemory, at: Gpa, hz: u64, adjust: u64) -> b
     info[16..24].copy_from_slice(&0u64.to_le_bytes());
     info[24..28].copy_from_slice(&scale.multiplier.to_le_bytes());
     info[28..29].copy_from_slice(&scale.shift.to_le_bytes());
-    info[29] = TSC_STABLE;
+    info[29] = if clock.stable() { TSC_STABLE } else { 0 };
     memory.write(at, &info).is_ok()
 }
 

@@ -128,6 +128,27 @@ impl VirtualCpu for FakeCpu {
     fn set_dr6(&mut self, value: u64) {
         self.state.dr6 = value;
     }
+    fn dr7(&self) -> u64 {
+        self.state.dr7
+    }
+    fn set_dr7(&mut self, value: u64) {
+        self.state.dr7 = value;
+    }
+    fn breakpoints(&self) -> [u64; 4] {
+        self.state.dr
+    }
+    fn gdtr(&self) -> DescriptorTable {
+        self.state.gdtr
+    }
+    fn idtr(&self) -> DescriptorTable {
+        self.state.idtr
+    }
+    fn set_gdtr(&mut self, table: DescriptorTable) {
+        self.state.gdtr = table;
+    }
+    fn set_idtr(&mut self, table: DescriptorTable) {
+        self.state.idtr = table;
+    }
     fn xcr0(&self) -> u64 {
         self.state.xcr0
     }

@@ -10,10 +10,15 @@
 #[expect(missing_docs, reason = "the names are the manuals'")]
 pub mod number {
     pub const TSC: u32 = 0x10;
+    /// Its number before [`KVM_WALL_CLOCK`], as CLOCKSOURCE in CPUID announces.
+    pub const KVM_WALL_CLOCK_OLD: u32 = 0x11;
+    /// Likewise of [`KVM_SYSTEM_TIME`].
+    pub const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
     pub const PLATFORM_ID: u32 = 0x17;
     pub const APIC_BASE: u32 = 0x1b;
     pub const FEATURE_CONTROL: u32 = 0x3a;
     pub const TSC_ADJUST: u32 = 0x3b;
+    pub const SPEC_CTRL: u32 = 0x48;
     pub const BIOS_SIGN_ID: u32 = 0x8b;
     pub const MTRR_CAP: u32 = 0xfe;
     pub const MCG_CAP: u32 = 0x179;
@@ -82,8 +87,13 @@ const DEF_TYPE_ENABLE: u64 = 1 << 11;
 const DEF_TYPE_BITS: u64 = 0xcff;
 /// VCNT, FIX and WC.
 const MTRR_CAPABILITIES: u64 = VARIABLE_MTRRS as u64 | (1 << 8) | (1 << 10);
-/// IA32_MISC_ENABLE: fast strings on; branch trace and PEBS unavailable.
-const MISC_ENABLE_VALUE: u64 = 1 | (1 << 11) | (1 << 12);
+/// IA32_MISC_ENABLE after reset: fast strings on; branch trace and PEBS unavailable.
+pub const MISC_ENABLE_RESET: u64 = 1 | (1 << 11) | (1 << 12);
+/// What a guest may change in it (SDM vol. 4, table 2-2): fast strings, automatic thermal control, performance
+/// monitoring, SpeedStep and its lock, MONITOR, the limit of CPUID, xTPR messages, execute-disable. Kept to be read
+/// back, without effect. AMD processors lack the register; systems read it there under other hypervisors.
+pub const MISC_ENABLE_WRITABLE: u64 =
+    1 | (1 << 3) | (1 << 7) | (1 << 16) | (1 << 18) | (1 << 20) | (1 << 22) | (1 << 23) | (1 << 34);
 
 /// Whether a byte is a memory type that MTRRs may hold (SDM vol. 3A, table 12-8).
 fn valid_type(value: u8) -> bool {
@@ -162,7 +172,6 @@ pub fn constant(vendor: Vendor, msr: u32) -> Option<u64> {
         (Vendor::Intel, PLATFORM_ID | SMI_COUNT) => Some(0),
         // Locked with VMX off.
         (Vendor::Intel, FEATURE_CONTROL) => Some(1),
-        (Vendor::Intel, MISC_ENABLE) => Some(MISC_ENABLE_VALUE),
         (
             Vendor::Amd,
             AMD_SYSCFG | AMD_HWCR | AMD_NB_CFG | AMD_TOP_MEM2 | AMD_INT_PENDING | AMD_TSEG_ADDR
@@ -179,7 +188,6 @@ pub fn write_ignored(vendor: Vendor, msr: u32) -> bool {
     matches!(
         (vendor, msr),
         (_, MCG_STATUS | BIOS_SIGN_ID)
-            | (Vendor::Intel, MISC_ENABLE)
             | (
                 Vendor::Amd,
                 AMD_SYSCFG | AMD_HWCR | AMD_NB_CFG | AMD_PATCH_LOADER | AMD_BU_CFG | AMD_DE_CFG,
@@ -211,7 +219,7 @@ mod tests {
     #[test]
     fn vendor_msrs_fault_on_the_other_vendor() {
         assert_eq!(constant(Vendor::Intel, AMD_HWCR), None);
-        assert_eq!(constant(Vendor::Amd, MISC_ENABLE), None);
+        assert_eq!(constant(Vendor::Amd, FEATURE_CONTROL), None);
         assert!(!write_ignored(Vendor::Intel, FEATURE_CONTROL));
     }
 }

@@ -41,7 +41,8 @@ use virt::CpuState;
 
 use crate::{
     clock::{TimeSource, VmClock},
-    cpuid::{CpuidPolicy, HostCpuid},
+    control,
+    cpuid::{CpuModel, CpuidPolicy, HostCpuid, ModelError},
     load::{self, BootLayout, LoadError, MapEntry, MapKind},
     vcpu::Dump,
 };
@@ -84,6 +85,8 @@ pub struct VmSpec<'a> {
     pub command_line: &'a str,
     /// Whether it has the devices that test kernels expect.
     pub test_devices: bool,
+    /// Its processor model.
+    pub cpu: CpuModel,
 }
 
 /// What a VM needs of its host.
@@ -111,6 +114,8 @@ pub enum VmError {
     Load(LoadError),
     /// Two devices claim the same address: a defect of Plinth.
     Overlap(Overlap),
+    /// Its processor model cannot be had here.
+    Processor(ModelError),
     /// The ACPI tables do not fit below 1 MiB (too many vCPUs), or the VM has no RAM there.
     AcpiTables,
 }
@@ -127,6 +132,12 @@ impl From<LoadError> for VmError {
     }
 }
 
+impl From<ModelError> for VmError {
+    fn from(e: ModelError) -> Self {
+        VmError::Processor(e)
+    }
+}
+
 impl From<Overlap> for VmError {
     fn from(e: Overlap) -> Self {
         VmError::Overlap(e)
@@ -139,6 +150,7 @@ impl fmt::Display for VmError {
             VmError::Memory(e) => e.fmt(f),
             VmError::Load(e) => e.fmt(f),
             VmError::Overlap(e) => e.fmt(f),
+            VmError::Processor(e) => e.fmt(f),
             VmError::AcpiTables => {
                 f.write_str("the ACPI tables do not fit into the guest's memory below 1 MiB")
             }
@@ -327,6 +339,7 @@ impl Vm {
     pub fn new(spec: VmSpec<'_>, host: Environment<'_>) -> Result<(Arc<Self>, CpuState), VmError> {
         let layout = ram_layout(spec.memory_bytes);
         let memory = Arc::new(GuestMemory::allocate(host.memory, spec.id, &layout)?);
+        let cpuid = CpuidPolicy::new(host.cpuid, spec.vcpus, &spec.cpu, host.time.stable)?;
         let end = Arc::new(EndCell {
             ended: AtomicBool::new(false),
             reason: Mutex::new(None),
@@ -419,7 +432,7 @@ impl Vm {
         let vm = Vm {
             name: spec.name,
             memory,
-            cpuid: CpuidPolicy::new(host.cpuid, spec.vcpus),
+            cpuid,
             clock,
             epoch: host.epoch,
             ports,
@@ -444,6 +457,14 @@ impl Vm {
     /// Ends the VM, unless it has ended already.
     pub fn end(&self, reason: EndReason) {
         self.end.end(reason);
+    }
+
+    /// What the checks of control registers look at.
+    pub(crate) fn control_context(&self) -> control::Context<'_> {
+        control::Context {
+            policy: &self.cpuid,
+            memory: &self.memory,
+        }
     }
 
     /// Whether it has ended: its vCPUs come to rest.

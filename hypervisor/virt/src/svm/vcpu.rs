@@ -776,6 +776,50 @@ impl VirtualCpu for SvmVcpu {
         }
     }
 
+    #[inline]
+    fn dr7(&self) -> u64 {
+        self.save().dr7
+    }
+
+    fn set_dr7(&mut self, value: u64) {
+        self.save_mut().dr7 = value & 0xffff_ffff;
+        self.changed(Clean::DEBUG_REGISTERS);
+    }
+
+    fn breakpoints(&self) -> [u64; 4] {
+        if self.loaded {
+            GuestDebug::save().dr
+        } else {
+            self.debug.dr
+        }
+    }
+
+    fn gdtr(&self) -> DescriptorTable {
+        DescriptorTable {
+            base: self.save().gdtr.base,
+            limit: self.save().gdtr.limit as u16,
+        }
+    }
+
+    fn idtr(&self) -> DescriptorTable {
+        DescriptorTable {
+            base: self.save().idtr.base,
+            limit: self.save().idtr.limit as u16,
+        }
+    }
+
+    fn set_gdtr(&mut self, table: DescriptorTable) {
+        let field = &mut self.save_mut().gdtr;
+        (field.base, field.limit) = (table.base, table.limit.into());
+        self.changed(Clean::DESCRIPTOR_TABLES);
+    }
+
+    fn set_idtr(&mut self, table: DescriptorTable) {
+        let field = &mut self.save_mut().idtr;
+        (field.base, field.limit) = (table.base, table.limit.into());
+        self.changed(Clean::DESCRIPTOR_TABLES);
+    }
+
     fn xcr0(&self) -> u64 {
         self.fpu.xcr0(self.loaded)
     }
@@ -786,10 +830,6 @@ impl VirtualCpu for SvmVcpu {
 
     fn state(&self) -> CpuState {
         let save = self.save();
-        let table = |field: &VmcbSegment| DescriptorTable {
-            base: field.base,
-            limit: field.limit as u16,
-        };
         CpuState {
             gprs: Gpr::ALL.map(|gpr| self.gpr(gpr)),
             rip: save.rip,
@@ -810,13 +850,9 @@ impl VirtualCpu for SvmVcpu {
                 SegmentName::Tr,
             ]
             .map(|name| self.segment(name)),
-            gdtr: table(&save.gdtr),
-            idtr: table(&save.idtr),
-            dr: if self.loaded {
-                GuestDebug::save().dr
-            } else {
-                self.debug.dr
-            },
+            gdtr: self.gdtr(),
+            idtr: self.idtr(),
+            dr: self.breakpoints(),
             dr6: self.dr6(),
             dr7: save.dr7,
             xcr0: self.fpu.xcr0(self.loaded),

@@ -34,7 +34,9 @@ use super::entry::{GuestRegisters, Outcome, enter, exit_landing};
 use super::vmcs::{Field, SegmentFields, vmclear, vmptrld, vmread, vmread_universal, vmwrite};
 use crate::cpu::{GuestDebug, GuestFpu, GuestSpecCtrl, PAT_RESET, is_canonical, is_pat};
 use crate::cpu::{msr, raise_machine_check, rdmsr, rdtsc, wrmsr};
-use crate::state::{AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName};
+use crate::state::{
+    AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName, pdpte_is_valid,
+};
 use crate::{Exit, VcpuSetup, VirtError, VirtualCpu};
 
 /// Guest MSRs that are VMCS fields.
@@ -83,16 +85,22 @@ const CR4_VME: u64 = 1 << 0;
 const CR4_PVI: u64 = 1 << 1;
 const CR4_TSD: u64 = 1 << 2;
 const CR4_DE: u64 = 1 << 3;
+const CR4_PSE: u64 = 1 << 4;
 const CR4_PAE: u64 = 1 << 5;
 const CR4_MCE: u64 = 1 << 6;
 const CR4_PGE: u64 = 1 << 7;
 const CR4_PCE: u64 = 1 << 8;
 const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
+const CR4_SMEP: u64 = 1 << 20;
 /// CR4 bits that a guest changes without an exit: every processor with VT-x has them all, and
 /// nothing in the hypervisor depends on them. The processor itself flushes for PGE.
 const CR4_GUEST_OWNED: u64 =
     CR4_VME | CR4_PVI | CR4_TSD | CR4_DE | CR4_PGE | CR4_PCE | CR4_OSFXSR | CR4_OSXMMEXCPT;
+
+/// Bits whose change loads the page-directory-pointer entries of a PAE guest (SDM vol. 3A, section 4.4.1).
+const CR0_LOADS_PDPTES: u64 = CR0_PG | CR0_CD | CR0_NW;
+const CR4_LOADS_PDPTES: u64 = CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP;
 
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
@@ -404,12 +412,6 @@ impl VtxVcpu {
         }
     }
 
-    /// After a change of CR0, CR3, CR4 or EFER from outside: the processor would have dropped
-    /// cached translations, and loaded page-directory-pointer entries in PAE mode.
-    fn paging_changed(&mut self) {
-        self.due |= Due::FLUSH | Due::PDPTES;
-    }
-
     /// The things that are due before an entry; rarely any.
     #[cold]
     #[inline(never)]
@@ -448,7 +450,8 @@ impl VtxVcpu {
 
     /// Reads the four page-directory-pointer entries that CR3 points to, for a guest in PAE
     /// paging: an entry takes them from the VMCS (SDM vol. 3C, section 27.3.2.4).
-    /// An entry in memory that is not there counts as not present.
+    /// An entry in memory that is not there counts as not present, and so does one that the VM entry
+    /// would refuse: the VMM has checked them, but another vCPU may have changed one since.
     fn load_pdptes(&self) {
         let paging = self.read(Field::GuestCr0) & CR0_PG != 0;
         let pae = self.read(Field::GuestCr4) & CR4_PAE != 0;
@@ -460,7 +463,8 @@ impl VtxVcpu {
             let entry = self
                 .translate(table + 8 * i as u64)
                 .map_or(0, |hpa| self.shared.memory.read_u64(hpa));
-            self.write(field, entry);
+            let valid = pdpte_is_valid(entry, self.shared.capabilities.physical_bits);
+            self.write(field, if valid { entry } else { 0 });
         }
     }
 
@@ -840,11 +844,15 @@ impl VirtualCpu for VtxVcpu {
 
     fn set_cr0(&mut self, value: u64) {
         let forced = self.shared.capabilities.cr0.ones & !Capabilities::CR0_UNRESTRICTED;
+        let old = self.cr0_shadow;
         self.cr0_shadow = value;
         self.write(Field::Cr0Shadow, value);
         self.write(Field::GuestCr0, (value | forced) & !(CR0_CD | CR0_NW));
         self.update_long_mode(value, self.read(Field::GuestEfer));
-        self.paging_changed();
+        self.due |= Due::FLUSH;
+        if (old ^ value) & CR0_LOADS_PDPTES != 0 {
+            self.due |= Due::PDPTES;
+        }
     }
 
     fn cr2(&self) -> u64 {
@@ -861,7 +869,7 @@ impl VirtualCpu for VtxVcpu {
 
     fn set_cr3(&mut self, value: u64) {
         self.write(Field::GuestCr3, value);
-        self.paging_changed();
+        self.due |= Due::FLUSH | Due::PDPTES;
     }
 
     fn cr4(&self) -> u64 {
@@ -869,12 +877,16 @@ impl VirtualCpu for VtxVcpu {
     }
 
     fn set_cr4(&mut self, value: u64) {
+        let old = self.cr4();
         self.cr4_shadow = value;
         self.write(Field::Cr4Shadow, value);
         // With MCE off, a machine check while the guest runs would shut the whole machine down.
         let forced = self.shared.capabilities.cr4.ones | (Cr4::read_raw() & CR4_MCE);
         self.write(Field::GuestCr4, value | forced);
-        self.paging_changed();
+        self.due |= Due::FLUSH;
+        if (old ^ value) & CR4_LOADS_PDPTES != 0 {
+            self.due |= Due::PDPTES;
+        }
     }
 
     fn efer(&self) -> u64 {
@@ -883,7 +895,7 @@ impl VirtualCpu for VtxVcpu {
 
     fn set_efer(&mut self, value: u64) {
         self.update_long_mode(self.cr0_shadow, value);
-        self.paging_changed();
+        self.due |= Due::FLUSH;
     }
 
     fn dr6(&self) -> u64 {
@@ -892,6 +904,47 @@ impl VirtualCpu for VtxVcpu {
 
     fn set_dr6(&mut self, value: u64) {
         GuestDebug::write_dr6(value);
+    }
+
+    #[inline]
+    fn dr7(&self) -> u64 {
+        self.read(Field::GuestDr7)
+    }
+
+    fn set_dr7(&mut self, value: u64) {
+        self.write(Field::GuestDr7, value);
+    }
+
+    fn breakpoints(&self) -> [u64; 4] {
+        if self.is_loaded() {
+            GuestDebug::save().dr
+        } else {
+            self.debug.dr
+        }
+    }
+
+    fn gdtr(&self) -> DescriptorTable {
+        DescriptorTable {
+            base: self.read(Field::GuestGdtrBase),
+            limit: self.read(Field::GuestGdtrLimit) as u16,
+        }
+    }
+
+    fn idtr(&self) -> DescriptorTable {
+        DescriptorTable {
+            base: self.read(Field::GuestIdtrBase),
+            limit: self.read(Field::GuestIdtrLimit) as u16,
+        }
+    }
+
+    fn set_gdtr(&mut self, table: DescriptorTable) {
+        self.write(Field::GuestGdtrBase, table.base);
+        self.write(Field::GuestGdtrLimit, table.limit.into());
+    }
+
+    fn set_idtr(&mut self, table: DescriptorTable) {
+        self.write(Field::GuestIdtrBase, table.base);
+        self.write(Field::GuestIdtrLimit, table.limit.into());
     }
 
     fn xcr0(&self) -> u64 {
@@ -919,14 +972,8 @@ impl VirtualCpu for VtxVcpu {
         for (name, slot) in SegmentName::ALL.into_iter().zip(&mut state.segments) {
             *slot = self.segment(name);
         }
-        state.gdtr = DescriptorTable {
-            base: self.read(Field::GuestGdtrBase),
-            limit: self.read(Field::GuestGdtrLimit) as u16,
-        };
-        state.idtr = DescriptorTable {
-            base: self.read(Field::GuestIdtrBase),
-            limit: self.read(Field::GuestIdtrLimit) as u16,
-        };
+        state.gdtr = self.gdtr();
+        state.idtr = self.idtr();
         let debug = if self.is_loaded() {
             GuestDebug::save()
         } else {
@@ -954,10 +1001,8 @@ impl VirtualCpu for VtxVcpu {
         for (name, &segment) in SegmentName::ALL.into_iter().zip(&state.segments) {
             self.set_segment(name, segment);
         }
-        self.write(Field::GuestGdtrBase, state.gdtr.base);
-        self.write(Field::GuestGdtrLimit, state.gdtr.limit.into());
-        self.write(Field::GuestIdtrBase, state.idtr.base);
-        self.write(Field::GuestIdtrLimit, state.idtr.limit.into());
+        self.set_gdtr(state.gdtr);
+        self.set_idtr(state.idtr);
         self.write(Field::GuestDr7, state.dr7);
         self.debug = GuestDebug {
             dr: state.dr,

@@ -10,6 +10,7 @@ const RFLAGS_PF: u64 = 1 << 2;
 const RFLAGS_AF: u64 = 1 << 4;
 pub(super) const RFLAGS_ZF: u64 = 1 << 6;
 const RFLAGS_SF: u64 = 1 << 7;
+pub(super) const RFLAGS_TF: u64 = 1 << 8;
 pub(super) const RFLAGS_DF: u64 = 1 << 10;
 pub(super) const RFLAGS_OF: u64 = 1 << 11;
 pub(super) const ARITHMETIC: u64 =

@@ -8,7 +8,7 @@ use virt::{Gpr, VirtualCpu};
 
 use super::{
     MAX_ITERATIONS, Platform,
-    alu::{ARITHMETIC, Alu, RFLAGS_DF, RFLAGS_ZF, compute},
+    alu::{ARITHMETIC, Alu, RFLAGS_DF, RFLAGS_TF, RFLAGS_ZF, compute},
     execute::{Run, Step, Stop},
 };
 use crate::walk::Access;
@@ -28,7 +28,13 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         let repeat_equal = instruction.has_rep_prefix() || instruction.has_repe_prefix();
         let repeat_unequal = instruction.has_repne_prefix();
         let repeats = repeat_equal || repeat_unequal;
-        for _ in 0..MAX_ITERATIONS {
+        // A single step is one iteration (SDM vol. 3B, section 18.3.1.4).
+        let iterations = if self.paging.rflags & RFLAGS_TF != 0 {
+            1
+        } else {
+            MAX_ITERATIONS
+        };
+        for _ in 0..iterations {
             let count = self.cpu.gpr(Gpr::Rcx) & address_width.mask();
             if repeats && count == 0 {
                 return Ok(Step::Done);
@@ -39,7 +45,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             }
             self.write_address_register(Gpr::Rcx, address_width, count.wrapping_sub(1));
             let equal = self.cpu.rflags() & RFLAGS_ZF != 0;
-            if compares && (repeat_unequal == equal) {
+            if count == 1 || compares && (repeat_unequal == equal) {
                 return Ok(Step::Done);
             }
         }

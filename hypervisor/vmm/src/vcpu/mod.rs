@@ -477,11 +477,15 @@ impl<V: VirtualCpu> Vcpu<V> {
             }
             CrAccess::Clts => {
                 let cr0 = hw.cr0();
-                control::write_cr0(hw, cr0 & !(1 << 3))
+                control::write_cr0(hw, rest.vm.control_context(), cr0 & !(1 << 3))
             }
             CrAccess::Lmsw(operand) => {
                 let cr0 = hw.cr0();
-                control::write_cr0(hw, emulate::load_msw(cr0, operand))
+                control::write_cr0(
+                    hw,
+                    rest.vm.control_context(),
+                    emulate::load_msw(cr0, operand),
+                )
             }
         };
         self.complete(result);

@@ -23,14 +23,28 @@ pub(super) const MAX_MSR_NOTES: u32 = 16;
 const TIME_INFO_ENABLE: u64 = 1;
 
 /// MSRs that live with the vCPU.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Msrs {
     mtrrs: Mtrrs,
     /// Guest TSC minus the VM's clock, wrapping: IA32_TSC_ADJUST.
     tsc_adjust: u64,
     system_time: u64,
     wall_clock: u64,
+    misc_enable: u64,
     notes: u32,
+}
+
+impl Default for Msrs {
+    fn default() -> Self {
+        Msrs {
+            mtrrs: Mtrrs::default(),
+            tsc_adjust: 0,
+            system_time: 0,
+            wall_clock: 0,
+            misc_enable: msr::MISC_ENABLE_RESET,
+            notes: 0,
+        }
+    }
 }
 
 impl<V: VirtualCpu> Vcpu<V> {
@@ -80,8 +94,10 @@ impl<V: VirtualCpu> Vcpu<V> {
             number::TSC => Some(rest.vm.clock.now().wrapping_add(rest.msrs.tsc_adjust)),
             number::TSC_ADJUST => Some(rest.msrs.tsc_adjust),
             number::EFER => Some(hw.efer()),
-            number::KVM_SYSTEM_TIME => Some(rest.msrs.system_time),
-            number::KVM_WALL_CLOCK => Some(rest.msrs.wall_clock),
+            number::KVM_SYSTEM_TIME | number::KVM_SYSTEM_TIME_OLD => Some(rest.msrs.system_time),
+            number::KVM_WALL_CLOCK | number::KVM_WALL_CLOCK_OLD => Some(rest.msrs.wall_clock),
+            number::MISC_ENABLE => Some(rest.msrs.misc_enable),
+            number::SPEC_CTRL if !rest.vm.cpuid.has_spec_ctrl() => None,
             number::TSC_AUX if !rest.vm.cpuid.has_tsc_aux() => None,
             _ => hw
                 .msr(msr)
@@ -110,16 +126,24 @@ impl<V: VirtualCpu> Vcpu<V> {
                 return Ok(Next::Check);
             }
             number::EFER => control::write_efer(hw, &rest.vm.cpuid, value)?,
-            number::KVM_SYSTEM_TIME => {
+            number::KVM_SYSTEM_TIME | number::KVM_SYSTEM_TIME_OLD => {
                 rest.msrs.system_time = value;
                 rest.write_time_info()?;
             }
-            number::KVM_WALL_CLOCK => {
-                rest.msrs.wall_clock = value;
+            number::KVM_WALL_CLOCK | number::KVM_WALL_CLOCK_OLD => {
                 if !clock::write_wall_clock(&rest.vm.memory, Gpa(value), rest.vm.epoch) {
                     return Err(GP);
                 }
+                rest.msrs.wall_clock = value;
             }
+            number::MISC_ENABLE => {
+                let changed = rest.msrs.misc_enable ^ value;
+                if changed & !msr::MISC_ENABLE_WRITABLE != 0 {
+                    return Err(GP);
+                }
+                rest.msrs.misc_enable = value;
+            }
+            number::SPEC_CTRL if !rest.vm.cpuid.has_spec_ctrl() => return Err(GP),
             number::TSC_AUX if !rest.vm.cpuid.has_tsc_aux() => return Err(GP),
             _ => {
                 let bits = rest.vm.cpuid.physical_bits();
@@ -152,8 +176,7 @@ impl Rest {
             return Ok(());
         }
         let at = Gpa(self.msrs.system_time & !TIME_INFO_ENABLE);
-        let hz = self.vm.clock.hz();
-        if clock::write_time_info(&self.vm.memory, at, hz, self.msrs.tsc_adjust) {
+        if clock::write_time_info(&self.vm.memory, at, &self.vm.clock, self.msrs.tsc_adjust) {
             Ok(())
         } else {
             self.msrs.system_time = 0;

@@ -74,13 +74,13 @@ impl<V: VirtualCpu> Platform<V> for Rest {
     fn control_write(&mut self, cpu: &mut V, cr: u8, value: u64) -> Result<(), Exception> {
         self.reach.interrupts = true;
         match cr {
-            0 => control::write_cr0(cpu, value),
+            0 => control::write_cr0(cpu, self.vm.control_context(), value),
             2 => {
                 cpu.set_cr2(value);
                 Ok(())
             }
-            3 => control::write_cr3(cpu, &self.vm.cpuid, value),
-            4 => control::write_cr4(cpu, &self.vm.cpuid, value),
+            3 => control::write_cr3(cpu, self.vm.control_context(), value),
+            4 => control::write_cr4(cpu, self.vm.control_context(), value),
             8 => self
                 .apic
                 .set_cr8(value)

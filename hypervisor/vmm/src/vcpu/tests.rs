@@ -144,11 +144,16 @@ impl Bench {
             initrd: None,
             command_line: "",
             test_devices: false,
+            cpu: crate::cpuid::CpuModel::default(),
         };
         let environment = Environment {
             memory,
             cpuid: &cpuid,
-            time: TimeSource { read: now, hz: HZ },
+            time: TimeSource {
+                read: now,
+                hz: HZ,
+                stable: true,
+            },
             epoch: 1_700_000_000,
             console: terminal.clone(),
             kick: kicks.clone(),

@@ -5,12 +5,21 @@
 //! emulates whatever the host has. A guest's CPUID is then a table look-up; only the few
 //! fields that depend on the vCPU's state (APIC ID, OSXSAVE, XCR0) are filled in on the way.
 //!
+//! [`CpuModel`] chooses how much of it: all, or a baseline that is the same on every host, with single
+//! features switched. A feature that is not shown has its CR4, EFER and XCR0 bits refused.
+//!
 //! Source: SDM vol. 2A, CPUID; APM vol. 3, appendix E. The paravirtual leaves follow Linux'
 //! Documentation/virt/kvm/x86/cpuid.rst.
 
-use alloc::vec::Vec;
+mod features;
 
-use bitflags::bitflags;
+use alloc::{string::String, vec::Vec};
+
+pub use features::XsaveComponents;
+use features::{
+    Ext1Edx, Ext8Ebx, Leaf1Ecx, Leaf1Edx, Leaf7Ebx, Leaf7Ecx, Leaf7Edx, ParavirtFeatures, SWITCHES,
+    Switch, Word, XsaveEax, baseline,
+};
 
 /// The four result registers of CPUID.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,150 +34,6 @@ pub struct CpuidResult {
 /// How to ask the host's processor: leaf (EAX) and sub-leaf (ECX).
 pub type HostCpuid<'a> = &'a dyn Fn(u32, u32) -> CpuidResult;
 
-bitflags! {
-    /// Leaf 1 ECX: what Plinth passes on from the host.
-    #[derive(Clone, Copy, Debug)]
-    struct Leaf1Ecx: u32 {
-        const SSE3 = 1 << 0;
-        const PCLMULQDQ = 1 << 1;
-        const SSSE3 = 1 << 9;
-        const FMA = 1 << 12;
-        const CX16 = 1 << 13;
-        const PCID = 1 << 17;
-        const SSE4_1 = 1 << 19;
-        const SSE4_2 = 1 << 20;
-        const X2APIC = 1 << 21;
-        const MOVBE = 1 << 22;
-        const POPCNT = 1 << 23;
-        const TSC_DEADLINE = 1 << 24;
-        const AES = 1 << 25;
-        const XSAVE = 1 << 26;
-        const OSXSAVE = 1 << 27;
-        const AVX = 1 << 28;
-        const F16C = 1 << 29;
-        const RDRAND = 1 << 30;
-        const HYPERVISOR = 1 << 31;
-    }
-
-    /// Leaf 1 EDX.
-    #[derive(Clone, Copy, Debug)]
-    struct Leaf1Edx: u32 {
-        const FPU = 1 << 0;
-        const VME = 1 << 1;
-        const DE = 1 << 2;
-        const PSE = 1 << 3;
-        const TSC = 1 << 4;
-        const MSR = 1 << 5;
-        const PAE = 1 << 6;
-        const MCE = 1 << 7;
-        const CX8 = 1 << 8;
-        const APIC = 1 << 9;
-        const SEP = 1 << 11;
-        const MTRR = 1 << 12;
-        const PGE = 1 << 13;
-        const MCA = 1 << 14;
-        const CMOV = 1 << 15;
-        const PAT = 1 << 16;
-        const PSE36 = 1 << 17;
-        const CLFSH = 1 << 19;
-        const MMX = 1 << 23;
-        const FXSR = 1 << 24;
-        const SSE = 1 << 25;
-        const SSE2 = 1 << 26;
-        const HTT = 1 << 28;
-    }
-
-    /// Leaf 7, sub-leaf 0, EBX.
-    #[derive(Clone, Copy, Debug)]
-    struct Leaf7Ebx: u32 {
-        const FSGSBASE = 1 << 0;
-        const TSC_ADJUST = 1 << 1;
-        const BMI1 = 1 << 3;
-        const AVX2 = 1 << 5;
-        const SMEP = 1 << 7;
-        const BMI2 = 1 << 8;
-        const ERMS = 1 << 9;
-        const INVPCID = 1 << 10;
-        const RDSEED = 1 << 18;
-        const ADX = 1 << 19;
-        const SMAP = 1 << 20;
-        const CLFLUSHOPT = 1 << 23;
-        const CLWB = 1 << 24;
-        const SHA = 1 << 29;
-    }
-
-    /// Leaf 7, sub-leaf 0, ECX.
-    #[derive(Clone, Copy, Debug)]
-    struct Leaf7Ecx: u32 {
-        const UMIP = 1 << 2;
-        const PKU = 1 << 3;
-        const OSPKE = 1 << 4;
-        const VAES = 1 << 9;
-        const VPCLMULQDQ = 1 << 10;
-        const RDPID = 1 << 22;
-    }
-
-    /// Leaf 7, sub-leaf 0, EDX.
-    #[derive(Clone, Copy, Debug)]
-    struct Leaf7Edx: u32 {
-        const FSRM = 1 << 4;
-        const MD_CLEAR = 1 << 10;
-        const SERIALIZE = 1 << 14;
-    }
-
-    /// Leaf 0xD, sub-leaf 1, EAX. XSAVES is left out: no guest state lives in IA32_XSS.
-    #[derive(Clone, Copy, Debug)]
-    struct XsaveEax: u32 {
-        const XSAVEOPT = 1 << 0;
-        const XSAVEC = 1 << 1;
-        const XGETBV1 = 1 << 2;
-    }
-
-    /// Leaf 0x8000_0001 ECX.
-    #[derive(Clone, Copy, Debug)]
-    struct Ext1Ecx: u32 {
-        const LAHF_SAHF = 1 << 0;
-        const CR8_LEGACY = 1 << 4;
-        const ABM = 1 << 5;
-        const SSE4A = 1 << 6;
-        const MISALIGN_SSE = 1 << 7;
-        const PREFETCHW = 1 << 8;
-    }
-
-    /// Leaf 0x8000_0001 EDX.
-    #[derive(Clone, Copy, Debug)]
-    struct Ext1Edx: u32 {
-        const SYSCALL = 1 << 11;
-        const NX = 1 << 20;
-        const MMXEXT = 1 << 22;
-        const FFXSR = 1 << 25;
-        const PAGE_1G = 1 << 26;
-        const RDTSCP = 1 << 27;
-        const LM = 1 << 29;
-    }
-
-    /// State components that a guest may enable in XCR0 (SDM vol. 1, section 13.1).
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub struct XsaveComponents: u64 {
-        /// x87 state.
-        const X87 = 1 << 0;
-        /// XMM registers and MXCSR.
-        const SSE = 1 << 1;
-        /// Upper halves of the YMM registers.
-        const AVX = 1 << 2;
-        /// PKRU.
-        const PKRU = 1 << 9;
-    }
-
-    /// Leaf 0x4000_0001 EAX: the paravirtual features of Linux' KVM interface that Plinth offers.
-    #[derive(Clone, Copy, Debug)]
-    struct ParavirtFeatures: u32 {
-        const NOP_IO_DELAY = 1 << 1;
-        const CLOCKSOURCE2 = 1 << 3;
-        const CLOCKSOURCE_STABLE = 1 << 24;
-    }
-}
-
 /// Bits of leaf 1 EDX that also stand in leaf 0x8000_0001 EDX on AMD processors.
 const AMD_SHARED_EDX: u32 = 0x0183_f3ff;
 /// First leaf of the hypervisor range.
@@ -181,6 +46,148 @@ const MAX_BASIC: u32 = 0xd;
 const MAX_EXTENDED: u32 = 0x8000_0008;
 /// Sub-leaves kept of leaves 4 and 0xD.
 const CACHE_SUBLEAVES: u32 = 8;
+
+/// Family 15, model 107, stepping 1: what the baseline calls itself, as QEMU's own least processor does.
+const BASELINE_SIGNATURE: u32 = 0x0006_0fb1;
+/// Most physical address bits of the baseline.
+const BASELINE_PHYSICAL_BITS: u32 = 40;
+/// Brand string of the baseline, three leaves of four words.
+const BASELINE_BRAND: &[u8; 48] =
+    b"Plinth baseline processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+
+/// How much of the host's processor a guest is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ModelBase {
+    /// All that Plinth virtualizes.
+    #[default]
+    Host,
+    /// The same on every host of this vendor.
+    Baseline,
+}
+
+/// The processor that a VM is given.
+#[derive(Clone, Debug, Default)]
+pub struct CpuModel {
+    /// Where to start from.
+    pub base: ModelBase,
+    /// Features by name: shown (`true`) or hidden.
+    pub features: Vec<(String, bool)>,
+}
+
+/// Names of the features that have a switch.
+pub fn feature_names() -> impl Iterator<Item = &'static str> {
+    SWITCHES.iter().map(|switch| switch.name)
+}
+
+/// Why a processor model cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ModelError {
+    /// There is no such feature.
+    Unknown(String),
+    /// The host's processor lacks the feature.
+    Missing(&'static str),
+    /// A feature is asked for that needs another one that is not shown.
+    Needs(&'static str, &'static str),
+}
+
+impl core::fmt::Display for ModelError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            ModelError::Unknown(name) => write!(f, "there is no processor feature {name:?}"),
+            ModelError::Missing(name) => {
+                write!(f, "this host's processor does not have the feature {name}")
+            }
+            ModelError::Needs(name, needed) => {
+                write!(
+                    f,
+                    "the processor feature {name} needs {needed}, which is not shown"
+                )
+            }
+        }
+    }
+}
+
+/// Which bits of each feature word the model lets through, of those that Plinth virtualizes.
+struct Shown {
+    base: ModelBase,
+    added: [u32; Word::COUNT],
+    hidden: [u32; Word::COUNT],
+}
+
+impl Shown {
+    /// # Errors
+    /// An unknown feature, or one that the host or the model cannot give.
+    fn new(host: HostCpuid<'_>, model: &CpuModel) -> Result<Self, ModelError> {
+        let mut shown = Shown {
+            base: model.base,
+            added: [0; Word::COUNT],
+            hidden: [0; Word::COUNT],
+        };
+        for (name, on) in &model.features {
+            let switch = SWITCHES
+                .iter()
+                .find(|switch| switch.name == name)
+                .ok_or_else(|| ModelError::Unknown(name.clone()))?;
+            if *on && host_word(host, switch.word) & switch.bit == 0 {
+                return Err(ModelError::Missing(switch.name));
+            }
+            let words = if *on {
+                &mut shown.added
+            } else {
+                &mut shown.hidden
+            };
+            words[switch.word as usize] |= switch.bit;
+        }
+        // What needs a feature that is not shown goes with it, unless it was asked for.
+        for switch in &SWITCHES {
+            let lacks = |needed: &&str| {
+                let needed = SWITCHES.iter().find(|other| other.name == *needed);
+                needed.is_some_and(|needed| !shown.shows(host, needed))
+            };
+            if let Some(needed) = switch.needs.filter(lacks) {
+                if shown.added[switch.word as usize] & switch.bit != 0 {
+                    return Err(ModelError::Needs(switch.name, needed));
+                }
+                shown.hidden[switch.word as usize] |= switch.bit;
+            }
+        }
+        Ok(shown)
+    }
+
+    fn shows(&self, host: HostCpuid<'_>, switch: &Switch) -> bool {
+        host_word(host, switch.word) & self.mask(switch.word) & switch.bit != 0
+    }
+
+    /// The bits of a word that may be shown.
+    fn mask(&self, word: Word) -> u32 {
+        let base = match self.base {
+            ModelBase::Host => u32::MAX,
+            ModelBase::Baseline => baseline(word),
+        };
+        (base | self.added[word as usize]) & !self.hidden[word as usize] & word.virtualized()
+    }
+}
+
+/// A feature word as the host has it; 0 where it has no such leaf.
+fn host_word(host: HostCpuid<'_>, word: Word) -> u32 {
+    let (leaf, subleaf) = match word {
+        Word::Leaf1Ecx | Word::Leaf1Edx => (1, 0),
+        Word::Leaf7Ebx | Word::Leaf7Ecx | Word::Leaf7Edx => (7, 0),
+        Word::XsaveEax => (0xd, 1),
+        Word::Ext1Ecx | Word::Ext1Edx => (EXTENDED_BASE + 1, 0),
+    };
+    let base = leaf & EXTENDED_BASE;
+    if leaf > host(base, 0).eax {
+        return 0;
+    }
+    let result = host(leaf, subleaf);
+    match word {
+        Word::Leaf1Ecx | Word::Leaf7Ecx | Word::Ext1Ecx => result.ecx,
+        Word::Leaf1Edx | Word::Leaf7Edx | Word::Ext1Edx => result.edx,
+        Word::Leaf7Ebx => result.ebx,
+        Word::XsaveEax => result.eax,
+    }
+}
 
 /// Whose processor it is: decides the layout of some leaves and which MSRs exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -218,8 +225,18 @@ pub struct CpuidPolicy {
 }
 
 impl CpuidPolicy {
-    /// Computes the table of a VM with `vcpus` processors.
-    pub fn new(host: HostCpuid<'_>, vcpus: u16) -> Self {
+    /// Computes the table of a VM with `vcpus` processors of this model. `stable_clock`: the
+    /// paravirtual clock is the same on all of them.
+    ///
+    /// # Errors
+    /// The model asks for a feature that cannot be had.
+    pub fn new(
+        host: HostCpuid<'_>,
+        vcpus: u16,
+        model: &CpuModel,
+        stable_clock: bool,
+    ) -> Result<Self, ModelError> {
+        let shown = Shown::new(host, model)?;
         let vendor_leaf = host(0, 0);
         // "Auth" (AuthenticAMD) and "Hygo" (HygonGenuine) in EBX.
         let vendor = match &vendor_leaf.ebx.to_le_bytes() {
@@ -228,6 +245,10 @@ impl CpuidPolicy {
         };
         let vcpus = u32::from(vcpus.max(1));
         let max_basic = vendor_leaf.eax.min(MAX_BASIC);
+        let mut paravirt = ParavirtFeatures::CLOCKSOURCE
+            | ParavirtFeatures::NOP_IO_DELAY
+            | ParavirtFeatures::CLOCKSOURCE2;
+        paravirt.set(ParavirtFeatures::CLOCKSOURCE_STABLE, stable_clock);
         let mut policy = CpuidPolicy {
             vendor,
             vcpus,
@@ -242,10 +263,7 @@ impl CpuidPolicy {
                     edx: u32::from_le_bytes(*b"M\0\0\0"),
                 },
                 CpuidResult {
-                    eax: (ParavirtFeatures::NOP_IO_DELAY
-                        | ParavirtFeatures::CLOCKSOURCE2
-                        | ParavirtFeatures::CLOCKSOURCE_STABLE)
-                        .bits(),
+                    eax: paravirt.bits(),
                     ..CpuidResult::default()
                 },
             ],
@@ -253,21 +271,26 @@ impl CpuidPolicy {
             components: XsaveComponents::X87 | XsaveComponents::SSE,
         };
         policy.basic[0].eax = max_basic;
-        policy.mask_basic(host);
-        policy.compute_extended(host);
-        policy
+        policy.mask_basic(host, &shown);
+        policy.compute_extended(host, &shown);
+        Ok(policy)
     }
 
-    fn mask_basic(&mut self, host: HostCpuid<'_>) {
+    fn mask_basic(&mut self, host: HostCpuid<'_>, shown: &Shown) {
+        let is_baseline = shown.base == ModelBase::Baseline;
         for (leaf, entry) in (0u32..).zip(self.basic.iter_mut()) {
             match leaf {
                 // Vendor, and cache descriptors (leaf 2), as the host has them.
+                2 if is_baseline => *entry = CpuidResult::default(),
                 0 | 2 => {}
                 1 => {
+                    if is_baseline {
+                        entry.eax = BASELINE_SIGNATURE;
+                    }
                     entry.ebx = (entry.ebx & 0x0000_ff00) | (self.vcpus.min(255) << 16);
-                    entry.ecx = (entry.ecx & Leaf1Ecx::all().bits())
+                    entry.ecx = (entry.ecx & shown.mask(Word::Leaf1Ecx))
                         | (Leaf1Ecx::X2APIC | Leaf1Ecx::TSC_DEADLINE | Leaf1Ecx::HYPERVISOR).bits();
-                    entry.edx = (entry.edx & Leaf1Edx::all().bits()) | Leaf1Edx::APIC.bits();
+                    entry.edx = (entry.edx & shown.mask(Word::Leaf1Edx)) | Leaf1Edx::APIC.bits();
                     if self.vcpus > 1 {
                         entry.edx |= Leaf1Edx::HTT.bits();
                     } else {
@@ -283,9 +306,10 @@ impl CpuidPolicy {
                 }
                 7 => {
                     entry.eax = 0;
-                    entry.ebx = (entry.ebx & Leaf7Ebx::all().bits()) | Leaf7Ebx::TSC_ADJUST.bits();
-                    entry.ecx &= Leaf7Ecx::all().bits();
-                    entry.edx &= Leaf7Edx::all().bits();
+                    entry.ebx =
+                        (entry.ebx & shown.mask(Word::Leaf7Ebx)) | Leaf7Ebx::TSC_ADJUST.bits();
+                    entry.ecx &= shown.mask(Word::Leaf7Ecx);
+                    entry.edx &= shown.mask(Word::Leaf7Edx);
                 }
                 // 4, 0xB and 0xD are answered from their own tables.
                 _ => *entry = CpuidResult::default(),
@@ -293,7 +317,7 @@ impl CpuidPolicy {
         }
         let leaf1 = self.basic.get(1).copied().unwrap_or_default();
         let leaf7 = self.basic.get(7).copied().unwrap_or_default();
-        if self.vendor == Vendor::Intel && self.basic.len() > 4 {
+        if self.vendor == Vendor::Intel && self.basic.len() > 4 && !is_baseline {
             for subleaf in 0..CACHE_SUBLEAVES {
                 let mut entry = host(4, subleaf);
                 if entry.eax & 0x1f == 0 {
@@ -337,7 +361,7 @@ impl CpuidPolicy {
                     edx: (self.components.bits() >> 32) as u32,
                 },
                 1 => CpuidResult {
-                    eax: host(0xd, 1).eax & XsaveEax::all().bits(),
+                    eax: host(0xd, 1).eax & shown.mask(Word::XsaveEax),
                     ..CpuidResult::default()
                 },
                 n if self.components.bits() & (1 << n) != 0 => {
@@ -355,7 +379,8 @@ impl CpuidPolicy {
         self.xsave[0].ecx = maximum;
     }
 
-    fn compute_extended(&mut self, host: HostCpuid<'_>) {
+    fn compute_extended(&mut self, host: HostCpuid<'_>, shown: &Shown) {
+        let is_baseline = shown.base == ModelBase::Baseline;
         let max = host(EXTENDED_BASE, 0)
             .eax
             .clamp(EXTENDED_BASE, MAX_EXTENDED);
@@ -374,8 +399,11 @@ impl CpuidPolicy {
                         }
                     }
                     1 => {
-                        entry.ecx &= Ext1Ecx::all().bits();
-                        entry.edx &= Ext1Edx::all().bits();
+                        if is_baseline && self.vendor == Vendor::Amd {
+                            (entry.eax, entry.ebx) = (BASELINE_SIGNATURE, 0);
+                        }
+                        entry.ecx &= shown.mask(Word::Ext1Ecx);
+                        entry.edx &= shown.mask(Word::Ext1Edx);
                         if self.vendor == Vendor::Amd {
                             entry.edx |= leaf1.edx & AMD_SHARED_EDX;
                         } else {
@@ -392,7 +420,15 @@ impl CpuidPolicy {
                     8 => {
                         // EAX: physical, linear address bits. ECX (AMD): core count less one.
                         entry.eax &= 0xffff;
-                        entry.ebx = 0;
+                        if is_baseline {
+                            let physical = (entry.eax & 0xff).min(BASELINE_PHYSICAL_BITS);
+                            entry.eax = physical | 48 << 8;
+                        }
+                        entry.ebx &= match (self.vendor, shown.base) {
+                            (Vendor::Intel, _) => 0,
+                            (Vendor::Amd, ModelBase::Host) => Ext8Ebx::all().bits(),
+                            (Vendor::Amd, ModelBase::Baseline) => Ext8Ebx::MITIGATIONS.bits(),
+                        };
                         entry.ecx = if self.vendor == Vendor::Amd {
                             self.vcpus - 1
                         } else {
@@ -400,6 +436,23 @@ impl CpuidPolicy {
                         };
                         entry.edx = 0;
                     }
+                    number @ 2..=4 if is_baseline => {
+                        let start = (number as usize - 2) * 16;
+                        let word = |n: usize| {
+                            let at = start + 4 * n;
+                            let bytes = BASELINE_BRAND.get(at..at + 4);
+                            bytes
+                                .and_then(|bytes| bytes.try_into().ok())
+                                .map_or(0, u32::from_le_bytes)
+                        };
+                        entry = CpuidResult {
+                            eax: word(0),
+                            ebx: word(1),
+                            ecx: word(2),
+                            edx: word(3),
+                        };
+                    }
+                    5 | 6 if is_baseline => entry = CpuidResult::default(),
                     // Brand string and caches, as the host has them.
                     _ => {}
                 }
@@ -509,6 +562,16 @@ impl CpuidPolicy {
         rdtscp || rdpid
     }
 
+    /// Whether IA32_SPEC_CTRL is shown.
+    pub fn has_spec_ctrl(&self) -> bool {
+        let edx7 = self.basic.get(7).map_or(0, |leaf| leaf.edx);
+        let ebx8 = self.extended.get(8).map_or(0, |leaf| leaf.ebx);
+        Leaf7Edx::from_bits_truncate(edx7)
+            .intersects(Leaf7Edx::IBRS | Leaf7Edx::STIBP | Leaf7Edx::SSBD)
+            || Ext8Ebx::from_bits_truncate(ebx8)
+                .intersects(Ext8Ebx::IBRS | Ext8Ebx::STIBP | Ext8Ebx::SSBD)
+    }
+
     /// Answers CPUID for a vCPU in `state`.
     pub fn get(&self, leaf: u32, subleaf: u32, state: CpuidState) -> CpuidResult {
         match leaf {
@@ -608,115 +671,4 @@ impl CpuidPolicy {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A host that has every feature bit set, so that only the policy decides.
-    fn all_ones(vendor: &[u8; 12], leaf: u32, subleaf: u32) -> CpuidResult {
-        let word = |i: usize| u32::from_le_bytes(vendor[i..i + 4].try_into().unwrap());
-        match (leaf, subleaf) {
-            (0, _) => CpuidResult {
-                eax: 0x20,
-                ebx: word(0),
-                ecx: word(8),
-                edx: word(4),
-            },
-            (0x8000_0000, _) => CpuidResult {
-                eax: 0x8000_0021,
-                ..Default::default()
-            },
-            (0x8000_0008, _) => CpuidResult {
-                eax: 0x3028,
-                ..Default::default()
-            },
-            (0xd, 2) => CpuidResult {
-                eax: 256,
-                ebx: 576,
-                ..Default::default()
-            },
-            (0xd, 9) => CpuidResult {
-                eax: 8,
-                ebx: 2688,
-                ..Default::default()
-            },
-            _ => CpuidResult {
-                eax: !0,
-                ebx: !0,
-                ecx: !0,
-                edx: !0,
-            },
-        }
-    }
-
-    const STATE: CpuidState = CpuidState {
-        apic_id: 3,
-        apic_enabled: true,
-        cr4: 0,
-        xcr0: 1,
-    };
-
-    fn policy(vendor: &'static [u8; 12], vcpus: u16) -> CpuidPolicy {
-        CpuidPolicy::new(&|l, s| all_ones(vendor, l, s), vcpus)
-    }
-
-    #[test]
-    fn virtualization_and_unbacked_features_are_hidden() {
-        for vendor in [b"GenuineIntel", b"AuthenticAMD"] {
-            let p = policy(vendor, 1);
-            let leaf1 = p.get(1, 0, STATE);
-            assert_eq!(leaf1.ecx & (1 << 5), 0, "VMX");
-            assert_eq!(leaf1.ecx & (1 << 3), 0, "MONITOR");
-            assert_ne!(leaf1.ecx & (1 << 31), 0, "hypervisor");
-            assert_eq!(p.get(0x8000_0001, 0, STATE).ecx & (1 << 2), 0, "SVM");
-            assert_eq!(p.get(7, 0, STATE).ebx & (1 << 16), 0, "AVX-512F");
-            assert_eq!(p.get(0xd, 1, STATE).eax & (1 << 3), 0, "XSAVES");
-            assert_eq!(p.get(0xa, 0, STATE), CpuidResult::default(), "PMU");
-        }
-    }
-
-    #[test]
-    fn dynamic_fields_follow_the_vcpu() {
-        let p = policy(b"GenuineIntel", 4);
-        let on = CpuidState {
-            cr4: 1 << 18,
-            ..STATE
-        };
-        assert_eq!(p.get(1, 0, STATE).ecx & (1 << 27), 0);
-        assert_ne!(p.get(1, 0, on).ecx & (1 << 27), 0);
-        assert_eq!(p.get(1, 0, STATE).ebx >> 24, 3);
-        assert_eq!(p.get(1, 0, STATE).ebx >> 16 & 0xff, 4);
-        assert_eq!(p.get(0xb, 1, STATE).ebx, 4);
-        assert_eq!(p.get(0xb, 1, STATE).eax, 2);
-        let off = CpuidState {
-            apic_enabled: false,
-            ..STATE
-        };
-        assert_eq!(p.get(1, 0, off).edx & (1 << 9), 0);
-    }
-
-    #[test]
-    fn xsave_sizes_follow_xcr0() {
-        let p = policy(b"GenuineIntel", 1);
-        assert_eq!(p.get(0xd, 0, STATE).ebx, 576);
-        assert_eq!(p.get(0xd, 0, CpuidState { xcr0: 7, ..STATE }).ebx, 832);
-        assert_eq!(p.get(0xd, 0, STATE).ecx, 2696);
-        assert_eq!(p.xsave_components().bits(), 0x207);
-    }
-
-    #[test]
-    fn out_of_range_leaves_follow_the_vendor() {
-        let intel = policy(b"GenuineIntel", 1);
-        assert_eq!(intel.get(0x1234, 0, STATE), intel.get(0xd, 0, STATE));
-        let amd = policy(b"AuthenticAMD", 1);
-        assert_eq!(amd.get(0x1234, 0, STATE), CpuidResult::default());
-        assert_eq!(amd.get(0x8000_1234, 0, STATE), CpuidResult::default());
-    }
-
-    #[test]
-    fn paravirtual_signature_is_linux_own() {
-        let p = policy(b"AuthenticAMD", 1);
-        let s = p.get(0x4000_0000, 0, STATE);
-        assert_eq!(s.ebx.to_le_bytes(), *b"KVMK");
-        assert_ne!(p.get(0x4000_0001, 0, STATE).eax & (1 << 3), 0);
-    }
-}
+mod tests;
