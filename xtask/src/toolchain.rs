@@ -28,6 +28,10 @@ use crate::{
 /// The target that the kernel and the guest stub are compiled for.
 pub const BARE_METAL: &str = "x86_64-unknown-none";
 
+/// Where the private toolchain lies in the cache. The name says that its `core` can be optimized at
+/// link time, as rustup's can; one without that is of no use.
+const PRIVATE: &str = "toolchain/lto";
+
 /// Debian suites that may carry the library source, in the order to ask them.
 const SUITES: [Suite; 2] = [
     Suite {
@@ -66,7 +70,7 @@ impl Toolchain {
         if let Some(found) = Self::complete(&version.sysroot) {
             return Ok(found);
         }
-        let private = paths::cache().join("toolchain/tc");
+        let private = paths::cache().join(PRIVATE);
         if let Some(made) = Self::made_before(&private, &version) {
             return Ok(made);
         }
@@ -133,15 +137,17 @@ impl Toolchain {
         features: &[&str],
         profile: Profile,
     ) -> anyhow::Result<PathBuf> {
-        let (folder, flags) = match profile {
-            Profile::Release => ("release", &["--release"][..]),
-            Profile::Debug => ("debug", &[][..]),
+        let (cargo_profile, folder) = match profile {
+            // Older checkouts have no profile of the kernel's own.
+            Profile::Release if has_profile(workspace, package)? => (package, package),
+            Profile::Release => ("release", "release"),
+            Profile::Debug => ("dev", "debug"),
         };
         output_of(
             self.cargo()
                 .current_dir(workspace)
                 .args(["build", "--package", package, "--target", BARE_METAL])
-                .args(flags)
+                .args(["--profile", cargo_profile])
                 .args(features.iter().flat_map(|feature| ["--features", feature]))
                 .env("CARGO_TARGET_DIR", paths::target()),
         )?;
@@ -219,6 +225,14 @@ impl Toolchain {
         step.done();
         Self::complete(&version.sysroot)
     }
+}
+
+/// Whether a workspace has a compilation profile of this name.
+fn has_profile(workspace: &Path, name: &str) -> anyhow::Result<bool> {
+    let path = workspace.join("Cargo.toml");
+    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let header = format!("[profile.{name}]");
+    Ok(text.lines().any(|line| line == header))
 }
 
 /// Forgets what the cargo that runs xtask left in the environment. Its LD_LIBRARY_PATH would
@@ -301,7 +315,7 @@ fn make(version: &Version, private: &Path) -> anyhow::Result<()> {
 
     step.detail("linking the installed toolchain");
     // Made beside its place and moved there when complete, so a stopped run leaves no half one.
-    let new = home.join("tc.new");
+    let new = home.join("new");
     remove_tree(&new)?;
     for part in ["bin", "lib"] {
         link_tree(&version.sysroot.join(part), &new.join(part))?;
@@ -401,6 +415,8 @@ fn compile_core(toolchain: &Path, seed: &Path) -> anyhow::Result<()> {
             .current_dir(seed)
             .env("RUSTC_BOOTSTRAP", "1")
             .env("CARGO_TARGET_DIR", seed.join("target"))
+            // Cargo leaves the bitcode away that link-time optimization of the kernel needs.
+            .env("RUSTFLAGS", "-Cembed-bitcode=yes")
             .args(["build", "--release", "--target", BARE_METAL])
             .arg("-Zbuild-std=core,alloc,compiler_builtins")
             .arg("-Zbuild-std-features=compiler-builtins-mem"),
