@@ -6,12 +6,12 @@
 //! | --- | --- |
 //! | ports 0xE0 to 0xE3 | four bytes that keep what is written, by any width |
 //! | ports 0xE4 to 0xE7 | takes a guest-physical address whose page the host should map anew |
-//! | ports 0xE8 to 0xEB | four bytes that keep what is written, one at a time |
+//! | ports 0xE8 to 0xEB | the same four bytes again |
 //! | ports 0x2000 to 0x2017 | a byte each: level of the interrupt line of that number |
 //! | memory at 0xFF00_0000 | 64 KiB that keep what is written, but are device memory |
 //!
-//! The debug port 0xE9 lies among the third group and is there before it: only 0xE8, 0xEA and 0xEB
-//! are this device's. Only VMs that ask for test devices have it.
+//! The debug port 0xE9 lies in the third group and is the debug port's; an access from 0xE8 on that is wider
+//! than a byte is this device's as a whole. Only VMs that ask for test devices have it.
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -27,8 +27,8 @@ use crate::line::{InterruptSink, Line};
 const ECHO_PORT: u16 = 0xe0;
 /// First of the ports that ask for a page to be mapped anew.
 const FLUSH_PORT: u16 = 0xe4;
-/// The ports that echo bytes: first port and count.
-const BYTE_ECHO_PORTS: [(u16, u16); 2] = [(0xe8, 1), (0xea, 2)];
+/// The ports at which the echo is seen again, but for the debug port: first port, count, offset.
+const ECHO_AGAIN: [(u16, u16, u16); 2] = [(0xe8, 1, 0), (0xea, 2, 2)];
 /// First of the ports that drive interrupt lines.
 const LINES_PORT: u16 = 0x2000;
 /// Interrupt lines, a port each.
@@ -47,11 +47,13 @@ pub fn attach(
     mmio: &mut MmioBus,
     lines: &Arc<dyn InterruptSink>,
 ) -> Result<(), Overlap> {
-    let bytes = || Arc::new(Echo(Mutex::new([0; 4])));
-    ports.insert("test-echo", ECHO_PORT, 4, bytes())?;
+    let echo = Arc::new(Echo(Mutex::new([0; 4])));
+    ports.insert("test-echo", ECHO_PORT, 4, echo.clone())?;
     ports.insert("test-flush", FLUSH_PORT, 4, Arc::new(Flush))?;
-    for (port, count) in BYTE_ECHO_PORTS {
-        ports.insert("test-byte-echo", port, count, Arc::new(ByteEcho(bytes())))?;
+    for (port, count, first) in ECHO_AGAIN {
+        let echo = echo.clone();
+        let again = Arc::new(EchoFrom { echo, first });
+        ports.insert("test-echo-again", port, count, again)?;
     }
     let lines: Vec<Line> = (0..LINES)
         .map(|n| Line::new(lines.clone(), u32::from(n)))
@@ -90,18 +92,19 @@ impl PortDevice for Echo {
     }
 }
 
-/// The same, a byte at a time: the bus splits wider accesses.
-struct ByteEcho(Arc<Echo>);
+/// The same bytes, from one of them on.
+struct EchoFrom {
+    echo: Arc<Echo>,
+    first: u16,
+}
 
-impl PortDevice for ByteEcho {
+impl PortDevice for EchoFrom {
     fn read(&self, offset: u16, width: Width) -> Result<u32, IoError> {
-        byte_only(width)?;
-        self.0.read(offset, width)
+        self.echo.read(self.first + offset, width)
     }
 
     fn write(&self, offset: u16, width: Width, value: u32) -> Result<(), IoError> {
-        byte_only(width)?;
-        self.0.write(offset, width, value)
+        self.echo.write(self.first + offset, width, value)
     }
 }
 
@@ -184,10 +187,11 @@ mod tests {
         ports.write(0xe3, Width::Byte, 0xab);
         assert_eq!(ports.read(0xe0, Width::Dword), 0xab34_5678);
         assert_eq!(ports.read(0xe2, Width::Dword), 0xab34);
-        ports.write(0xe8, Width::Byte, 0x42);
-        assert_eq!(ports.read(0xe8, Width::Byte), 0x42);
+        ports.write(0xe8, Width::Dword, 0x8765_4321);
+        assert_eq!(ports.read(0xe0, Width::Dword), 0x8765_4321);
         ports.write(0xea, Width::Word, 0x1122);
-        assert_eq!(ports.read(0xea, Width::Word), 0x1122);
+        assert_eq!(ports.read(0xe8, Width::Dword), 0x1122_4321);
+        assert_eq!(ports.read(0xeb, Width::Byte), 0x11);
         ports.write(0xe4, Width::Dword, 0x1000);
     }
 

@@ -29,6 +29,7 @@ use virt::{Backend, Exit, VcpuSetup, svm::Svm, vtx::Vtx};
 use vmm::{
     clock::TimeSource,
     host::Host,
+    load::{BootFiles, Module},
     vcpu::{Pause, Vcpu},
     vm::{EndReason, Environment, Vm, VmSpec},
 };
@@ -87,11 +88,18 @@ impl Beginning {
     }
 }
 
+/// A file that a VM's kernel is given.
+struct BootModule {
+    data: &'static [u8],
+    /// What the kernel is told of it.
+    text: String,
+}
+
 /// A VM of the configuration.
 struct Slot<B: Backend> {
     config: VmConfig,
     kernel: &'static [u8],
-    initrd: Option<&'static [u8]>,
+    modules: Vec<BootModule>,
     /// Its console on the terminal, if it is configured to have one.
     console: Option<ConsoleId>,
     live: Option<Live<B>>,
@@ -217,11 +225,15 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
     let mut slots = Vec::new();
     for vm in config.vms {
         let kernel = bundle.guest_file(&vm.boot.kernel).unwrap_or_default();
-        let initrd = vm
-            .boot
-            .initrd
-            .as_deref()
-            .and_then(|path| bundle.guest_file(path));
+        let module = |path: &str, text: &str| BootModule {
+            data: bundle.guest_file(path).unwrap_or_default(),
+            text: String::from(text),
+        };
+        let initrd = vm.boot.initrd.iter().map(|path| module(path, path));
+        let named = vm.boot.modules.iter();
+        let modules = initrd
+            .chain(named.map(|m| module(m.path(), &m.text)))
+            .collect();
         let console = vm.console.then(|| consoles.attach(&vm.name));
         if let Some(console) = console.filter(|_| vm.focus) {
             consoles.show_first(console);
@@ -229,7 +241,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         slots.push(Slot {
             config: vm,
             kernel,
-            initrd,
+            modules,
             console,
             live: None,
             started_ns: 0,
@@ -390,14 +402,25 @@ impl<B: Backend> World<B> {
             Some(console) => Arc::new(GuestConsole(console)),
             None => Arc::new(NoConsole),
         };
+        let modules: Vec<Module<'_>> = slot
+            .modules
+            .iter()
+            .map(|module| Module {
+                data: module.data,
+                text: &module.text,
+            })
+            .collect();
         let spec = VmSpec {
             id,
             name: config.name.clone(),
             vcpus: config.vcpus,
             memory_bytes: config.memory,
-            kernel: slot.kernel,
-            initrd: slot.initrd,
-            command_line: &config.boot.cmdline,
+            boot: BootFiles {
+                kernel: slot.kernel,
+                kernel_name: &config.boot.kernel,
+                modules: &modules,
+                command_line: &config.boot.cmdline,
+            },
             test_devices: config.test_devices,
             cpu: processor_model(&config.cpu),
         };

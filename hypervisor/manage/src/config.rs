@@ -47,6 +47,8 @@ pub const MEMORY_STEP: u64 = 2 << 20;
 pub const MAX_NAME: usize = 32;
 /// Longest kernel command line, in bytes: what Linux has room for, less its terminator.
 pub const MAX_CMDLINE: usize = 2047;
+/// Most modules of a multiboot kernel.
+pub const MAX_MODULES: usize = 32;
 /// Longest path of a file, in bytes.
 pub const MAX_PATH: usize = 180;
 /// Problems kept; further ones are only counted.
@@ -131,8 +133,36 @@ pub struct Boot {
     pub kernel: String,
     /// Path as written.
     pub initrd: Option<String>,
+    /// Modules of a multiboot kernel, after `initrd` if there is one.
+    pub modules: Vec<BootModule>,
     /// Kernel command line, may be empty.
     pub cmdline: String,
+}
+
+impl Boot {
+    /// The paths of all its files, as written.
+    pub fn paths(&self) -> impl Iterator<Item = &str> {
+        let modules = self.modules.iter().map(|module| module.path());
+        [self.kernel.as_str()]
+            .into_iter()
+            .chain(self.initrd.as_deref())
+            .chain(modules)
+    }
+}
+
+/// A module of a multiboot kernel: a path, and what the kernel is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootModule {
+    /// As written: a path, then perhaps a blank and arguments. The kernel is told all of it.
+    pub text: String,
+    place: Location,
+}
+
+impl BootModule {
+    /// Path as written.
+    pub fn path(&self) -> &str {
+        self.text.split(' ').next().unwrap_or_default()
+    }
 }
 
 /// One `[[vm]]`.
@@ -705,13 +735,14 @@ impl<'t> Parser<'t> {
             at,
             vm: vm.vm.clone(),
         };
-        self.check_keys(s, &["kernel", "initrd", "cmdline"]);
+        self.check_keys(s, &["kernel", "initrd", "modules", "cmdline"]);
         let kernel = self
             .required(s, "kernel")
             .and_then(|(text, at)| self.path(s, "kernel", text, at));
         let initrd = self
             .string(s, "initrd")
             .and_then(|(text, at)| self.path(s, "initrd", text, at));
+        let modules = self.modules(s);
         let cmdline = match self.string(s, "cmdline") {
             Some((text, at)) if text.len() > MAX_CMDLINE => {
                 let length = text.len();
@@ -732,9 +763,51 @@ impl<'t> Parser<'t> {
         let boot = Boot {
             kernel,
             initrd: initrd.map(|(path, _)| path),
+            modules,
             cmdline: cmdline?.to_owned(),
         };
         Some((boot, kernel_at, initrd_at))
+    }
+
+    /// `modules`: a list of texts, each a path with arguments.
+    fn modules(&mut self, s: &Section<'_>) -> Vec<BootModule> {
+        const KEY: &str = "modules";
+        let list = match self.value(s, KEY) {
+            None => return Vec::new(),
+            Some((DeValue::Array(list), at)) if list.len() > MAX_MODULES => {
+                let text = format!("has {} files; allowed: up to {MAX_MODULES}", list.len());
+                self.bad(s, at, KEY, text);
+                return Vec::new();
+            }
+            Some((DeValue::Array(list), _)) => list,
+            Some((other, at)) => {
+                self.wrong_type(s, at, KEY, "a list of strings", other);
+                return Vec::new();
+            }
+        };
+        let mut modules = Vec::new();
+        for value in list {
+            let at = self.location(value.span().start);
+            match value.get_ref() {
+                DeValue::String(text) if text.len() > MAX_CMDLINE => {
+                    let text = format!("has {} bytes; allowed: up to {MAX_CMDLINE}", text.len());
+                    self.bad(s, at, KEY, text);
+                }
+                DeValue::String(text) => {
+                    let module = BootModule {
+                        text: text.clone().into_owned(),
+                        place: at,
+                    };
+                    let whole_is_fine = !text.contains(char::is_control);
+                    let path = if whole_is_fine { module.path() } else { text };
+                    if self.path(s, KEY, path, at).is_some() {
+                        modules.push(module);
+                    }
+                }
+                other => self.wrong_type(s, at, KEY, "a list of strings", other),
+            }
+        }
+        modules
     }
 
     fn path(

@@ -43,7 +43,7 @@ use crate::{
     clock::{TimeSource, VmClock},
     control,
     cpuid::{CpuModel, CpuidPolicy, HostCpuid, ModelError},
-    load::{self, BootLayout, LoadError, MapEntry, MapKind},
+    load::{self, BootFiles, BootLayout, LoadError, MapEntry, MapKind},
     vcpu::Dump,
 };
 
@@ -77,12 +77,8 @@ pub struct VmSpec<'a> {
     pub vcpus: u16,
     /// RAM in bytes, whole 4 KiB pages.
     pub memory_bytes: u64,
-    /// Boot image: bzImage, multiboot or PVH ELF.
-    pub kernel: &'a [u8],
-    /// Initial RAM disk, or the module of a multiboot kernel.
-    pub initrd: Option<&'a [u8]>,
-    /// Kernel command line.
-    pub command_line: &'a str,
+    /// What it boots: a bzImage, multiboot or PVH kernel, and what comes with it.
+    pub boot: BootFiles<'a>,
     /// Whether it has the devices that test kernels expect.
     pub test_devices: bool,
     /// Its processor model.
@@ -296,7 +292,7 @@ fn place_acpi_tables(memory: &GuestMemory, config: &AcpiConfig<'_>) -> Result<Gp
 
 /// What `fw_cfg` tells every system that asks: the machine's size, and the command line.
 fn fw_cfg_items(spec: &VmSpec<'_>) -> FwCfgItems {
-    let mut command_line = spec.command_line.as_bytes().to_vec();
+    let mut command_line = spec.boot.command_line.as_bytes().to_vec();
     command_line.push(0);
     let mut items = FwCfgItems::new();
     items.set(Key::RamSize, spec.memory_bytes.to_le_bytes().to_vec());
@@ -420,13 +416,7 @@ impl Vm {
             reserved: &reserved,
             rsdp: Some(rsdp),
         };
-        let entry = load::load(
-            &memory,
-            spec.kernel,
-            spec.initrd,
-            spec.command_line,
-            &layout,
-        )?;
+        let entry = load::load(&memory, &spec.boot, &layout)?;
         let timers = Timers { pit, rtc, power };
         let timer_deadline = AtomicU64::new(timers.deadline());
         let vm = Vm {

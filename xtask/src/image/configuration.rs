@@ -88,11 +88,10 @@ impl Configuration {
         let config = config::parse(&self.name, &self.text);
         let mut files = BTreeMap::new();
         for vm in &config.vms {
-            let disks = vm.disks.iter().map(|disk| &disk.image);
-            let boot = std::iter::once(&vm.boot.kernel).chain(&vm.boot.initrd);
-            for name in boot.chain(disks) {
+            let disks = vm.disks.iter().map(|disk| disk.image.as_str());
+            for name in vm.boot.paths().chain(disks) {
                 if let Ok(path) = self.find(name) {
-                    files.insert(name.clone(), path);
+                    files.insert(name.to_owned(), path);
                 }
             }
         }

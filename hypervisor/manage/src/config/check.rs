@@ -192,12 +192,12 @@ fn check_files(config: &mut Config, vm: &VmConfig, environment: &dyn Environment
         };
         Err(what)
     });
-    let initrd = vm.boot.initrd.as_ref().map_or(Ok(0), |path| {
-        environment.file(path).and_then(|facts| match facts.bytes {
-            0 => Err("is empty".to_string()),
-            bytes => Ok(bytes),
-        })
-    });
+    // Bytes of a file that may be anything but empty.
+    let loaded = |path: &str| match environment.file(path)?.bytes {
+        0 => Err("is empty".to_string()),
+        bytes => Ok(bytes),
+    };
+    let initrd = vm.boot.initrd.as_deref().map_or(Ok(0), loaded);
     if let Err(why) = &kernel {
         let text = format!("{}: {why}", vm.boot.kernel);
         error(config, vm, vm.places.kernel, "vm.boot.kernel", text);
@@ -209,12 +209,28 @@ fn check_files(config: &mut Config, vm: &VmConfig, environment: &dyn Environment
     let (Ok(kernel), Ok(initrd)) = (kernel, initrd) else {
         return false;
     };
-    if kernel.saturating_add(initrd) > vm.memory {
+    let mut with_kernel = initrd;
+    for module in &vm.boot.modules {
+        match loaded(module.path()) {
+            Ok(bytes) => with_kernel = with_kernel.saturating_add(bytes),
+            Err(why) => {
+                let text = format!("{}: {why}", module.path());
+                error(config, vm, module.place, "vm.boot.modules", text);
+                return false;
+            }
+        }
+    }
+    if kernel.saturating_add(with_kernel) > vm.memory {
+        let what = if vm.boot.modules.is_empty() {
+            "initrd"
+        } else {
+            "modules"
+        };
         let text = format!(
-            "{} is too little for the kernel ({}) and the initrd ({})",
+            "{} is too little for the kernel ({}) and the {what} ({})",
             size(vm.memory),
             size(kernel),
-            size(initrd)
+            size(with_kernel)
         );
         error(config, vm, vm.places.memory, "vm.memory", text);
         return false;

@@ -80,6 +80,7 @@ fn a_good_file_has_no_problems() {
     let boot = Boot {
         kernel: "vmlinuz".to_owned(),
         initrd: Some("initrd.img".to_owned()),
+        modules: Vec::new(),
         cmdline: "console=ttyS0 quiet".to_owned(),
     };
     assert_eq!(linux.boot, boot);
@@ -344,6 +345,49 @@ fn duplicate_names_disable_the_second() {
         ]
     );
     assert_eq!(parse("p", text.as_bytes()).vms.len(), 1);
+}
+
+#[test]
+fn modules_are_paths_with_arguments() {
+    let with = |value: &str| {
+        let boot = format!("boot = {{ kernel = \"vmlinuz\", modules = {value} }}");
+        parse("p", with(&boot).as_bytes())
+    };
+    let config = with(r#"["a b=c d", "e"]"#);
+    let boot = &config.vms[0].boot;
+    let texts: Vec<_> = boot.modules.iter().map(|m| (m.path(), &*m.text)).collect();
+    assert_eq!(texts, [("a", "a b=c d"), ("e", "e")]);
+    assert_eq!(boot.paths().collect::<Vec<_>>(), ["vmlinuz", "a", "e"]);
+    let many = format!("[{}]", "\"m\", ".repeat(MAX_MODULES + 1));
+    for (value, complaint) in [
+        (r#""a""#, "must be a list of strings; found a string"),
+        ("[1]", "must be a list of strings; found a whole number"),
+        (r#"[""]"#, "\"\" is not a file's path"),
+        (r#"["a\nb"]"#, "\"a\\nb\" is not a file's path"),
+        (&many, "has 33 files; allowed: up to 32"),
+    ] {
+        let report = with(value).report();
+        let complaint = format!("vm.boot.modules: {complaint}");
+        assert!(report.contains(complaint.trim()), "{report}");
+    }
+    let mut place = place();
+    let checked = |place: &Place| {
+        let mut config = with(r#"["a x"]"#);
+        check(&mut config, place);
+        config
+    };
+    let problem = checked(&place).problems[0].to_string();
+    assert!(
+        problem.contains("vm.boot.modules: a: no such file"),
+        "{problem}"
+    );
+    let large = FileFacts {
+        bytes: 9 << 20,
+        kind: FileKind::Other,
+    };
+    place.files.insert("a", large);
+    let problem = checked(&place).problems[0].to_string();
+    assert!(problem.contains("and the modules (9 MiB)"), "{problem}");
 }
 
 #[test]

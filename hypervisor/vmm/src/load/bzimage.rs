@@ -225,10 +225,15 @@ pub(super) fn load(mut job: Job<'_>) -> Result<Entry, LoadError> {
     // Checked to be below 4 GiB.
     header.code32_start = (start.0 as u32).into();
 
-    let cmdline = job.place_cmdline(header.cmdline_size.get() as usize)?;
+    let cmdline = job.place_cmdline(job.files.command_line, header.cmdline_size.get() as usize)?;
     header.cmd_line_ptr = (cmdline.0 as u32).into();
 
-    if let Some(initrd) = job.initrd {
+    let count = job.files.modules.len();
+    if count > 1 {
+        return Err(LoadError::ManyModules { count });
+    }
+    let initrd = job.files.modules.first().map(|initrd| initrd.data);
+    if let Some(initrd) = initrd.filter(|data| !data.is_empty()) {
         let bytes = initrd.len() as u64;
         let highest = if header.xloadflags.get() & XLF_CAN_BE_LOADED_ABOVE_4G != 0 {
             u64::MAX

@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 
 use elf::ElfBytes;
-use elf::abi::{EM_386, EM_X86_64, PT_LOAD, PT_NOTE};
+use elf::abi::{EM_386, EM_X86_64, PF_X, PT_LOAD, PT_NOTE};
 use elf::endian::LittleEndian;
 use elf::note::Note;
 use elf::parse::ParseError;
@@ -19,6 +19,11 @@ pub(super) fn is_elf(image: &[u8]) -> bool {
     image.starts_with(b"\x7fELF")
 }
 
+/// Whether a file is ELF for 64 bits (EI_CLASS is ELFCLASS64).
+pub(super) fn is_elf64(image: &[u8]) -> bool {
+    is_elf(image) && image.get(4) == Some(&2)
+}
+
 /// A kernel's ELF file.
 pub(super) struct Elf<'a> {
     file: ElfBytes<'a, LittleEndian>,
@@ -28,7 +33,7 @@ pub(super) struct Elf<'a> {
 
 /// What an ELF kernel takes up once loaded.
 pub(super) struct Placed {
-    /// Entry point of the ELF header.
+    /// Physical address of the ELF header's entry point.
     pub entry: u64,
     /// Loaded ranges, start and end.
     pub ranges: Vec<(u64, u64)>,
@@ -95,9 +100,23 @@ impl<'a> Elf<'a> {
             return Err(LoadError::BadElf("nothing to load"));
         }
         Ok(Placed {
-            entry: self.file.ehdr.e_entry,
+            entry: self.physical_entry(),
             ranges,
         })
+    }
+
+    /// The entry point, which kernels of the upper half give as a virtual address.
+    fn physical_entry(&self) -> u64 {
+        let entry = self.file.ehdr.e_entry;
+        self.segments
+            .iter()
+            .filter(|s| s.p_type == PT_LOAD && s.p_flags & PF_X != 0)
+            .find_map(|s| {
+                let offset = entry.checked_sub(s.p_vaddr)?;
+                let inside = offset < s.p_filesz;
+                inside.then(|| s.p_paddr.wrapping_add(offset))
+            })
+            .unwrap_or(entry)
     }
 
     /// Content of the note with this name and type.

@@ -1,6 +1,6 @@
 //! Boot loaders: from a kernel file to a VM's first instruction.
 //!
-//! [`load`] finds out what the file is, places it, the initrd, the command line and the tables
+//! [`load`] finds out what the file is, places it, its modules, the command line and the tables
 //! of its boot protocol in guest memory, and gives the boot processor's first state. Protocols:
 //! Linux' 64-bit one ([`bzimage`]), PVH ([`pvh`]) and multiboot 1 ([`multiboot`]).
 //!
@@ -89,6 +89,28 @@ impl fmt::Display for Protocol {
     }
 }
 
+/// A file that a kernel is given: an initial RAM disk, or one of a multiboot kernel's modules.
+#[derive(Clone, Copy, Debug)]
+pub struct Module<'a> {
+    /// Its content.
+    pub data: &'a [u8],
+    /// What a multiboot or PVH kernel is told of it: its name, perhaps with arguments.
+    pub text: &'a str,
+}
+
+/// What a VM boots.
+#[derive(Clone, Copy, Debug)]
+pub struct BootFiles<'a> {
+    /// The kernel file.
+    pub kernel: &'a [u8],
+    /// Its name, which a multiboot kernel finds before its command line.
+    pub kernel_name: &'a str,
+    /// The initial RAM disk, or a multiboot kernel's modules.
+    pub modules: &'a [Module<'a>],
+    /// The kernel's command line.
+    pub command_line: &'a str,
+}
+
 /// A loaded kernel.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
@@ -132,6 +154,11 @@ pub enum LoadError {
     MultibootDemands {
         /// The demanded flags that aren't known.
         flags: u32,
+    },
+    /// Linux takes one initial RAM disk only.
+    ManyModules {
+        /// How many there are.
+        count: usize,
     },
     /// The command line is too long for the kernel.
     CmdlineTooLong {
@@ -194,6 +221,10 @@ impl fmt::Display for LoadError {
                 f,
                 "the multiboot header demands what Plinth doesn't offer (flags {flags:#x})"
             ),
+            LoadError::ManyModules { count } => write!(
+                f,
+                "{count} modules are for a multiboot kernel; a bzImage takes one initrd"
+            ),
             LoadError::CmdlineTooLong { bytes, max } => write!(
                 f,
                 "command line too long: {bytes} bytes, the kernel takes {max}"
@@ -218,42 +249,47 @@ struct Job<'a> {
     memory: &'a GuestMemory,
     space: Space,
     image: &'a [u8],
-    initrd: Option<&'a [u8]>,
-    cmdline: &'a str,
+    files: &'a BootFiles<'a>,
     layout: &'a BootLayout<'a>,
+}
+
+/// A module in guest memory.
+struct PlacedModule {
+    range: GuestRange,
+    /// Where its text is.
+    text: Gpa,
 }
 
 /// Loads a kernel into zeroed guest memory, by the protocol that the file calls for.
 ///
-/// Where an ELF file has both a PVH note and a multiboot header, PVH is taken, since it tells the
-/// kernel of ACPI.
+/// Where a file has both a multiboot header and a PVH note, multiboot is taken, as QEMU does; but not
+/// if it is a 64-bit ELF file that gives no addresses in its header, which multiboot 1 does not know.
 ///
 /// # Errors
 /// What is wrong with the file, or does not fit. Guest memory may have been written then.
 pub fn load(
     memory: &GuestMemory,
-    image: &[u8],
-    initrd: Option<&[u8]>,
-    cmdline: &str,
+    files: &BootFiles<'_>,
     layout: &BootLayout<'_>,
 ) -> Result<Entry, LoadError> {
+    let image = files.kernel;
     let job = Job {
         memory,
         space: Space::new(memory, layout),
         image,
-        initrd: initrd.filter(|data| !data.is_empty()),
-        cmdline,
+        files,
         layout,
     };
     if bzimage::is_bzimage(image) {
         return bzimage::load(job);
     }
     let header = multiboot::find_header(image);
+    let first_choice = |h: &&multiboot::Header| h.has_addresses() || !elf::is_elf64(image);
+    if let Some(header) = header.as_ref().filter(first_choice) {
+        return multiboot::load(job, header);
+    }
     if !elf::is_elf(image) {
-        return match header {
-            Some(header) => multiboot::load(job, &header),
-            None => Err(LoadError::NotAKernel),
-        };
+        return Err(LoadError::NotAKernel);
     }
     match (pvh::find_entry(image)?, header) {
         (Some(entry), _) => pvh::load(job, entry),
@@ -290,39 +326,53 @@ impl Job<'_> {
         self.place(what, table.as_bytes(), 16)
     }
 
-    /// Places the command line with its terminator.
-    fn place_cmdline(&mut self, max: usize) -> Result<Gpa, LoadError> {
-        let bytes = self.cmdline.len();
+    /// Places a text with its terminator.
+    fn place_text(&mut self, what: &'static str, text: &str) -> Result<Gpa, LoadError> {
+        let mut bytes = text.as_bytes().to_vec();
+        bytes.push(0);
+        self.place(what, &bytes, 16)
+    }
+
+    /// Places a command line of at most `max` bytes.
+    fn place_cmdline(&mut self, text: &str, max: usize) -> Result<Gpa, LoadError> {
+        let bytes = text.len();
         if bytes > max {
             return Err(LoadError::CmdlineTooLong { bytes, max });
         }
-        let mut text = self.cmdline.as_bytes().to_vec();
-        text.push(0);
-        self.place("the command line", &text, 16)
+        self.place_text("the command line", text)
     }
 
-    /// Places the initrd, if there is one, as the first page-aligned module above `from`.
-    fn place_module(&mut self, from: u64) -> Result<Option<GuestRange>, LoadError> {
-        let Some(data) = self.initrd else {
-            return Ok(None);
-        };
-        let bytes = data.len() as u64;
-        let start = self
-            .space
-            .take_first(bytes, PAGE_SIZE, from, BELOW_4G)
-            .ok_or(LoadError::NoRoom {
-                what: "the initrd",
-                bytes,
-            })?;
-        self.memory.write(start, data)?;
-        Ok(Some(GuestRange { start, bytes }))
+    /// Places the modules that are not empty, in their order, each on the next free page above `from`.
+    fn place_modules(&mut self, mut from: u64) -> Result<Vec<PlacedModule>, LoadError> {
+        let mut placed = Vec::new();
+        for module in self.files.modules.iter().filter(|m| !m.data.is_empty()) {
+            let bytes = module.data.len() as u64;
+            let start = self
+                .space
+                .take_first(bytes, PAGE_SIZE, from, BELOW_4G)
+                .ok_or(LoadError::NoRoom {
+                    what: "the initrd",
+                    bytes,
+                })?;
+            self.memory.write(start, module.data)?;
+            from = start.0 + bytes;
+            placed.push(PlacedModule {
+                range: GuestRange { start, bytes },
+                text: self.place_text("a module's name", module.text)?,
+            });
+        }
+        Ok(placed)
     }
 
     /// A state with flat segments, and a descriptor table in guest memory that agrees with it.
     fn flat_state(&mut self, mode: Mode) -> Result<CpuState, LoadError> {
-        let code = flat_segment(CODE_SELECTOR, CODE_KIND, mode == Mode::Long64);
-        let data = flat_segment(DATA_SELECTOR, DATA_KIND, false);
-        let table = [0, 0, descriptor(code.rights), descriptor(data.rights)];
+        let (code_selector, data_selector) = mode.selectors();
+        let code = flat_segment(code_selector, CODE_KIND, mode == Mode::Long64);
+        let data = flat_segment(data_selector, DATA_KIND, false);
+        let mut table = [0; 4];
+        for segment in [code, data] {
+            table[usize::from(segment.selector >> 3)] = descriptor(segment.rights);
+        }
         let base = self.place_table("the descriptor table", &table)?;
         let mut state = CpuState::reset();
         for name in [
@@ -355,10 +405,17 @@ enum Mode {
     Long64,
 }
 
-/// `__BOOT_CS` of Linux' boot protocol.
-const CODE_SELECTOR: u16 = 0x10;
-/// `__BOOT_DS` of Linux' boot protocol.
-const DATA_SELECTOR: u16 = 0x18;
+impl Mode {
+    /// Selectors of code and data: Linux' protocol fixes them; the other protocols leave them open, and
+    /// there they are QEMU's, on which small systems rely.
+    const fn selectors(self) -> (u16, u16) {
+        match self {
+            Mode::Protected32 => (0x8, 0x10),
+            Mode::Long64 => (0x10, 0x18),
+        }
+    }
+}
+
 /// Descriptor type: code, readable, accessed (SDM vol. 3A, table 3-1).
 const CODE_KIND: u8 = 0xb;
 /// Descriptor type: data, writable, accessed.

@@ -2,7 +2,11 @@
 //!
 //! Source: The Multiboot Specification, version 0.6.96. The kernel is entered in 32-bit protected
 //! mode without paging, flat segments, EAX with the magic, EBX pointing to the information structure.
-//! The initrd is the only module.
+//! Where the specification leaves something open, it is as QEMU has it: the command line begins with the
+//! kernel's name, and a module's string is what the configuration says of it.
+
+use alloc::format;
+use alloc::vec::Vec;
 
 use mem::PAGE_SIZE;
 use virt::Gpr;
@@ -89,6 +93,8 @@ const SEARCHED: usize = 8192;
 const FLAG_PAGE_ALIGN: u32 = 1 << 0;
 /// Header flag: memory information wanted. It always is there.
 const FLAG_MEMORY: u32 = 1 << 1;
+/// Header flag: a video mode wanted. None is set, as in QEMU; the information says so.
+const FLAG_VIDEO: u32 = 1 << 2;
 /// Header flag: addresses in the header count, not the ELF headers.
 const FLAG_ADDRESSES: u32 = 1 << 16;
 /// Header flags that a loader must know, or refuse the kernel.
@@ -113,6 +119,13 @@ pub struct Header {
     /// Where in the file.
     offset: usize,
     addresses: Option<Addresses>,
+}
+
+impl Header {
+    /// Whether it says where the file's parts go, so that ELF headers don't count.
+    pub fn has_addresses(&self) -> bool {
+        self.addresses.is_some()
+    }
 }
 
 /// Looks for a multiboot header: at a multiple of 4 in the first 8192 bytes, its three words summing to 0.
@@ -186,7 +199,7 @@ fn place_flat(
 }
 
 pub(super) fn load(mut job: Job<'_>, header: &Header) -> Result<Entry, LoadError> {
-    let unknown = header.flags & FLAGS_DEMANDED & !(FLAG_PAGE_ALIGN | FLAG_MEMORY);
+    let unknown = header.flags & FLAGS_DEMANDED & !(FLAG_PAGE_ALIGN | FLAG_MEMORY | FLAG_VIDEO);
     if unknown != 0 {
         return Err(LoadError::MultibootDemands { flags: unknown });
     }
@@ -199,22 +212,26 @@ pub(super) fn load(mut job: Job<'_>, header: &Header) -> Result<Entry, LoadError
 
     // All of these are placed below 4 GiB.
     let address = |gpa: mem::Gpa| U32::new(gpa.0 as u32);
-    let module = job.place_module(kernel.end().next_multiple_of(PAGE_SIZE))?;
-    let cmdline = job.place_cmdline(CMDLINE_MAX)?;
+    let modules = job.place_modules(kernel.end().next_multiple_of(PAGE_SIZE))?;
+    let text = format!("{} {}", job.files.kernel_name, job.files.command_line);
+    let cmdline = job.place_cmdline(&text, CMDLINE_MAX)?;
     let mut information = Information {
         flags: (INFO_MEMORY | INFO_CMDLINE | INFO_MODULES | INFO_MAP | INFO_LOADER_NAME).into(),
         cmdline: address(cmdline),
         ..Information::default()
     };
-    if let Some(module) = module {
-        let list = Module {
-            start: address(module.start),
-            end: address(module.end()),
-            string: 0.into(),
-            reserved: 0.into(),
-        };
-        information.mods_addr = address(job.place_table("the module list", &list)?);
-        information.mods_count = 1.into();
+    if !modules.is_empty() {
+        let list: Vec<Module> = modules
+            .iter()
+            .map(|module| Module {
+                start: address(module.range.start),
+                end: address(module.range.end()),
+                string: address(module.text),
+                reserved: 0.into(),
+            })
+            .collect();
+        information.mods_addr = address(job.place_table("the module list", &list[..])?);
+        information.mods_count = (list.len() as u32).into();
     }
 
     let map = job.layout.map(job.memory);
@@ -229,7 +246,7 @@ pub(super) fn load(mut job: Job<'_>, header: &Header) -> Result<Entry, LoadError
     let clamped = |kib: u64| U32::new(u32::try_from(kib).unwrap_or(u32::MAX));
     information.mem_lower = clamped(ram_from(0).min(LOWER_MAX));
     information.mem_upper = clamped(ram_from(1 << 20));
-    let lines: alloc::vec::Vec<MapLine> = map
+    let lines: Vec<MapLine> = map
         .iter()
         .map(|entry| MapLine {
             size: (size_of::<MapLine>() as u32 - 4).into(),

@@ -4,6 +4,8 @@
 //! in 32-bit protected mode without paging, flat segments, EBX pointing to the start information
 //! (version 1, with a memory map).
 
+use alloc::vec::Vec;
+
 use virt::{Gpr, SegmentName};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{Immutable, IntoBytes, Unaligned};
@@ -82,21 +84,23 @@ pub(super) fn load(mut job: Job<'_>, entry: u64) -> Result<Entry, LoadError> {
     let kernel = Elf::parse(job.image)?.place(&mut job)?;
     kernel.check_entry("the PVH entry address", entry)?;
 
-    let module = job.place_module(kernel.end().next_multiple_of(PAGE_SIZE))?;
-    let cmdline = job.place_cmdline(CMDLINE_MAX)?;
-    let modules = match module {
-        Some(module) => {
-            let list = Module {
-                paddr: module.start.0.into(),
-                size: module.bytes.into(),
-                cmdline_paddr: 0.into(),
-                reserved: 0.into(),
-            };
-            Some(job.place_table("the module list", &list)?)
-        }
-        None => None,
+    let placed = job.place_modules(kernel.end().next_multiple_of(PAGE_SIZE))?;
+    let cmdline = job.place_cmdline(job.files.command_line, CMDLINE_MAX)?;
+    let list: Vec<Module> = placed
+        .iter()
+        .map(|module| Module {
+            paddr: module.range.start.0.into(),
+            size: module.range.bytes.into(),
+            cmdline_paddr: module.text.0.into(),
+            reserved: 0.into(),
+        })
+        .collect();
+    let modules = if list.is_empty() {
+        None
+    } else {
+        Some(job.place_table("the module list", &list[..])?)
     };
-    let lines: alloc::vec::Vec<MapLine> = job
+    let lines: Vec<MapLine> = job
         .layout
         .map(job.memory)
         .iter()
@@ -112,7 +116,7 @@ pub(super) fn load(mut job: Job<'_>, entry: u64) -> Result<Entry, LoadError> {
         magic: MAGIC.into(),
         version: VERSION.into(),
         flags: 0.into(),
-        nr_modules: u32::from(modules.is_some()).into(),
+        nr_modules: (list.len() as u32).into(),
         modlist_paddr: modules.map_or(0, |list| list.0).into(),
         cmdline_paddr: cmdline.0.into(),
         rsdp_paddr: job.layout.rsdp.map_or(0, |rsdp| rsdp.0).into(),

@@ -6,6 +6,30 @@ use std::sync::LazyLock;
 
 const MIB: u64 = 1 << 20;
 
+/// Loads a kernel called "kernel".
+fn load(
+    memory: &GuestMemory,
+    kernel: &[u8],
+    initrd: Option<&[u8]>,
+    command_line: &str,
+    layout: &BootLayout<'_>,
+) -> Result<Entry, LoadError> {
+    let modules: Vec<Module<'_>> = initrd
+        .map(|data| Module {
+            data,
+            text: "initrd",
+        })
+        .into_iter()
+        .collect();
+    let files = BootFiles {
+        kernel,
+        kernel_name: "kernel",
+        modules: &modules,
+        command_line,
+    };
+    super::load(memory, &files, layout)
+}
+
 fn memory(mib: u64) -> GuestMemory {
     let host: &'static FakeMemory = Box::leak(Box::new(FakeMemory::new((mib + 8) * MIB)));
     GuestMemory::allocate(host, 1, &mem::guest::pc_layout(mib * MIB)).unwrap()
@@ -474,7 +498,7 @@ fn a_multiboot_elf_is_entered_at_its_entry() {
     let word = |i: u64| u32_at(&memory, info + 4 * i);
     assert_eq!(word(0), 0b10_0100_1101);
     assert_eq!((word(1), word(2)), (640, 15 * 1024));
-    assert_eq!(text(&memory, word(4)), "check all");
+    assert_eq!(text(&memory, word(4)), "kernel check all");
     assert_eq!(word(5), 1);
     let module = word(6);
     assert_eq!(
@@ -488,6 +512,74 @@ fn a_multiboot_elf_is_entered_at_its_entry() {
         (MIB, 15 * MIB)
     );
     assert_eq!(text(&memory, word(16)), "Plinth");
+}
+
+#[test]
+fn modules_keep_their_order_and_their_strings() {
+    let memory = memory(16);
+    let texts = ["first a=1", "second"];
+    let data = [vec![1; 5000], vec![2; 3]];
+    let modules: Vec<_> = data
+        .iter()
+        .zip(texts)
+        .map(|(data, text)| Module { data, text })
+        .collect();
+    let mut files = BootFiles {
+        kernel: &multiboot32(0),
+        kernel_name: "k",
+        modules: &modules,
+        command_line: "",
+    };
+    let entry = super::load(&memory, &files, &LAYOUT).unwrap();
+    let info = entry.state.gprs[Gpr::Rbx as usize];
+    assert_eq!(text(&memory, u32_at(&memory, info + 16)), "k ");
+    assert_eq!(u32_at(&memory, info + 20), 2);
+    let list = u32_at(&memory, info + 24);
+    let mut places = Vec::new();
+    for (n, (data, name)) in (0..).zip(data.iter().zip(texts)) {
+        let word = |i: u64| u32_at(&memory, list + 16 * n + 4 * i);
+        assert_eq!(bytes(&memory, word(0), data.len()), *data);
+        assert_eq!(word(1) - word(0), data.len() as u64);
+        assert_eq!(text(&memory, word(2)), name);
+        places.push(word(0));
+    }
+    assert_eq!(places, [TEXT + 0x1000, TEXT + 0x3000]);
+    let kernel = bzimage();
+    files.kernel = &kernel;
+    assert_eq!(
+        super::load(&memory, &files, &LAYOUT),
+        Err(LoadError::ManyModules { count: 2 })
+    );
+}
+
+#[test]
+fn an_entry_in_the_upper_half_is_brought_down() {
+    let memory = memory(16);
+    let mut content = header(4);
+    content.resize(0x80, 0xf4);
+    let mut image = elf32(0xc000_0010, TEXT as u32, &content, 0x1000);
+    // Executable; without that, the entry would be taken for a physical address.
+    patch(&mut image, 52 + 24, &5_u32.to_le_bytes());
+    let entry = load(&memory, &image, None, "", &LAYOUT).unwrap();
+    assert_eq!(entry.state.rip, TEXT + 0x10);
+}
+
+#[test]
+fn multiboot_comes_before_pvh_but_for_64_bit_files_without_addresses() {
+    let memory = memory(16);
+    let protocol = |image: &[u8]| load(&memory, image, None, "", &LAYOUT).unwrap().protocol;
+    let with = |header: Vec<u8>| {
+        let mut image = pvh();
+        patch(&mut image, HEADERS, &header);
+        image
+    };
+    assert_eq!(protocol(&with(header(0))), Protocol::Pvh);
+    let mut addresses = header(1 << 16);
+    let start = TEXT as u32;
+    for word in [start, start, start + 0x100, 0, start + 0x40] {
+        addresses.extend(word.to_le_bytes());
+    }
+    assert_eq!(protocol(&with(addresses)), Protocol::Multiboot);
 }
 
 #[test]
@@ -573,8 +665,8 @@ fn bad_flat_kernels_are_refused_by_name() {
     );
     assert!(refusal(3, 0x7000_0000).contains("which is not free RAM; give the VM more memory"));
     assert_eq!(
-        load(&memory, &multiboot32(4), None, "", &LAYOUT),
-        Err(LoadError::MultibootDemands { flags: 4 })
+        load(&memory, &multiboot32(8), None, "", &LAYOUT),
+        Err(LoadError::MultibootDemands { flags: 8 })
     );
     // A header whose words don't sum to zero is none.
     let mut image = flat(FLAT);

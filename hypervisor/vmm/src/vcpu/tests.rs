@@ -16,6 +16,7 @@ use crate::{
     clock::TimeSource,
     cpuid::CpuidResult,
     fake::FakeCpu,
+    load::BootFiles,
     msr::number,
     vm::{Environment, VmSpec},
 };
@@ -140,9 +141,12 @@ impl Bench {
             name: String::from("test"),
             vcpus,
             memory_bytes: 16 << 20,
-            kernel: &kernel,
-            initrd: None,
-            command_line: "",
+            boot: BootFiles {
+                kernel: &kernel,
+                kernel_name: "kernel",
+                modules: &[],
+                command_line: "",
+            },
             test_devices: false,
             cpu: crate::cpuid::CpuModel::default(),
         };
