@@ -6,7 +6,7 @@
 
 use mem::{Direction, Gpa, Gva, Width};
 
-use crate::state::Gpr;
+use crate::state::{Event, Gpr};
 
 /// An IN, OUT, INS or OUTS (SDM vol. 3C, table 28-5; APM vol. 2, section 15.10.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +59,32 @@ pub enum CrAccess {
     Lmsw(u16),
 }
 
+/// What asks for a task switch (SDM vol. 3C, table 28-2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskSource {
+    /// Far CALL to a TSS or task gate.
+    Call,
+    /// IRET with EFLAGS.NT.
+    Iret,
+    /// Far JMP to a TSS or task gate.
+    Jump,
+    /// A task gate in the IDT.
+    Gate,
+}
+
+/// A task switch that the processor left to the VMM, its gate and privilege already checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskSwitch {
+    /// Selector of the new task's TSS.
+    pub selector: u16,
+    /// What asks for it.
+    pub source: TaskSource,
+    /// Bytes of the instruction that does; 0: an interrupt or exception.
+    pub length: u8,
+    /// The event that goes through the task gate.
+    pub event: Option<Event>,
+}
+
 /// Why a vCPU left guest mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -98,8 +124,8 @@ pub enum Exit {
     Random,
     /// A virtualization instruction (VMXON.., VMRUN.., SKINIT, GETSEC, ..): the guest gets #UD.
     VirtualizationInstruction,
-    /// A task switch (by far CALL/JMP, IRET or task gate).
-    TaskSwitch,
+    /// A task switch that the processor does not make by itself.
+    TaskSwitch(TaskSwitch),
     /// An intercepted exception (#DB, #AC). It was not delivered: the VMM injects it.
     Exception {
         /// Vector, 0 to 31.
@@ -193,7 +219,7 @@ impl Exit {
             Exit::Rdpmc => 15,
             Exit::Random => 16,
             Exit::VirtualizationInstruction => 17,
-            Exit::TaskSwitch => 18,
+            Exit::TaskSwitch(_) => 18,
             Exit::Exception { .. } => 19,
             Exit::ExternalInterrupt => 20,
             Exit::Nmi => 21,

@@ -24,7 +24,7 @@ use core::fmt;
 
 use mem::{HostMemory, Hpa, OutOfFrames, nested::EntryFormat};
 
-pub use exit::{CrAccess, Exit, NestedPageFault, PortIo};
+pub use exit::{CrAccess, Exit, NestedPageFault, PortIo, TaskSource, TaskSwitch};
 pub use preflight::{Feature, Need, Preflight, Status};
 pub use state::{
     AccessRights, CpuMode, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName,

@@ -14,6 +14,7 @@ pub mod emulate;
 pub mod host;
 pub mod load;
 pub mod msr;
+pub mod task;
 pub mod vcpu;
 pub mod vm;
 pub mod walk;

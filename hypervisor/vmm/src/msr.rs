@@ -24,6 +24,7 @@ pub mod number {
     pub const MCG_CAP: u32 = 0x179;
     pub const MCG_STATUS: u32 = 0x17a;
     pub const MISC_ENABLE: u32 = 0x1a0;
+    pub const DEBUGCTL: u32 = 0x1d9;
     pub const MTRR_PHYS_BASE0: u32 = 0x200;
     pub const MTRR_PHYS_LAST: u32 = MTRR_PHYS_BASE0 + 2 * super::VARIABLE_MTRRS as u32 - 1;
     pub const MTRR_FIX_64K: u32 = 0x250;

@@ -4,7 +4,7 @@
 
 use mem::{Direction, Gpa, Gva, Width};
 
-use crate::exit::{CrAccess, NestedPageFault, PortIo};
+use crate::exit::{CrAccess, NestedPageFault, PortIo, TaskSource};
 use crate::state::{Event, Gpr, SoftwareEvent};
 
 /// Basic exit reasons (SDM vol. 3D, appendix C) that Plinth knows what to do with.
@@ -198,6 +198,17 @@ pub fn cr_access(qualification: u64) -> CrAccess {
     }
 }
 
+/// New TSS and source of a task switch from the exit qualification (SDM vol. 3C, table 28-2).
+pub fn task_switch(qualification: u64) -> (u16, TaskSource) {
+    let source = match qualification >> 30 & 3 {
+        0 => TaskSource::Call,
+        1 => TaskSource::Iret,
+        2 => TaskSource::Jump,
+        _ => TaskSource::Gate,
+    };
+    (qualification as u16, source)
+}
+
 /// EPT violation from its qualification (SDM vol. 3C, table 28-7).
 pub fn nested_page_fault(qualification: u64, gpa: u64, linear: u64) -> NestedPageFault {
     const LINEAR_VALID: u64 = 1 << 7;
@@ -312,6 +323,14 @@ mod tests {
         );
         assert_eq!(cr_access(0x20), CrAccess::Clts);
         assert_eq!(cr_access(0x0011_0030), CrAccess::Lmsw(0x11));
+    }
+
+    #[test]
+    fn task_switches() {
+        assert_eq!(task_switch(0x0000_0018), (0x18, TaskSource::Call));
+        assert_eq!(task_switch(0x4000_0020), (0x20, TaskSource::Iret));
+        assert_eq!(task_switch(0x8000_0028), (0x28, TaskSource::Jump));
+        assert_eq!(task_switch(0xc000_0030), (0x30, TaskSource::Gate));
     }
 
     #[test]

@@ -28,7 +28,7 @@ use super::capability::{Capabilities, EntryControls, Pin, Proc, Proc2};
 use super::check::{VmcsFields, check};
 use super::decode::{
     ENTRY_FAILED, InterruptionInfo, NMI_UNBLOCKED_BY_IRET, cr_access, dr6_after_debug_exception,
-    nested_page_fault, port_io, reason,
+    nested_page_fault, port_io, reason, task_switch,
 };
 use super::entry::{GuestRegisters, Outcome, enter, exit_landing};
 use super::vmcs::{Field, SegmentFields, vmclear, vmptrld, vmread, vmread_universal, vmwrite};
@@ -37,7 +37,7 @@ use crate::cpu::{msr, raise_machine_check, rdmsr, rdtsc, wrmsr};
 use crate::state::{
     AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName, pdpte_is_valid,
 };
-use crate::{Exit, VcpuSetup, VirtError, VirtualCpu};
+use crate::{Exit, TaskSource, TaskSwitch, VcpuSetup, VirtError, VirtualCpu};
 
 /// Guest MSRs that are VMCS fields.
 pub(super) const MSRS_IN_VMCS: [u32; 7] = [
@@ -579,7 +579,7 @@ impl VtxVcpu {
             reason::RDRAND | reason::RDSEED => Exit::Random,
             reason::TRIPLE_FAULT => Exit::TripleFault,
             reason::INIT => Exit::Init,
-            reason::TASK_SWITCH => Exit::TaskSwitch,
+            reason::TASK_SWITCH => self.task_switch(),
             reason::GETSEC
             | reason::VMCLEAR..=reason::VMXON
             | reason::INVEPT
@@ -621,6 +621,35 @@ impl VtxVcpu {
                 .has_error_code()
                 .then(|| self.read(Field::ExitInterruptionErrorCode) as u32),
         }
+    }
+
+    /// A task switch: what it is for, and the event that it delivers. Such an event is not delivered again.
+    #[cold]
+    #[inline(never)]
+    fn task_switch(&mut self) -> Exit {
+        let (selector, source) = task_switch(self.read(Field::ExitQualification));
+        let info = InterruptionInfo(self.read(Field::IdtVectoringInfo) as u32);
+        let by_event = source == TaskSource::Gate;
+        let length = if by_event && !info.is_software() {
+            0
+        } else {
+            self.read(Field::ExitInstructionLength) as u8
+        };
+        let event = if by_event {
+            let code = self.read(Field::IdtVectoringErrorCode) as u32;
+            info.decode(code, length)
+        } else {
+            None
+        };
+        if event == Some(Event::Nmi) {
+            self.set_interruptibility(self.interruptibility() | Interruptibility::NMI);
+        }
+        Exit::TaskSwitch(TaskSwitch {
+            selector,
+            source,
+            length,
+            event,
+        })
     }
 
     /// Does what the processor would have done with #DB but for the exit, so that injecting

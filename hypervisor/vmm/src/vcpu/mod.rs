@@ -20,7 +20,8 @@ use devices::{
 };
 use mem::{Direction, Gpa, Width};
 use virt::{
-    CpuState, CrAccess, Event, Exit, Gpr, NestedPageFault, PortIo, SegmentName, VirtualCpu,
+    CpuState, CrAccess, Event, Exit, Gpr, NestedPageFault, PortIo, SegmentName, TaskSwitch,
+    VirtualCpu,
 };
 
 use crate::{
@@ -28,6 +29,8 @@ use crate::{
     cpuid::CpuidState,
     emulate::{self, DecodeCache, Exception, Outcome, Platform},
     host::Host,
+    msr::number,
+    task,
     vm::Vm,
 };
 
@@ -74,6 +77,14 @@ enum Next {
 const CR0_CACHE: u64 = 3 << 29;
 /// RFLAGS.TF.
 const RFLAGS_TF: u64 = 1 << 8;
+/// RFLAGS.RF.
+const RFLAGS_RF: u64 = 1 << 16;
+/// IA32_DEBUGCTL.BTF.
+const DEBUGCTL_BTF: u64 = 1 << 1;
+/// DR6.B0 to B3.
+const DR6_BREAKPOINTS: u64 = 0xf;
+/// DR6.BT: a task switch to a TSS with its T flag set.
+const DR6_TASK_SWITCH: u64 = 1 << 15;
 /// RFLAGS.IF.
 const RFLAGS_IF: u64 = 1 << 9;
 /// DR6.BS.
@@ -354,7 +365,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             Exit::Nmi => host.take_nmi(),
             Exit::InterruptWindow | Exit::NmiWindow | Exit::Deadline | Exit::Init => {}
             Exit::TripleFault => return self.end(EndKind::TripleFault),
-            Exit::TaskSwitch => return self.end(EndKind::Unsupported("a hardware task switch")),
+            Exit::TaskSwitch(request) => return self.task_switch(&request),
             Exit::Random => {
                 return self.end(EndKind::Unsupported("an intercepted RDRAND or RDSEED"));
             }
@@ -374,18 +385,41 @@ impl<V: VirtualCpu> Vcpu<V> {
     }
 
     fn finish_instruction(&mut self, length: Option<u8>) -> Next {
-        let single_step = self.hw.rflags() & RFLAGS_TF != 0;
+        let rflags = self.hw.rflags();
         self.hw.skip_instruction(length);
-        if single_step {
-            let dr6 = self.hw.dr6();
-            self.hw.set_dr6(dr6 | DR6_SINGLE_STEP);
-            self.hw.inject(Event::Exception {
-                vector: 1,
-                error_code: None,
-            });
-            return Next::Check;
+        if rflags & (RFLAGS_TF | RFLAGS_RF) != 0 {
+            return self.end_of_traced(rflags);
         }
         Next::Enter
+    }
+
+    /// The end of an instruction that is single-stepped, or that a debugger lets pass a breakpoint once.
+    #[cold]
+    #[inline(never)]
+    fn end_of_traced(&mut self, rflags: u64) -> Next {
+        if rflags & RFLAGS_RF != 0 {
+            self.hw.set_rflags(rflags & !RFLAGS_RF);
+        }
+        // With BTF only branches trap, and no instruction that exits is one (SDM vol. 3B, section 18.4.2).
+        let branches_only = self
+            .hw
+            .msr(number::DEBUGCTL)
+            .is_some_and(|value| value & DEBUGCTL_BTF != 0);
+        if rflags & RFLAGS_TF == 0 || branches_only {
+            return Next::Enter;
+        }
+        self.debug_trap(DR6_SINGLE_STEP);
+        Next::Check
+    }
+
+    /// #DB for these causes, as bits of DR6.
+    fn debug_trap(&mut self, causes: u64) {
+        let dr6 = self.hw.dr6() & !DR6_BREAKPOINTS;
+        self.hw.set_dr6(dr6 | causes);
+        self.hw.inject(Event::Exception {
+            vector: 1,
+            error_code: None,
+        });
     }
 
     fn raise(&mut self, exception: Exception) {
@@ -398,6 +432,17 @@ impl<V: VirtualCpu> Vcpu<V> {
             vector: exception.vector,
             error_code: exception.error_code.filter(|_| protected),
         });
+    }
+
+    fn task_switch(&mut self, request: &TaskSwitch) -> Next {
+        match task::switch(&mut self.hw, self.rest.vm.control_context(), request) {
+            task::Outcome::Done => {}
+            task::Outcome::Trap => self.debug_trap(DR6_TASK_SWITCH),
+            task::Outcome::Fault(exception) => self.raise(exception),
+            task::Outcome::TripleFault => return self.end(EndKind::TripleFault),
+        }
+        // The new task's flags may allow interrupts.
+        Next::Check
     }
 
     fn complete(&mut self, result: Result<(), Exception>) {

@@ -10,6 +10,7 @@ use devices::{lapic::VcpuKick, uart::ConsoleSink};
 use mem::fake::FakeMemory;
 use proptest::prelude::*;
 use spin::Mutex;
+use virt::TaskSource;
 
 use super::{msrs::MAX_MSR_NOTES, *};
 use crate::{
@@ -414,7 +415,6 @@ fn what_cannot_be_handled_ends_the_vm_by_name() {
             "unknown exit (code 0x77, information 0x1)",
         ),
         (Exit::EntryFailure { code: 7 }, "a fake has no entry checks"),
-        (Exit::TaskSwitch, "a hardware task switch"),
     ] {
         let mut b = Bench::new();
         assert_eq!(b.run([exit]), Pause::Ended);
@@ -450,6 +450,22 @@ fn any_exit() -> impl Strategy<Value = Exit> {
             }))
         }),
         any::<u16>().prop_map(|operand| Exit::CrAccess(Some(CrAccess::Lmsw(operand)))),
+        (any::<u16>(), 0u8..3, any::<bool>()).prop_map(|(selector, vector, error)| {
+            let source = if error {
+                TaskSource::Gate
+            } else {
+                TaskSource::Jump
+            };
+            Exit::TaskSwitch(TaskSwitch {
+                selector,
+                source,
+                length: 2,
+                event: error.then_some(Event::Exception {
+                    vector: vector * 4,
+                    error_code: Some(1),
+                }),
+            })
+        }),
         (any::<u16>(), width, direction, any::<bool>()).prop_map(
             |(port, width, direction, string)| {
                 Exit::PortIo(PortIo {
