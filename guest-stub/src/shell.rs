@@ -21,6 +21,7 @@ facts             print the facts
 echo TEXT         print the text
 tsc               print the time-stamp counter and its frequency
 fault             divide by zero, and survive it
+deaf              hear nothing for a while, then read a line and say what is missing
 poweroff          power off by ACPI
 reset             reset the machine
 halt              stop for good";
@@ -45,6 +46,7 @@ pub fn run(machine: &Machine) -> ! {
             "echo" => println!("{rest}"),
             "tsc" => println!("{} at {} kHz", cpu::tsc(), machine.tsc_hz / 1000),
             "fault" => fault(),
+            "deaf" => deaf(machine),
             "poweroff" => power::power_off(machine.acpi.as_ref()),
             "reset" => power::reset(machine.acpi.as_ref()),
             "halt" => {
@@ -66,6 +68,37 @@ fn fault() {
         Some(trap) => println!("caught {trap}"),
         None => println!("division by zero did not fault"),
     }
+}
+
+/// Takes no interrupt and reads no byte for a while, first without an exit and then with many, as a busy kernel
+/// may. Then reads the line that was typed meanwhile, which must count: 0 to 9 and again.
+fn deaf(machine: &Machine) {
+    /// Time in which 2,000 bytes arrive at 115,200 baud, and half as much again.
+    const DEAF_MS: u64 = 260;
+    let start = cpu::tsc();
+    let end = start + machine.tsc_hz / 1000 * DEAF_MS;
+    while cpu::tsc() < end {
+        if cpu::tsc() - start > (end - start) / 2 {
+            port::read8(COM1 + register::SCRATCH);
+        }
+    }
+    let mut next = b'0';
+    let (mut count, mut wrong) = (0, 0);
+    loop {
+        match read_byte(machine) {
+            b'\r' => break,
+            byte => {
+                count += 1;
+                wrong += u32::from(byte != next);
+                next = if byte == b'9' {
+                    b'0'
+                } else {
+                    byte.wrapping_add(1)
+                };
+            }
+        }
+    }
+    println!("deaf: {count} bytes waited, {wrong} of them out of order");
 }
 
 /// Lets received bytes interrupt, so that waiting can halt. Without an IOAPIC input is polled.

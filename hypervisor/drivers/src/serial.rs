@@ -58,9 +58,9 @@ impl Serial {
         self.uart.send_bytes(bytes)
     }
 
-    /// Sends all of `bytes`, waiting for the line. Returns how many went out: fewer only when the
-    /// transmitter stayed full for about 50 ms.
-    pub fn send(&mut self, bytes: &[u8]) -> usize {
+    /// Sends all of `bytes`, waiting for the line, and hands over what arrives meanwhile: the line does not
+    /// wait. Returns how many went out: fewer only when the transmitter stayed full for about 50 ms.
+    pub fn send(&mut self, bytes: &[u8], mut received: impl FnMut(u8)) -> usize {
         let mut sent = 0;
         let mut attempts = TRANSMIT_ATTEMPTS;
         while sent < bytes.len() {
@@ -68,6 +68,9 @@ impl Serial {
                 0 if attempts == 0 => break,
                 0 => {
                     attempts -= 1;
+                    if let Some(byte) = self.receive() {
+                        received(byte);
+                    }
                     core::hint::spin_loop();
                 }
                 taken => {

@@ -168,6 +168,16 @@ pub fn window() {
     unsafe { asm!("sti", "nop", "cli", options(nostack)) };
 }
 
+/// Does long work with interrupts on, so that what arrives meanwhile is not lost. The work may be done on
+/// one processor at any time, and takes no lock that an interrupt handler takes other than a
+/// [`Lock`](crate::sync::Lock).
+pub fn open<R>(work: impl FnOnce() -> R) -> R {
+    x86_64::instructions::interrupts::enable();
+    let result = work();
+    x86_64::instructions::interrupts::disable();
+    result
+}
+
 /// Halts until an interrupt has come, and returns with interrupts off. An interrupt that is already
 /// pending ends it at once; the caller checks its flags with interrupts off before.
 pub fn idle() {

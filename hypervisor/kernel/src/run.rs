@@ -95,14 +95,27 @@ struct BootModule {
     text: String,
 }
 
-/// A VM of the configuration.
-struct Slot<B: Backend> {
+/// A VM of the configuration: what it is made of, each time.
+struct Plan {
     config: VmConfig,
     kernel: &'static [u8],
     modules: Vec<BootModule>,
     /// Its console on the terminal, if it is configured to have one.
     console: Option<ConsoleId>,
-    live: Option<Live<B>>,
+}
+
+/// What there is of a VM of the configuration.
+enum Phase<B: Backend> {
+    /// Nothing, and nobody is about to make it.
+    Off,
+    /// One processor makes it or takes it down.
+    Changing,
+    Live(Live<B>),
+}
+
+/// The state of a VM of the configuration.
+struct Slot<B: Backend> {
+    phase: Phase<B>,
     /// Host time of its last start, in nanoseconds.
     started_ns: u64,
     /// How often in a row it has failed soon after its start.
@@ -110,15 +123,37 @@ struct Slot<B: Backend> {
 }
 
 impl<B: Backend> Slot<B> {
+    fn live(&self) -> Option<&Live<B>> {
+        match &self.phase {
+            Phase::Live(live) => Some(live),
+            Phase::Off | Phase::Changing => None,
+        }
+    }
+
+    /// A vCPU has come to rest. After the last one the VM is handed out, to be taken down.
+    fn vcpu_at_rest(&mut self) -> Option<Live<B>> {
+        let Phase::Live(live) = &mut self.phase else {
+            return None;
+        };
+        live.running = live.running.saturating_sub(1);
+        if live.running > 0 {
+            return None;
+        }
+        match core::mem::replace(&mut self.phase, Phase::Changing) {
+            Phase::Live(live) => Some(live),
+            Phase::Off | Phase::Changing => None,
+        }
+    }
+
     /// Whether the VM is made anew after it ended so. Counts its failures.
-    fn restarts(&mut self, reason: Option<&EndReason>) -> Result<bool, String> {
+    fn restarts(&mut self, config: &VmConfig, reason: Option<&EndReason>) -> Result<bool, String> {
         let wanted = match reason {
             Some(EndReason::Reset) => return Ok(true),
             Some(EndReason::PowerOff | EndReason::TestExit(_)) | None => {
-                return Ok(self.config.restart == Restart::Always);
+                return Ok(config.restart == Restart::Always);
             }
             Some(EndReason::TripleFault(_) | EndReason::Failure { .. }) => {
-                self.config.restart != Restart::Never
+                config.restart != Restart::Never
             }
         };
         if time::ns().saturating_sub(self.started_ns) < QUICK_FAILURE_NS {
@@ -127,7 +162,7 @@ impl<B: Backend> Slot<B> {
             self.quick_failures = 1;
         }
         if wanted && self.quick_failures >= MAX_QUICK_FAILURES {
-            let name = &self.config.name;
+            let name = &config.name;
             return Err(format!(
                 "{name}: failed {MAX_QUICK_FAILURES} times soon after its start: not restarted any more"
             ));
@@ -154,6 +189,8 @@ struct World<B: Backend> {
     figures: bool,
     sched: Lock<RunQueue>,
     entities: Lock<Vec<Option<Arc<Entity<B>>>>>,
+    plans: Vec<Plan>,
+    /// One for each plan.
     slots: Lock<Vec<Slot<B>>>,
     consoles: Lock<ConsoleMux>,
     /// A bit per pCPU that halts for want of work.
@@ -222,7 +259,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
     let config = read_config(bundle)?;
 
     let mut consoles = ConsoleMux::new(config.host.console_escape);
-    let mut slots = Vec::new();
+    let mut plans = Vec::new();
     for vm in config.vms {
         let kernel = bundle.guest_file(&vm.boot.kernel).unwrap_or_default();
         let module = |path: &str, text: &str| BootModule {
@@ -238,21 +275,24 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         if let Some(console) = console.filter(|_| vm.focus) {
             consoles.show_first(console);
         }
-        slots.push(Slot {
+        plans.push(Plan {
             config: vm,
             kernel,
             modules,
             console,
-            live: None,
-            started_ns: 0,
-            quick_failures: 0,
         });
     }
     let now = wall_clock::read_epoch().unwrap_or_else(|| {
         warn!("the CMOS clock shows no date: guests start in 1970");
         0
     });
-    let count = slots.len();
+    let count = plans.len();
+    let slots = (0..count).map(|_| Slot {
+        // So that none that ends at once is taken for the last.
+        phase: Phase::Changing,
+        started_ns: 0,
+        quick_failures: 0,
+    });
     let world: &'static World<B> = Box::leak(Box::new(World {
         backend,
         boot_epoch: now.saturating_sub(time::ns() / NS_PER_SECOND),
@@ -260,7 +300,8 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         figures: config.host.figures,
         sched: Lock::new(RunQueue::new()),
         entities: Lock::new(Vec::new()),
-        slots: Lock::new(slots),
+        slots: Lock::new(slots.collect()),
+        plans,
         consoles: Lock::new(consoles),
         idle: AtomicU64::new(0),
     }));
@@ -271,6 +312,8 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         return Err(String::from("no VM could be started"));
     }
     log::quiet_serial(true);
+    // Those that started may have ended while the others were made.
+    world.finish_if_none_is_left();
     for number in 0..percpu::count() {
         if let Some(other) = percpu::get(number).filter(|other| other.number != cpu.number) {
             interrupts::kick(other);
@@ -369,40 +412,40 @@ impl<B: Backend> World<B> {
         info!("{text}");
     }
 
-    /// Makes the VM of a slot and readies its boot vCPU. Says so, or why not.
-    fn start_vm(&self, slot: usize) -> bool {
-        let mut slots = self.slots.lock();
-        let made = self.make_vm(slot, &slots[slot]);
-        let name = slots[slot].config.name.clone();
-        match made {
+    /// Makes the VM of a slot that is `Changing`, and readies its boot vCPU. Says so, or why not; then the
+    /// slot is `Off`.
+    fn start_vm(&self, index: usize) -> bool {
+        let plan = &self.plans[index];
+        let name = &plan.config.name;
+        match self.make_vm(index, plan) {
             Ok((live, boot)) => {
-                slots[slot].live = Some(live);
-                slots[slot].started_ns = time::ns();
-                drop(slots);
+                let slot = &mut self.slots.lock()[index];
+                slot.phase = Phase::Live(live);
+                slot.started_ns = time::ns();
                 info!("{name}: starting");
                 self.wake(boot);
                 true
             }
             Err(why) => {
-                drop(slots);
                 self.say(&format!("{name}: cannot start: {why}"));
+                self.slots.lock()[index].phase = Phase::Off;
                 false
             }
         }
     }
 
-    fn make_vm(&self, index: usize, slot: &Slot<B>) -> Result<(Live<B>, EntityId), String> {
+    fn make_vm(&self, index: usize, plan: &Plan) -> Result<(Live<B>, EntityId), String> {
         let begun = Beginning::now();
         let id = vm_number(index);
-        let config = &slot.config;
+        let config = &plan.config;
         let kick = Arc::new(Kick {
             entities: Once::new(),
         });
-        let console: Arc<dyn ConsoleSink> = match slot.console {
+        let console: Arc<dyn ConsoleSink> = match plan.console {
             Some(console) => Arc::new(GuestConsole(console)),
             None => Arc::new(NoConsole),
         };
-        let modules: Vec<Module<'_>> = slot
+        let modules: Vec<Module<'_>> = plan
             .modules
             .iter()
             .map(|module| Module {
@@ -416,7 +459,7 @@ impl<B: Backend> World<B> {
             vcpus: config.vcpus,
             memory_bytes: config.memory,
             boot: BootFiles {
-                kernel: slot.kernel,
+                kernel: plan.kernel,
                 kernel_name: &config.boot.kernel,
                 modules: &modules,
                 command_line: &config.boot.cmdline,
@@ -436,11 +479,12 @@ impl<B: Backend> World<B> {
             console,
             kick: kick.clone(),
         };
-        let (vm, entry) =
-            Vm::new(spec, environment).map_err(|e| format!("{}: {e}", config.boot.kernel))?;
+        // Memory is zeroed and files are copied: long work.
+        let (vm, entry) = interrupts::open(|| Vm::new(spec, environment))
+            .map_err(|e| format!("{}: {e}", config.boot.kernel))?;
         let mut table = NestedTable::new(self.backend.format(), &memory::HOST, Owner::VmTables(id))
             .map_err(|e| format!("{e}"))?;
-        vm.memory.map_into(&mut table).map_err(|e| format!("{e}"))?;
+        interrupts::open(|| vm.memory.map_into(&mut table)).map_err(|e| format!("{e}"))?;
 
         let pcpu = percpu::current().number;
         let mut entities = Vec::new();
@@ -545,19 +589,8 @@ impl<B: Backend> World<B> {
     /// A vCPU of an ended VM has come to rest. After the last one the VM is taken down, and
     /// made anew if it is to run again.
     fn at_rest(&self, index: usize) {
-        let live = {
-            let mut slots = self.slots.lock();
-            let slot = &mut slots[index];
-            let Some(live) = slot.live.as_mut() else {
-                return;
-            };
-            live.running = live.running.saturating_sub(1);
-            if live.running > 0 {
-                return;
-            }
-            slot.live.take()
-        };
-        let Some(live) = live else { return };
+        let ended = self.slots.lock()[index].vcpu_at_rest();
+        let Some(live) = ended else { return };
         let reason = live.vm.take_end_reason();
         let name = live.vm.name.clone();
         self.log_exits(&name, &live.entities);
@@ -567,7 +600,8 @@ impl<B: Backend> World<B> {
         for &entity in &live.entities {
             self.bury(entity);
         }
-        drop(live);
+        // Its memory is zeroed: long work.
+        interrupts::open(|| drop(live));
         let text = match &reason {
             Some(reason) => format!("{reason}"),
             None => String::from("ended"),
@@ -580,7 +614,7 @@ impl<B: Backend> World<B> {
             }
         }
         let again = self.slots.lock()[index]
-            .restarts(reason.as_ref())
+            .restarts(&self.plans[index].config, reason.as_ref())
             .unwrap_or_else(|why| {
                 self.say(&why);
                 false
@@ -588,9 +622,8 @@ impl<B: Backend> World<B> {
         if again && self.start_vm(index) {
             return;
         }
-        if self.slots.lock().iter().all(|slot| slot.live.is_none()) {
-            self.finish();
-        }
+        self.slots.lock()[index].phase = Phase::Off;
+        self.finish_if_none_is_left();
     }
 
     fn log_exits(&self, name: &str, entities: &[EntityId]) {
@@ -637,8 +670,12 @@ impl<B: Backend> World<B> {
         ));
     }
 
-    /// No VM is left.
-    fn finish(&self) -> ! {
+    /// Ends the host's work when all VMs have ended.
+    fn finish_if_none_is_left(&self) {
+        let is_off = |slot: &Slot<B>| matches!(slot.phase, Phase::Off);
+        if !self.slots.lock().iter().all(is_off) {
+            return;
+        }
         match self.after_last_vm {
             AfterLastVm::PowerOff => {
                 self.say("the last VM has ended: powering off");
@@ -659,13 +696,11 @@ impl<B: Backend> World<B> {
             match input {
                 Input::Handled => {}
                 Input::Guest(to, byte) => {
-                    let vm = self
-                        .slots
-                        .lock()
-                        .iter()
-                        .find(|slot| slot.console == Some(to))
-                        .and_then(|slot| slot.live.as_ref())
-                        .map(|live| live.vm.clone());
+                    let index = self.plans.iter().position(|plan| plan.console == Some(to));
+                    let vm = index.and_then(|index| {
+                        let slots = self.slots.lock();
+                        slots[index].live().map(|live| live.vm.clone())
+                    });
                     if let Some(vm) = vm {
                         vm.receive(&[byte]);
                     }
@@ -776,6 +811,13 @@ impl<B: Backend> Host for HostCpu<B> {
 
     fn arm_timer(&mut self, host_tsc: u64) {
         interrupts::arm_timer(host_tsc);
+    }
+
+    fn interrupts_wait_until(&self) -> u64 {
+        match self.cpu.number {
+            0 => console::look_again_at(),
+            _ => u64::MAX,
+        }
     }
 
     fn take_interrupts(&mut self) {

@@ -17,6 +17,8 @@ pub(crate) struct FakeCpu {
     pub window: bool,
     pub tsc_offset: u64,
     pub shadow: bool,
+    /// Host TSC of the deadline.
+    pub deadline: u64,
 }
 
 impl FakeCpu {
@@ -31,6 +33,7 @@ impl FakeCpu {
             window: false,
             tsc_offset: 0,
             shadow: false,
+            deadline: 0,
         }
     }
 
@@ -196,7 +199,8 @@ impl VirtualCpu for FakeCpu {
         self.window = on;
     }
     fn request_nmi_window(&mut self, _on: bool) {}
-    fn set_deadline(&mut self, _host_tsc: u64) -> bool {
+    fn set_deadline(&mut self, host_tsc: u64) -> bool {
+        self.deadline = host_tsc;
         true
     }
     fn flush_guest_tlb(&mut self) {}

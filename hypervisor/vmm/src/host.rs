@@ -8,6 +8,9 @@ pub trait Host {
     fn now(&self) -> u64;
     /// Has the pCPU interrupted no later than this host TSC.
     fn arm_timer(&mut self, host_tsc: u64);
+    /// Host TSC until which this pCPU's own interrupts may wait for a guest's next exit: the guest
+    /// is made to exit then. `u64::MAX` where a host interrupt makes it exit by itself.
+    fn interrupts_wait_until(&self) -> u64;
     /// Lets pending host interrupts in. Called with interrupts disabled, returns so.
     fn take_interrupts(&mut self);
     /// An NMI made the guest exit: handles it as if it had come in host code.

@@ -186,6 +186,12 @@ pub fn all() -> Vec<Scenario> {
             running::triple_fault,
         ));
         all.push(Scenario::new(place, "guest-abuse", 30, running::abuse));
+        all.push(Scenario::new(
+            place,
+            "console-input",
+            6,
+            running::console_input,
+        ));
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
         all.push(Scenario::new(place, "host-backend", 5, host::backend).selftest());

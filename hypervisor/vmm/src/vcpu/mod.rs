@@ -236,7 +236,9 @@ impl<V: VirtualCpu> Vcpu<V> {
         if host.now() >= slice_end {
             return Some(Pause::SliceOver);
         }
-        let deadline = timer.map_or(slice_end, |t| t.min(slice_end));
+        let deadline = timer
+            .map_or(slice_end, |t| t.min(slice_end))
+            .min(host.interrupts_wait_until());
         if !self.hw.set_deadline(deadline) {
             host.arm_timer(deadline);
         }
@@ -361,9 +363,9 @@ impl<V: VirtualCpu> Vcpu<V> {
             Exit::Exception { vector, error_code } => {
                 self.hw.inject(Event::Exception { vector, error_code });
             }
-            Exit::ExternalInterrupt => host.take_interrupts(),
+            Exit::ExternalInterrupt | Exit::Deadline => host.take_interrupts(),
             Exit::Nmi => host.take_nmi(),
-            Exit::InterruptWindow | Exit::NmiWindow | Exit::Deadline | Exit::Init => {}
+            Exit::InterruptWindow | Exit::NmiWindow | Exit::Init => {}
             Exit::TripleFault => return self.end(EndKind::TripleFault),
             Exit::TaskSwitch(request) => return self.task_switch(&request),
             Exit::Random => {

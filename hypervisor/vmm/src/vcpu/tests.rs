@@ -42,6 +42,7 @@ struct FakeHost {
     interrupts: u32,
     nmis: u32,
     armed: Option<u64>,
+    patience: Option<u64>,
     notes: Vec<String>,
 }
 
@@ -51,6 +52,9 @@ impl Host for FakeHost {
     }
     fn arm_timer(&mut self, host_tsc: u64) {
         self.armed = Some(host_tsc);
+    }
+    fn interrupts_wait_until(&self) -> u64 {
+        self.patience.map_or(u64::MAX, |ns| NOW.get() + ns)
     }
     fn take_interrupts(&mut self) {
         self.interrupts += 1;
@@ -421,6 +425,20 @@ fn what_cannot_be_handled_ends_the_vm_by_name() {
         let text = alloc::format!("{}", b.vcpu.vm().take_end_reason().expect("a reason"));
         assert!(text.contains(words) && text.contains("RIP"), "{text}");
     }
+}
+
+/// Where a host interrupt does not end a guest's run, the guest is made to exit in time for it.
+#[test]
+fn host_interrupts_do_not_wait_longer_than_they_may() {
+    let mut b = Bench::new();
+    b.host.patience = Some(500);
+    let start = NOW.get();
+    b.execute(&[Exit::Deadline, Exit::Deadline]);
+    assert_eq!(b.host.interrupts, 2);
+    assert!(b.vcpu.hw.deadline <= NOW.get() + 500 && b.vcpu.hw.deadline > start);
+    let mut unhurried = Bench::new();
+    unhurried.execute(&[Exit::Deadline]);
+    assert!(unhurried.vcpu.hw.deadline > NOW.get() + SLICE);
 }
 
 #[test]
