@@ -33,6 +33,7 @@ pub mod debug_exit;
 pub mod debug_port;
 pub mod flash;
 pub mod fw_cfg;
+pub mod hpet;
 pub mod i8042;
 pub mod ioapic;
 pub mod lapic;

@@ -17,6 +17,7 @@ use devices::{
     debug_exit::{self, DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, DebugExit},
     debug_port::{DEBUG_PORT, DebugPort, FIRMWARE_DEBUG_PORT},
     fw_cfg::{FW_CFG_PORT, FW_CFG_PORTS, FwCfg, FwCfgItems, Key},
+    hpet::{HPET_BASE, HPET_LEN, Hpet, LegacyGate},
     i8042::KeyboardController,
     ioapic::{IOAPIC_BASE, IOAPIC_LEN, IoApic},
     lapic::{ApicBus, IntrPin, VcpuKick},
@@ -311,18 +312,21 @@ struct Timers {
     pit: Arc<Pit>,
     rtc: Arc<Rtc>,
     power: Arc<PowerManagement>,
+    hpet: Arc<Hpet>,
 }
 
 impl Timers {
     fn deadline(&self) -> u64 {
         let soonest = earliest(self.pit.deadline(), self.rtc.deadline());
-        earliest(soonest, self.power.deadline()).unwrap_or(NEVER)
+        let later = earliest(self.power.deadline(), self.hpet.deadline());
+        earliest(soonest, later).unwrap_or(NEVER)
     }
 
     fn poll(&self, now: u64) {
         self.pit.poll(now);
         self.rtc.poll(now);
         self.power.poll(now);
+        self.hpet.poll(now);
     }
 }
 
@@ -359,13 +363,16 @@ impl Vm {
         let mut mmio = MmioBus::new();
         mmio.insert("ioapic", IOAPIC_BASE, IOAPIC_LEN, ioapic.clone())?;
         pic.attach(&mut ports)?;
-        let pit = Pit::new(time.clone(), irq(TIMER_IRQ));
+        // The HPET may take the lines of these two over.
+        let gates = [TIMER_IRQ, platform::RTC_IRQ].map(|number| LegacyGate::new(irq(number)));
+        let [timer_line, rtc_line] = gates
+            .clone()
+            .map(|gate| Line::new(gate, LegacyGate::DEVICE));
+        let hpet = Hpet::new(time.clone(), router.clone(), apic_bus.clone(), gates);
+        mmio.insert("hpet", HPET_BASE, HPET_LEN, hpet.clone())?;
+        let pit = Pit::new(time.clone(), timer_line);
         pit.attach(&mut ports)?;
-        let rtc = Rtc::new(
-            &cmos(&spec, host.epoch),
-            time.clone(),
-            irq(platform::RTC_IRQ),
-        );
+        let rtc = Rtc::new(&cmos(&spec, host.epoch), time.clone(), rtc_line);
         rtc.attach(&mut ports)?;
         let [com1, ..] = platform::SERIAL_PORTS;
         let uart = Uart::new(irq(com1.irq), host.console.clone());
@@ -417,7 +424,12 @@ impl Vm {
             rsdp: Some(rsdp),
         };
         let entry = load::load(&memory, &spec.boot, &layout)?;
-        let timers = Timers { pit, rtc, power };
+        let timers = Timers {
+            pit,
+            rtc,
+            power,
+            hpet,
+        };
         let timer_deadline = AtomicU64::new(timers.deadline());
         let vm = Vm {
             name: spec.name,
@@ -497,6 +509,11 @@ impl Vm {
     /// Whether a read of this port may set a device's timer: register C of the real-time clock.
     pub(crate) fn is_rearmed_by_read(port: u16) -> bool {
         port == 0x71
+    }
+
+    /// Whether a write to this address may set a device's timer.
+    pub(crate) fn is_timer_memory(gpa: Gpa) -> bool {
+        (HPET_BASE..HPET_BASE + HPET_LEN).contains(&gpa.0)
     }
 
     /// Whether a write to this port may set a device's timer.

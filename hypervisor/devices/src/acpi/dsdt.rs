@@ -11,6 +11,7 @@ use acpi_tables::aml::{
 use acpi_tables::{Aml, AmlSink};
 
 use super::AcpiConfig;
+use crate::hpet::HPET_BASE;
 use crate::pci::{DEVICES, ECAM_BUS_LEN};
 use crate::platform::{self, SerialPort};
 use crate::pm;
@@ -146,6 +147,12 @@ pub(super) fn aml(config: &AcpiConfig<'_>) -> Vec<u8> {
         "PNP0B00",
         None,
         vec![&ports(0x70, 2), &IsaIrq(platform::RTC_IRQ)],
+    ));
+    scope.extend(device(
+        "HPET",
+        "PNP0103",
+        None,
+        vec![&Memory32Fixed::new(false, HPET_BASE as u32, 0x400)],
     ));
     if config.keyboard {
         scope.extend(device(

@@ -114,6 +114,17 @@ impl GenericAddress {
             address: U64::new(u64::from(port)),
         }
     }
+
+    /// A register of `bits` bits in memory; the size of an access is left to the device.
+    pub(super) fn memory(address: u64, bits: u8) -> Self {
+        GenericAddress {
+            space: 0,
+            bits,
+            bit_offset: 0,
+            access: 0,
+            address: U64::new(address),
+        }
+    }
 }
 
 bitflags! {
@@ -420,3 +431,17 @@ pub(super) struct McfgEntry {
     pub reserved: U32,
 }
 const _: () = assert!(size_of::<McfgEntry>() == 16);
+
+/// Body of the HPET description table (IA-PC HPET specification 1.0a, section 3.2.4).
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+pub(super) struct HpetFixed {
+    /// Low half of the capability register.
+    pub id: U32,
+    pub address: GenericAddress,
+    pub number: u8,
+    /// Smallest count of a periodic comparator at which no interrupt is lost.
+    pub min_tick: U16,
+    pub protection: u8,
+}
+const _: () = assert!(size_of::<HpetFixed>() == 20);

@@ -1,7 +1,7 @@
 //! The ACPI tables that a guest finds: what hardware there is and where.
 //!
-//! [`build`] lays out RSDP, RSDT, XSDT, FADT, FACS, MADT, MCFG and DSDT one after the other
-//! from a base address, RSDP first (ACPI 6.5, chapter 5); [`loader_files`] gives them to firmware,
+//! [`build`] lays out RSDP, RSDT, XSDT, FADT, FACS, MADT, MCFG, HPET and DSDT one after
+//! the other from a base address, RSDP first (ACPI 6.5, chapter 5); [`loader_files`] gives them to firmware,
 //! which places them itself. Static tables are plain layouts
 //! here; the DSDT's AML is in [`dsdt`](self). All tables lie below 4 GiB, so that 32-bit
 //! pointers reach them.
@@ -17,17 +17,20 @@ use mem::Gpa;
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 
+use crate::hpet::{HPET_BASE, HPET_HZ, HPET_ID};
 use crate::ioapic::IOAPIC_BASE;
 use crate::lapic::XAPIC_BASE;
 use crate::line::TIMER_GSI;
 use crate::pci::PciLayout;
 use crate::platform::{PM_BASE, SCI_IRQ, SerialPort};
+use crate::time::MIN_INTERRUPT_PERIOD_US;
 use crate::{pm, rtc};
 pub use loader::{LoaderFiles, loader_files};
 
 use layout::{
-    BootFlags, Facs, Fadt, FadtFlags, GenericAddress, Header, IoApicEntry, LocalApicEntry,
-    LocalApicNmi, LocalX2ApicEntry, LocalX2ApicNmi, MadtFixed, McfgEntry, Override, Rsdp,
+    BootFlags, Facs, Fadt, FadtFlags, GenericAddress, Header, HpetFixed, IoApicEntry,
+    LocalApicEntry, LocalApicNmi, LocalX2ApicEntry, LocalX2ApicNmi, MadtFixed, McfgEntry, Override,
+    Rsdp,
 };
 
 /// What the tables describe.
@@ -104,7 +107,7 @@ pub fn build(config: &AcpiConfig<'_>, base: Gpa) -> Result<AcpiTables, BadBase> 
     let facs = placer.place(Facs::new().as_bytes().to_vec());
     let fadt = placer.place(fadt(config, facs, dsdt));
     let madt = placer.place(madt(config));
-    let mut listed = alloc::vec![fadt, madt];
+    let mut listed = alloc::vec![fadt, madt, placer.place(hpet())];
     if let Some(ecam) = config.pci.ecam {
         listed.push(placer.place(mcfg(ecam)));
     }
@@ -195,6 +198,18 @@ fn mcfg(ecam: u64) -> Vec<u8> {
         reserved: U32::ZERO,
     };
     table(*b"MCFG", 1, &[&[0; 8], entry.as_bytes()])
+}
+
+fn hpet() -> Vec<u8> {
+    let body = HpetFixed {
+        id: U32::new(HPET_ID),
+        address: GenericAddress::memory(HPET_BASE, 64),
+        number: 0,
+        // No periodic interrupt is closer to the next.
+        min_tick: U16::new((HPET_HZ / 1_000_000 * MIN_INTERRUPT_PERIOD_US) as u16),
+        protection: 0,
+    };
+    table(*b"HPET", 1, &[body.as_bytes()])
 }
 
 fn madt(config: &AcpiConfig<'_>) -> Vec<u8> {

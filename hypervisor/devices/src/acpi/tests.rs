@@ -72,6 +72,16 @@ fn structure_and_checksums() {
 }
 
 #[test]
+fn hpet_is_where_its_table_says() {
+    let tables = build(&config(&[0]), BASE).unwrap();
+    let hpet = find(&tables, b"HPET");
+    assert_eq!(hpet.len(), 56);
+    assert_eq!(u32_at(hpet, 36), HPET_ID);
+    assert_eq!(&hpet[40..44], [0, 64, 0, 0]);
+    assert_eq!(u64_at(hpet, 44), HPET_BASE);
+}
+
+#[test]
 fn fadt_describes_the_fixed_hardware() {
     let tables = build(&config(&[0]), BASE).unwrap();
     let fadt = find(&tables, b"FACP");

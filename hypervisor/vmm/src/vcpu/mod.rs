@@ -120,8 +120,8 @@ struct Rest {
 struct Reach {
     /// The local APIC or a control register: interrupts may be deliverable now.
     interrupts: bool,
-    /// A port was written: a timer may be set anew.
-    ports: bool,
+    /// A port or a timer's register was written: a timer may be set anew.
+    timers: bool,
 }
 
 impl<V: VirtualCpu> Vcpu<V> {
@@ -579,8 +579,8 @@ impl<V: VirtualCpu> Vcpu<V> {
         let vm = rest.vm.clone();
         rest.reach = Reach::default();
         let outcome = emulate::emulate(hw, &vm.memory, rest, cache, target);
-        let Reach { interrupts, ports } = self.rest.reach;
-        if ports {
+        let Reach { interrupts, timers } = self.rest.reach;
+        if timers {
             // A string instruction may have written to any port.
             vm.timers_changed(self.rest.id);
         }
@@ -598,7 +598,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             }
             Outcome::Unsupported(bytes) => self.end(EndKind::Instruction(bytes)),
         };
-        if interrupts || ports {
+        if interrupts || timers {
             Next::Check
         } else {
             next

@@ -8,6 +8,7 @@ use super::Rest;
 use crate::{
     control,
     emulate::{Exception, Platform},
+    vm::Vm,
 };
 
 impl Rest {
@@ -48,7 +49,10 @@ impl<V: VirtualCpu> Platform<V> for Rest {
                     self.apic_effect(effect);
                 }
             }
-            None => self.vm.mmio.write(gpa.0, width, value),
+            None => {
+                self.reach.timers |= Vm::is_timer_memory(gpa);
+                self.vm.mmio.write(gpa.0, width, value);
+            }
         }
     }
 
@@ -57,7 +61,7 @@ impl<V: VirtualCpu> Platform<V> for Rest {
     }
 
     fn port_write(&mut self, port: u16, width: Width, value: u32) {
-        self.reach.ports = true;
+        self.reach.timers = true;
         self.vm.ports.write(port, width, value);
     }
 
