@@ -343,14 +343,12 @@ impl LocalApic {
         self.accepted = self.accepted.wrapping_add(1);
     }
 
-    /// Whether the next interrupt is the 8259A's, `intr` being its output: it reaches the processor when
+    /// Whether the next interrupt is the 8259A's, `intr` telling its output: it reaches the processor when
     /// the APIC is off, through LINT0 as ExtINT, or as an ExtINT message.
-    pub fn wants_extint(&self, intr: bool) -> bool {
-        if !self.base.enabled() {
-            return intr;
-        }
+    pub fn wants_extint(&self, intr: impl FnOnce() -> bool) -> bool {
         let lint0 = self.lvt[LvtEntry::Lint0 as usize];
-        self.extint || (intr && !lint0.masked() && lint0.mode() == DeliveryMode::ExtInt)
+        let open = !lint0.masked() && lint0.mode() == DeliveryMode::ExtInt;
+        self.extint || ((open || !self.base.enabled()) && intr())
     }
 
     /// The processor asked the 8259A for the vector to take.

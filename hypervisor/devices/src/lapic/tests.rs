@@ -354,13 +354,13 @@ fn turning_off_loses_state_and_stops_delivery() {
     m.write(0, 0x300, 0xc_0060);
     assert_eq!(m.kicks.take(), [0u32; 0]);
     assert!(
-        m.cpus[1].wants_extint(true),
+        m.cpus[1].wants_extint(|| true),
         "INTR is wired straight through"
     );
     let on = m.cpus[1].base().with_enabled(true).into_bits();
     assert!(m.cpus[1].write_msr(MSR_APIC_BASE, on).is_ok());
     assert_eq!(m.read(1, 0xf0), 0xff);
-    assert!(!m.cpus[1].wants_extint(true));
+    assert!(!m.cpus[1].wants_extint(|| true));
 }
 
 #[test]
@@ -405,7 +405,7 @@ fn software_disabled_takes_signals_but_no_interrupts() {
     m.write(0, 0x300, 0x400);
     assert_eq!(m.kicks.take(), [1]);
     m.cpus[1].set_virtual_wire();
-    assert!(m.cpus[1].wants_extint(true));
+    assert!(m.cpus[1].wants_extint(|| true));
     assert_eq!(m.read(1, 0x360), 0x400);
 }
 
@@ -659,14 +659,14 @@ fn the_8259s_output_reaches_the_bootstrap_processor() {
     pin.set_level(0, true);
     assert_eq!(m.kicks.take(), [0]);
     assert!(m.bus.inbox(VcpuId(0)).unwrap().has_pending());
-    assert!(!m.cpus[0].wants_extint(true), "LINT0 is masked");
+    assert!(!m.cpus[0].wants_extint(|| true), "LINT0 is masked");
     pin.set_level(0, false);
     assert_eq!(m.kicks.take(), [0u32; 0]);
     assert_eq!(ioapic.take(), [(0, true), (0, false)]);
     // LINT0 as ExtINT: a level.
     m.write(0, 0x350, 0x700);
-    assert!(m.cpus[0].wants_extint(true) && !m.cpus[0].wants_extint(false));
-    assert!(!m.cpus[1].wants_extint(true));
+    assert!(m.cpus[0].wants_extint(|| true) && !m.cpus[0].wants_extint(|| false));
+    assert!(!m.cpus[1].wants_extint(|| true));
     // LINT0 as an interrupt of its own: an edge.
     m.write(0, 0x350, 0x0045);
     pin.set_level(0, true);
@@ -687,13 +687,13 @@ fn an_extint_message_is_taken_once() {
     m.bus.deliver_msi(0xfee0_1000, 0x700);
     assert_eq!(m.kicks.take(), [1]);
     assert_eq!(m.cpus[1].interrupt(), None);
-    assert!(m.cpus[1].wants_extint(false) && !m.cpus[0].wants_extint(false));
+    assert!(m.cpus[1].wants_extint(|| false) && !m.cpus[0].wants_extint(|| false));
     m.cpus[1].accept_extint();
-    assert!(!m.cpus[1].wants_extint(false));
+    assert!(!m.cpus[1].wants_extint(|| false));
     m.bus.deliver_msi(0xfee0_1000, 0x700);
     let _ = m.cpus[1].take_signals();
     m.cpus[1].init();
-    assert!(!m.cpus[1].wants_extint(false), "INIT voids it");
+    assert!(!m.cpus[1].wants_extint(|| false), "INIT voids it");
 }
 
 #[test]

@@ -292,7 +292,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             }
         }
         let vector = rest.apic.interrupt();
-        let external = rest.apic.wants_extint(rest.vm.pic.pending());
+        let external = rest.apic.wants_extint(|| rest.vm.pic.pending());
         if vector.is_none() && !external {
             return;
         }
@@ -319,7 +319,7 @@ impl<V: VirtualCpu> Vcpu<V> {
         };
         self.hw.inject(Event::Interrupt(vector));
         self.activity = Activity::Running;
-        if more || rest.apic.wants_extint(rest.vm.pic.pending()) {
+        if more || rest.apic.wants_extint(|| rest.vm.pic.pending()) {
             self.hw.request_interrupt_window(true);
         }
     }
