@@ -283,6 +283,54 @@ impl Frames {
     }
 }
 
+/// Bytes of one region, checked once, for reads that are too frequent to be checked anew each time.
+///
+/// Invariant: `bytes` bytes from `start` on are RAM behind the window for ever. Whose they are is the
+/// business of whoever has the view, as with every access by address.
+#[derive(Clone, Copy)]
+pub struct FrameView {
+    start: *const u8,
+    bytes: u64,
+}
+
+// SAFETY: the view is an address that is valid on every processor; all reads through it are atomic or
+// copies of which any mix of old and new bytes is a valid result.
+unsafe impl Send for FrameView {}
+// SAFETY: as above.
+unsafe impl Sync for FrameView {}
+
+impl FrameView {
+    /// Reads the aligned 64-bit word at `offset` in one access; `None` if it is not aligned or not inside.
+    #[inline]
+    pub fn read_u64(&self, offset: u64) -> Option<u64> {
+        if !offset.is_multiple_of(8) || offset >= self.bytes || self.bytes - offset < 8 {
+            return None;
+        }
+        let word = self.start.wrapping_add(offset as usize).cast_mut();
+        // SAFETY: the word lies within the view's bytes, which are RAM behind the window, and is
+        // aligned, since views begin with a frame.
+        Some(unsafe { AtomicU64::from_ptr(word.cast()) }.load(Ordering::Relaxed))
+    }
+
+    /// Copies the 16 bytes at `offset` out; `None` if they are not all inside.
+    #[inline]
+    pub fn read_16(&self, offset: u64) -> Option<[u8; 16]> {
+        if offset >= self.bytes || self.bytes - offset < 16 {
+            return None;
+        }
+        let start = self.start.wrapping_add(offset as usize);
+        // SAFETY: the bytes lie within the view's, which are RAM behind the window. A guest may change
+        // them meanwhile; any mix of old and new bytes is a valid result, as in `HostMemory::read`.
+        Some(unsafe { start.cast::<[u8; 16]>().read_volatile() })
+    }
+}
+
+impl fmt::Debug for FrameView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x} bytes at {:p}", self.bytes, self.start)
+    }
+}
+
 impl HostMemory for Frames {
     fn allocate(&self, frames: u64, align: u64, owner: Owner) -> Result<Hpa, OutOfFrames> {
         assert!(align.is_power_of_two(), "alignment {align:#x}");
@@ -387,6 +435,12 @@ impl HostMemory for Frames {
         unsafe { AtomicU64::from_ptr(start.cast()) }.load(Ordering::Relaxed)
     }
 
+    fn view(&self, base: Hpa, bytes: u64) -> Option<FrameView> {
+        assert!(base.is_aligned(PAGE_SIZE), "{base:?} is not aligned");
+        let start = self.checked(base, usize::try_from(bytes).ok()?);
+        Some(FrameView { start, bytes })
+    }
+
     fn write_u64(&self, to: Hpa, value: u64) {
         assert!(to.is_aligned(8), "{to:?} is not aligned");
         let start = self.checked(to, 8);
@@ -428,6 +482,27 @@ mod tests {
 
     fn panics(f: impl FnOnce()) -> bool {
         catch_unwind(AssertUnwindSafe(f)).is_err()
+    }
+
+    #[test]
+    fn a_view_reads_what_is_there_and_nothing_beyond() {
+        let frames = machine(4, &[region(MIB, 2 * MIB)]);
+        let base = frames.allocate(2, PAGE_SIZE, Owner::VmRam(1)).unwrap();
+        let bytes = 2 * PAGE_SIZE;
+        let view = frames.view(base, bytes).expect("a view");
+        frames.write_u64(base + 8, 0x1122_3344_5566_7788);
+        frames.write(base + (bytes - 16), &[7; 16]);
+        assert_eq!(view.read_u64(8), Some(0x1122_3344_5566_7788));
+        assert_eq!(view.read_u64(bytes - 8), Some(0x0707_0707_0707_0707));
+        assert_eq!(view.read_16(bytes - 16), Some([7; 16]));
+        assert_eq!(view.read_16(9).map(|b| b[0]), Some(0x77));
+        for beyond in [bytes - 4, bytes, u64::MAX - 7, u64::MAX] {
+            assert_eq!(view.read_u64(beyond), None, "{beyond:#x}");
+        }
+        for beyond in [bytes - 15, bytes, u64::MAX - 15] {
+            assert_eq!(view.read_16(beyond), None, "{beyond:#x}");
+        }
+        assert_eq!(view.read_u64(4), None);
     }
 
     #[test]

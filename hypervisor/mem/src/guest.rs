@@ -19,6 +19,7 @@ use core::{
 };
 
 use crate::addr::{PAGE_SIZE, PAGE_SIZE_1G};
+use crate::frames::FrameView;
 use crate::nested::{EntryFormat, MemoryType, NestedError, NestedTable, Rights};
 pub use special::Access;
 use special::Special;
@@ -106,6 +107,7 @@ struct Region {
     gpa: Gpa,
     bytes: u64,
     hpa: Hpa,
+    view: Option<FrameView>,
 }
 
 impl Region {
@@ -198,6 +200,7 @@ impl GuestMemory {
                         gpa: at,
                         bytes,
                         hpa,
+                        view: self.memory.view(hpa, bytes),
                     });
                     at = at + bytes;
                 }
@@ -285,6 +288,16 @@ impl GuestMemory {
         }
     }
 
+    /// The RAM that was reached last, for a few reads of which all but the first are likely to hit it too.
+    #[inline]
+    pub fn recent(&self) -> Recent<'_> {
+        let view = self.regions.get(self.last.load(Ordering::Relaxed));
+        Recent {
+            memory: self,
+            region: view.and_then(|region| Some((region.gpa, region.view?))),
+        }
+    }
+
     /// Zeroes all RAM, as after power-up. The guest must not be running.
     pub fn scrub(&self) {
         const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
@@ -362,6 +375,48 @@ impl GuestMemory {
             done += piece;
         }
         Ok(())
+    }
+}
+
+/// A short way into a VM's RAM; see [`GuestMemory::recent`].
+#[derive(Clone, Copy)]
+pub struct Recent<'a> {
+    memory: &'a GuestMemory,
+    region: Option<(Gpa, FrameView)>,
+}
+
+impl Recent<'_> {
+    /// As [`GuestMemory::read_entry`].
+    ///
+    /// # Errors
+    /// Not RAM, or not aligned.
+    #[inline]
+    pub fn read_entry(&self, gpa: Gpa) -> Result<u64, NotRam> {
+        let near = self
+            .region
+            .and_then(|(start, view)| view.read_u64(gpa.0.wrapping_sub(start.0)));
+        match near {
+            Some(entry) => Ok(entry),
+            None => self.memory.read_entry(gpa),
+        }
+    }
+
+    /// Copies 16 bytes out.
+    ///
+    /// # Errors
+    /// Not all of it is RAM.
+    #[inline]
+    pub fn read_16(&self, gpa: Gpa) -> Result<[u8; 16], NotRam> {
+        let near = self
+            .region
+            .and_then(|(start, view)| view.read_16(gpa.0.wrapping_sub(start.0)));
+        match near {
+            Some(bytes) => Ok(bytes),
+            None => {
+                let mut bytes = [0; 16];
+                self.memory.read(gpa, &mut bytes).map(|()| bytes)
+            }
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! One object implements [`HostMemory`] on the machine (the kernel's, over the frame
 //! allocator and the boot loader's mapping of all physical memory), another in host tests.
 
-use crate::addr::Hpa;
+use crate::{addr::Hpa, frames::FrameView};
 
 /// A region of physical memory, as the firmware's map gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +81,11 @@ pub trait HostMemory: Send + Sync {
 
     /// Reads an aligned 64-bit word in one access (page-table entries).
     fn read_u64(&self, from: Hpa) -> u64;
+
+    /// A view of these bytes, where they can be read without asking each time. The view does not own them.
+    fn view(&self, _base: Hpa, _bytes: u64) -> Option<FrameView> {
+        None
+    }
 
     /// Writes an aligned 64-bit word in one access (page-table entries).
     fn write_u64(&self, to: Hpa, value: u64);

@@ -260,6 +260,12 @@ pub trait VirtualCpu: Send + 'static {
         }
     }
 
+    /// The current privilege level if the vCPU executes 64-bit code, else `None`: `mode` and `cpl` in few
+    /// instructions, for the exits that a driver makes all the time.
+    fn cpl_of_64_bit_code(&self) -> Option<u8> {
+        (self.mode() == CpuMode::Long64).then(|| self.cpl())
+    }
+
     /// Current privilege level, 0 to 3 (SS.DPL).
     fn cpl(&self) -> u8 {
         match self.mode() {

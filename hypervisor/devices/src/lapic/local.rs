@@ -453,6 +453,12 @@ impl LocalApic {
     }
 
     /// Notes an error. The first since the last write to ESR interrupts (section 11.5.3).
+    /// Whether an error waits to be shown in the ESR: its interrupt may have been requested.
+    #[inline]
+    pub fn has_new_errors(&self) -> bool {
+        !self.new_errors.is_empty()
+    }
+
     fn raise_error(&mut self, error: Errors) {
         let armed = self.new_errors.is_empty();
         self.new_errors |= error;

@@ -132,7 +132,9 @@ impl GuestMemory {
         range: GuestRange,
     ) -> Result<(), NestedError> {
         for special in self.special.iter().filter(|s| s.lies_in(range)) {
-            let Region { gpa, bytes, hpa } = special.region;
+            let Region {
+                gpa, bytes, hpa, ..
+            } = special.region;
             table.unmap(gpa, bytes)?;
             if let Some(rights) = special.access().rights() {
                 table.map(gpa, hpa, bytes, rights, MemoryType::WriteBack)?;

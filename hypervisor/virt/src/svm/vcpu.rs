@@ -998,6 +998,13 @@ impl VirtualCpu for SvmVcpu {
         self.control_mut().interrupt_state = InterruptState::NONE;
     }
 
+    #[inline]
+    fn cpl_of_64_bit_code(&self) -> Option<u8> {
+        let save = self.save();
+        let long = save.efer & EFER_LMA != 0 && save.cs.attributes & ATTRIBUTE_LONG != 0;
+        long.then_some(save.cpl & 3)
+    }
+
     fn instruction_bytes(&self) -> &[u8] {
         let control = self.control();
         let count = usize::from(control.fetched & 0xf);

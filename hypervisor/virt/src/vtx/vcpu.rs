@@ -1117,6 +1117,14 @@ impl VirtualCpu for VtxVcpu {
         }
     }
 
+    #[inline]
+    fn cpl_of_64_bit_code(&self) -> Option<u8> {
+        let rights = |field| AccessRights::from(self.read(field) as u32);
+        let long =
+            self.entry.contains(EntryControls::IA32E_GUEST) && rights(Field::GuestCsRights).long();
+        long.then(|| rights(Field::GuestSsRights).dpl())
+    }
+
     fn instruction_bytes(&self) -> &[u8] {
         &[]
     }

@@ -4,7 +4,7 @@
 
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction};
 
-use super::Bytes;
+use super::{Bytes, SimpleMove};
 
 /// Decoded instructions by address, so that a driver's access to its device is decoded once.
 ///
@@ -26,6 +26,8 @@ struct CachedInstruction {
     bytes: u128,
     mask: u128,
     instruction: Instruction,
+    /// It, if it is one of those.
+    simple: Option<SimpleMove>,
 }
 
 impl Default for DecodeCache {
@@ -37,6 +39,7 @@ impl Default for DecodeCache {
             bytes: 0,
             mask: 0,
             instruction: Instruction::default(),
+            simple: None,
         };
         DecodeCache {
             entries: [nothing; DECODE_ENTRIES],
@@ -45,6 +48,14 @@ impl Default for DecodeCache {
 }
 
 impl DecodeCache {
+    /// The simple one that was found at `rip`, of 64-bit code, if the bytes there still begin with it.
+    #[inline]
+    pub(super) fn simple(&self, rip: u64, bytes: [u8; 16]) -> Option<SimpleMove> {
+        let entry = &self.entries[(rip as usize) % DECODE_ENTRIES];
+        let same = (entry.bytes ^ u128::from_le_bytes(bytes)) & entry.mask == 0;
+        entry.simple.filter(|_| entry.rip == rip && same)
+    }
+
     /// The instruction that `bytes` begin with, and the decoder's error where they are none.
     pub(super) fn decode(
         &mut self,
@@ -74,6 +85,7 @@ impl DecodeCache {
             bytes: found,
             mask: (1u128 << (8 * length)) - 1,
             instruction,
+            simple: SimpleMove::of(&instruction).filter(|_| bitness == 64),
         };
         Ok(instruction)
     }

@@ -1,11 +1,11 @@
 //! What each instruction does, on operands of any kind.
 
-use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
-use mem::{Gpa, Gva, Width, guest::GuestMemory};
+use iced_x86::{Instruction, Mnemonic, OpKind};
+use mem::{Gva, guest::GuestMemory};
 use virt::{CpuMode, Gpr, VirtualCpu};
 
 use super::{
-    Exception, Platform,
+    Exception, Platform, Target,
     alu::{ARITHMETIC, Alu, RFLAGS_CF, RFLAGS_ZF, compute},
     load_msw,
 };
@@ -35,14 +35,11 @@ pub(super) struct Run<'a, V, P> {
     pub(super) mode: CpuMode,
     pub(super) instruction: &'a Instruction,
     /// Where the processor found that an access of this instruction is not to RAM.
-    pub(super) target: Option<Gpa>,
+    pub(super) target: Option<Target>,
 }
 
 impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     pub(super) fn execute(&mut self) -> Result<Step, Stop> {
-        if self.move_whole_register()? {
-            return Ok(Step::Done);
-        }
         match self.instruction.mnemonic() {
             Mnemonic::Mov | Mnemonic::Movnti => self.mov()?,
             Mnemonic::Movbe => {
@@ -159,38 +156,6 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             _ => return Err(Stop::Unsupported),
         }
         Ok(Step::Done)
-    }
-
-    /// The two instructions that drivers reach device registers with: MOV between memory and a whole
-    /// 32- or 64-bit register. Returns whether this was one.
-    fn move_whole_register(&mut self) -> Result<bool, Stop> {
-        let (width, load) = match self.instruction.code() {
-            Code::Mov_r32_rm32 => (Width::Dword, true),
-            Code::Mov_r64_rm64 => (Width::Qword, true),
-            Code::Mov_rm32_r32 => (Width::Dword, false),
-            Code::Mov_rm64_r64 => (Width::Qword, false),
-            _ => return Ok(false),
-        };
-        let (register, memory) = if load { (0, 1) } else { (1, 0) };
-        if self.instruction.op_kind(memory) != OpKind::Memory {
-            return Ok(false);
-        }
-        let first = if width == Width::Dword {
-            Register::EAX
-        } else {
-            Register::RAX
-        };
-        let number = self.instruction.op_register(register) as usize - first as usize;
-        let gpr = Gpr::ALL[number & 15];
-        let at = self.operand_address(memory)?;
-        if load {
-            let value = self.load(at, width)?;
-            self.cpu.set_gpr(gpr, value);
-        } else {
-            let value = self.cpu.gpr(gpr) & width.mask();
-            self.store(at, width, value)?;
-        }
-        Ok(true)
     }
 
     fn mov(&mut self) -> Result<(), Stop> {

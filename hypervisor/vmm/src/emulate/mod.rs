@@ -14,6 +14,7 @@ mod cache;
 mod execute;
 mod fetch;
 mod operand;
+mod simple;
 mod string;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Mnemonic};
@@ -23,6 +24,7 @@ use virt::{CpuMode, SegmentName, VirtualCpu};
 pub use cache::DecodeCache;
 use execute::{Run, Step, Stop};
 use fetch::{fetch, linear};
+pub use simple::{SimpleMove, Target};
 
 use crate::walk::{Access, PageFault, Paging};
 
@@ -118,14 +120,14 @@ pub trait Platform<V> {
     fn control_write(&mut self, cpu: &mut V, cr: u8, value: u64) -> Result<(), Exception>;
 }
 
-/// Fetches and executes the instruction at the vCPU's RIP. `target`: the guest-physical address of
-/// the access that brought the vCPU here, where the exit tells it.
+/// Fetches and executes the instruction at the vCPU's RIP. `target`: the access that brought the vCPU
+/// here, where the exit tells it. [`SimpleMove::find`] is the short way, to be tried first.
 pub fn emulate<V: VirtualCpu, P: Platform<V>>(
     cpu: &mut V,
     memory: &GuestMemory,
     platform: &mut P,
     cache: &mut DecodeCache,
-    target: Option<Gpa>,
+    target: Option<Target>,
 ) -> Outcome {
     let paging = Paging::of(cpu);
     let mode = cpu.mode();

@@ -200,14 +200,17 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// The device address behind `at`, if the exit told it: it has then passed the guest's own page
-    /// tables in the processor, and is known not to be RAM.
-    fn known_device(&self, at: Gva, width: Width) -> Option<Gpa> {
-        self.target
-            .filter(|gpa| gpa.page_offset() == at.page_offset() && Self::split(at, width).is_none())
+    /// tables in the processor, for an access of this kind, and is known not to be RAM.
+    fn known_device(&self, at: Gva, width: Width, write: bool) -> Option<Gpa> {
+        let target = self.target?;
+        let known = target.gpa.page_offset() == at.page_offset()
+            && Self::split(at, width).is_none()
+            && (target.write || !write);
+        known.then_some(target.gpa)
     }
 
     pub(super) fn load(&mut self, at: Gva, width: Width) -> Result<u64, Stop> {
-        if let Some(gpa) = self.known_device(at, width) {
+        if let Some(gpa) = self.known_device(at, width, false) {
             return Ok(self.platform.mmio_read(self.cpu, gpa, width) & width.mask());
         }
         if Self::split(at, width).is_some() {
@@ -229,7 +232,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     pub(super) fn store(&mut self, at: Gva, width: Width, value: u64) -> Result<(), Stop> {
-        if let Some(gpa) = self.known_device(at, width) {
+        if let Some(gpa) = self.known_device(at, width, true) {
             self.platform
                 .mmio_write(self.cpu, gpa, width, value & width.mask());
             return Ok(());
@@ -273,7 +276,7 @@ fn segment_name(register: Register) -> Option<SegmentName> {
 }
 
 /// The full register that holds `register`, and the bit that it starts at.
-fn general(register: Register) -> Option<(Gpr, u32)> {
+pub(super) fn general(register: Register) -> Option<(Gpr, u32)> {
     if !register.is_gpr() {
         return None;
     }

@@ -313,7 +313,10 @@ fn the_address_of_the_exit_is_used_where_it_fits() {
     b.memory.write(Gpa(CODE), &[0x8b, 0x03]).unwrap(); // mov eax, [rbx]
     // Linear and physical address differ: no page table says so, but the exit does.
     b.cpu.set_gpr(Gpr::Rbx, (5 << 30) | 0x20);
-    let target = Some(Gpa(DEVICE + 0x20));
+    let target = Some(Target {
+        gpa: Gpa(DEVICE + 0x20),
+        write: false,
+    });
     let done = emulate(&mut b.cpu, &b.memory, &mut b.device, &mut b.cache, target);
     assert_eq!(done, Outcome::Done(2));
     assert_eq!(b.device.log, [(false, DEVICE + 0x20, Width::Dword, 0)]);
@@ -326,7 +329,120 @@ fn the_address_of_the_exit_is_used_where_it_fits() {
     );
 }
 
+/// The short way to the access that the last one in the log is, from the state before it.
+fn short_way(b: &mut Bench, before: &CpuState) -> Option<u8> {
+    let (write, gpa, ..) = *b.device.log.last()?;
+    let gpa = Gpa(gpa);
+    b.cpu.state = before.clone();
+    let found = SimpleMove::find(&b.cpu, &b.memory, &b.cache, Target { gpa, write })?;
+    Some(found.execute(&mut b.cpu, &mut b.device, gpa))
+}
+
+#[test]
+fn the_short_way_knows_what_drivers_do() {
+    for code in [
+        &[0x8b, 0x03][..],                                       // mov eax, [rbx]
+        &[0x89, 0x43, 0x10],                                     // mov [rbx+0x10], eax
+        &[0xc7, 0x03, 0x01, 0x00, 0x00, 0x80],                   // mov dword [rbx], 0x80000001
+        &[0x48, 0x8b, 0x04, 0x0b],                               // mov rax, [rbx+rcx]
+        &[0x44, 0x8a, 0x4c, 0x4b, 0x08],                         // mov r9b, [rbx+rcx*2+8]
+        &[0x66, 0x89, 0x03],                                     // mov [rbx], ax
+        &[0x0f, 0xb7, 0x03],                                     // movzx eax, word [rbx]
+        &[0x48, 0x0f, 0xbe, 0x03],                               // movsx rax, byte [rbx]
+        &[0x48, 0x63, 0x03],                                     // movsxd rax, dword [rbx]
+        &[0xa1, 0x00, 0x00, 0xc0, 0xfe, 0x00, 0x00, 0x00, 0x00], // mov eax, [0xfec00000]
+        &[0x0f, 0xc3, 0x03],                                     // movnti [rbx], eax
+    ] {
+        let mut b = Bench::new();
+        b.cpu.set_gpr(Gpr::Rbx, DEVICE);
+        b.cpu.set_gpr(Gpr::Rcx, 0x20);
+        b.cpu.set_gpr(Gpr::Rax, 0x1234_5678_9abc_def0);
+        let before = b.cpu.state.clone();
+        assert_eq!(b.run(code), DONE(code), "{code:02x?}");
+        assert_eq!(
+            short_way(&mut b, &before),
+            Some(code.len() as u8),
+            "{code:02x?}"
+        );
+    }
+}
+
+#[test]
+fn the_short_way_is_taken_only_where_the_access_fits() {
+    let mut b = Bench::new();
+    let store = [0x89, 0x03]; // mov [rbx], eax
+    b.cpu.set_gpr(Gpr::Rbx, DEVICE + 0x20);
+    assert_eq!(b.run(&store), Outcome::Done(2));
+    let find = |b: &Bench, gpa: u64, write: bool| {
+        let target = Target {
+            gpa: Gpa(gpa),
+            write,
+        };
+        SimpleMove::find(&b.cpu, &b.memory, &b.cache, target).is_some()
+    };
+    assert!(find(&b, DEVICE + 0x20, true));
+    // The page tables allowed a read only, or it was another access.
+    assert!(!find(&b, DEVICE + 0x20, false));
+    assert!(!find(&b, DEVICE + 0x24, true));
+    // The second of two pages.
+    b.cpu.set_gpr(Gpr::Rbx, DEVICE + 0xffe);
+    assert!(!find(&b, DEVICE + 0x1000, true));
+    assert!(!find(&b, DEVICE + 0xffe, true));
+    b.cpu.set_gpr(Gpr::Rbx, DEVICE + 0x20);
+    // Other code at the same place, code that may not be fetched any more, other code segments.
+    b.memory.write(Gpa(CODE), &[0x8b, 0x03]).unwrap();
+    assert!(!find(&b, DEVICE + 0x20, true));
+    b.memory.write(Gpa(CODE), &store).unwrap();
+    assert!(find(&b, DEVICE + 0x20, true));
+    b.memory.write_u64(Gpa(TABLES + 0x1000), 0x86).unwrap();
+    assert!(!find(&b, DEVICE + 0x20, true));
+    b.memory.write_u64(Gpa(TABLES + 0x1000), 0x87).unwrap();
+    b.cpu.state.cr4 |= 1 << 20; // SMEP: the page is the user's
+    assert!(!find(&b, DEVICE + 0x20, true));
+    b.cpu.state.cr4 &= !(1 << 20);
+    b.cpu.state.segments[SegmentName::Cs as usize]
+        .rights
+        .set_long(false);
+    assert!(!find(&b, DEVICE + 0x20, true));
+}
+
 proptest! {
+    /// MOV in all its forms: where the short way is taken, it does what the long way does.
+    #[test]
+    fn both_ways_agree(
+        prefix in proptest::sample::select(vec![&[][..], &[0x66], &[0x48], &[0x41], &[0x4c], &[0x67], &[0x64], &[0x66, 0x44]]),
+        opcode in proptest::sample::select(vec![
+            &[0x88][..], &[0x89], &[0x8a], &[0x8b], &[0xc6], &[0xc7], &[0x63], &[0x0f, 0xb6],
+            &[0x0f, 0xb7], &[0x0f, 0xbe], &[0x0f, 0xbf], &[0x0f, 0xc3], &[0x8c], &[0x03], &[0x87],
+        ]),
+        operands in proptest::array::uniform10(any::<u8>()),
+        gprs in proptest::array::uniform16(prop_oneof![
+            3 => (0u64..0xf00).prop_map(|at| DEVICE + at),
+            1 => 0u64..0x40,
+        ]),
+        content in any::<u64>(),
+    ) {
+        let mut b = Bench::new();
+        for at in (0..4096).step_by(8) {
+            b.set_device(at, content.rotate_left(at as u32));
+        }
+        let image = b.device.bytes.clone();
+        b.cpu.state.gprs = gprs;
+        let before = b.cpu.state.clone();
+        let code = [prefix, opcode, &operands].concat();
+        let outcome = b.run(&code);
+        if let (Outcome::Done(length), 1) = (outcome, b.device.log.len()) {
+            let (after, log) = (b.cpu.state.clone(), b.device.log.clone());
+            let changed = core::mem::replace(&mut b.device.bytes, image);
+            if let Some(short) = short_way(&mut b, &before) {
+                prop_assert_eq!(short, length);
+                prop_assert_eq!(&b.cpu.state, &after);
+                prop_assert_eq!(&b.device.log[1..], &log[..]);
+                prop_assert_eq!(&b.device.bytes, &changed);
+            }
+        }
+    }
+
     /// Whatever bytes stand at RIP and whatever is in the registers: no panic, and RIP is not touched.
     #[test]
     fn any_bytes_are_harmless(

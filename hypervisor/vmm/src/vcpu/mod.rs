@@ -18,7 +18,7 @@ use devices::{
     lapic::{LocalApic, LocalApicConfig},
     time::{Clock, earliest},
 };
-use mem::{Direction, Gpa, Width};
+use mem::{Direction, Width};
 use virt::{
     CpuState, CrAccess, Event, Exit, Gpr, NestedPageFault, PortIo, SegmentName, TaskSwitch,
     VirtualCpu,
@@ -27,7 +27,7 @@ use virt::{
 use crate::{
     control,
     cpuid::CpuidState,
-    emulate::{self, DecodeCache, Exception, Outcome, Platform},
+    emulate::{self, DecodeCache, Exception, Outcome, Platform, SimpleMove, Target},
     host::Host,
     msr::number,
     task,
@@ -569,10 +569,26 @@ impl<V: VirtualCpu> Vcpu<V> {
                 "an event whose stack or tables are outside RAM",
             ));
         }
-        self.emulate(Some(fault.gpa))
+        let target = Target {
+            gpa: fault.gpa,
+            write: fault.write,
+        };
+        let Vcpu {
+            hw, rest, cache, ..
+        } = self;
+        match SimpleMove::find(hw, &rest.vm.memory, cache, target) {
+            Some(found) => {
+                rest.reach = Reach::default();
+                let length = found.execute(hw, rest, fault.gpa);
+                let interrupts = rest.reach.interrupts;
+                let next = self.finish_instruction(Some(length));
+                if interrupts { Next::Check } else { next }
+            }
+            None => self.emulate(Some(target)),
+        }
     }
 
-    fn emulate(&mut self, target: Option<Gpa>) -> Next {
+    fn emulate(&mut self, target: Option<Target>) -> Next {
         let Vcpu {
             hw, rest, cache, ..
         } = self;

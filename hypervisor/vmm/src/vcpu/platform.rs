@@ -32,9 +32,9 @@ impl<V: VirtualCpu> Platform<V> for Rest {
     fn mmio_read(&mut self, _cpu: &mut V, gpa: Gpa, width: Width) -> u64 {
         match self.xapic_offset(gpa) {
             Some(offset) => {
-                // A reserved register raises an APIC error.
-                self.reach.interrupts = true;
                 let value = self.apic.read_mmio(offset, width);
+                // A reserved register raises an APIC error.
+                self.reach.interrupts |= self.apic.has_new_errors();
                 value.map_or(width.mask(), u64::from)
             }
             None => self.vm.mmio.read(gpa.0, width),

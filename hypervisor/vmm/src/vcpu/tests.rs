@@ -7,7 +7,7 @@ use core::{
 };
 
 use devices::{lapic::VcpuKick, uart::ConsoleSink};
-use mem::fake::FakeMemory;
+use mem::{Gpa, fake::FakeMemory};
 use proptest::prelude::*;
 use spin::Mutex;
 use virt::TaskSource;
