@@ -6,22 +6,45 @@ use std::{fmt, process::ExitCode};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Code {
     /// Done, or what was waited for was seen.
-    Success = 0,
+    Success,
     /// It ran and failed: a build, a test, a host fault, an end without the line waited for.
-    Failure = 1,
+    Failure,
     /// Wrong arguments or configuration. (clap uses the same number.)
-    Usage = 2,
+    Usage,
     /// A program is missing and may not be installed from here.
-    MissingProgram = 3,
+    MissingProgram,
     /// The time limit passed.
-    Timeout = 124,
+    Timeout,
+    /// A test kernel could not be run at all.
+    NotRun,
     /// Stopped by Ctrl-C or another signal.
-    Interrupted = 130,
+    Interrupted,
+    /// Plinth stopped a test kernel, or failed.
+    GuestStopped,
+    /// The status of a test kernel, as QEMU would give it.
+    Guest(u8),
+}
+
+impl Code {
+    /// The number that the caller of the command sees.
+    pub const fn status(self) -> u8 {
+        match self {
+            Code::Success => 0,
+            Code::Failure => 1,
+            Code::Usage => 2,
+            Code::MissingProgram => 3,
+            Code::Timeout => 124,
+            Code::NotRun => 126,
+            Code::Interrupted => 130,
+            Code::GuestStopped => 134,
+            Code::Guest(status) => status,
+        }
+    }
 }
 
 impl From<Code> for ExitCode {
     fn from(code: Code) -> Self {
-        ExitCode::from(code as u8)
+        ExitCode::from(code.status())
     }
 }
 

@@ -91,7 +91,7 @@ pub fn end_children_on_signals() -> anyhow::Result<()> {
             }
             terminal::restore();
             eprintln!("\ninterrupted");
-            std::process::exit(Code::Interrupted as i32);
+            std::process::exit(Code::Interrupted.status().into());
         }
     });
     Ok(())

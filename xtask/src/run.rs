@@ -1,8 +1,11 @@
 //! `cargo xtask run`: builds Plinth, boots it in an emulator, puts its console on the terminal.
 
+mod framed;
+
 use std::{
+    fs::{self, File},
     io::{self, Read, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -12,10 +15,11 @@ use std::{
 };
 
 use anyhow::Context;
+use manage::config::{self, FileKind};
 
 use crate::{
     emulator::{
-        Cursor, Emulator, End, Firmware, Keyboard, Machine, Missed, Regex, Running, Watch,
+        self, Cursor, Emulator, End, Firmware, Keyboard, Machine, Missed, Regex, Running, Watch,
         kvm::{self, Accel},
     },
     exit::{Code, Stop},
@@ -40,6 +44,9 @@ const FAULT_REPORT: Duration = Duration::from_secs(10);
 /// How often to look for the line waited for, a fault, and the person's wish to end.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
+/// Host memory beside a guest's and its files, in MiB: Plinth's own.
+const OWN_MIB: u64 = 256;
+
 /// Ctrl-], which begins a command to Plinth; followed by [`QUIT`], one to xtask.
 const ESCAPE: u8 = 0x1d;
 const QUIT: u8 = b'x';
@@ -58,10 +65,15 @@ Examples:
                                                   a system of yours instead of plinth.toml's
   cargo xtask run --headless --until 'login: ' --timeout 120
                                                   for scripts: what was seen, by exit code
+  cargo xtask run --headless --test-devices --kernel test.elf --vcpus 2 --timeout 60
+                                                  a test kernel written for QEMU: its console on
+                                                  standard output, its exit status
   cargo xtask run --gdb                           wait for a debugger
 
 Exit codes: 0 Plinth powered off, or --until was seen; 1 a fault of Plinth, or the machine ended otherwise; 2 wrong
-arguments or configuration; 3 a program is missing; 124 --timeout passed; 130 ended by Ctrl-] x or a signal.")]
+arguments or configuration; 3 a program is missing; 124 --timeout passed; 130 ended by Ctrl-] x or a signal.
+With --headless --test-devices: the odd status that QEMU gives for what the kernel writes to its exit port; 0 it powered
+off, asked for a reset or triple-faulted; 2, 124, 130 as above; 126 it could not be run; 134 Plinth stopped it.")]
 pub struct Args {
     /// Emulator: QEMU has AMD-V (or the workstation's own, see --accel), Bochs has VT-x.
     #[arg(long, value_enum, default_value = "qemu")]
@@ -69,23 +81,26 @@ pub struct Args {
     /// What the machine starts with [default: uefi in QEMU, bios in Bochs].
     #[arg(long, value_enum)]
     firmware: Option<Firmware>,
-    /// KVM or QEMU's own emulation.
-    #[arg(long, value_enum, default_value = "auto")]
-    accel: Accel,
+    /// KVM or QEMU's own emulation [default: auto, but tcg with --headless --test-devices].
+    #[arg(long, value_enum)]
+    accel: Option<Accel>,
     /// The virtual machines [default: plinth.toml of this workspace].
-    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
+    #[arg(long, value_name = "FILE", conflicts_with = "which")]
     config: Option<PathBuf>,
     #[command(flatten)]
-    guest: GuestArgs,
-    /// Memory of the emulated PC, in MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 1024)]
-    host_memory: u32,
+    own: GuestArgs,
+    /// Memory of the emulated PC, in MiB [default: 1024, or what the guest needs].
+    #[arg(long, value_name = "MIB")]
+    host_memory: Option<u32>,
     /// Processors of the emulated PC [default: 2 in QEMU, 1 in Bochs].
     #[arg(long, value_name = "COUNT")]
     host_cpus: Option<u32>,
     /// Take no keys, only print what comes out.
     #[arg(long)]
     headless: bool,
+    /// With --headless --test-devices: Plinth's own lines on standard error.
+    #[arg(long)]
+    verbose: bool,
     /// End well as soon as the output matches this regular expression.
     #[arg(long, value_name = "REGEX")]
     until: Option<String>,
@@ -106,58 +121,167 @@ pub struct Args {
 #[derive(clap::Args)]
 struct GuestArgs {
     /// Kernel of a guest of yours (bzImage, or ELF with multiboot or PVH), instead of those in plinth.toml.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", group = "which")]
     kernel: Option<String>,
-    /// Its initrd.
+    /// Its initrd; for a multiboot kernel its modules, with their arguments behind a blank and separated by commas.
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<String>,
     /// A disk of its, as an image file; may be given several times. What the guest writes is kept in
     /// memory and lost at the end. A name that ends with .iso is read-only.
     #[arg(long, value_name = "FILE", requires = "kernel")]
     disk: Vec<String>,
-    /// Its command line.
-    #[arg(
-        long,
-        value_name = "TEXT",
-        requires = "kernel",
-        default_value = "console=ttyS0"
-    )]
-    append: String,
-    /// Its memory, a number with M or G.
-    #[arg(long, value_name = "SIZE", requires = "kernel", default_value = "256M")]
-    memory: String,
-    /// Its virtual processors.
-    #[arg(long, value_name = "COUNT", requires = "kernel", default_value_t = 1)]
-    vcpus: u32,
+    /// Its command line [default: console=ttyS0, but nothing with --test-devices].
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    append: Option<String>,
+    /// Its memory, in MiB or with a unit as 1G [default: 256M, but 128M with --test-devices].
+    #[arg(long, value_name = "SIZE", requires = "which")]
+    memory: Option<String>,
+    /// Its virtual processors [default: 1].
+    #[arg(long, value_name = "COUNT", requires = "which")]
+    vcpus: Option<u32>,
+    /// It has the devices that test kernels written for QEMU expect. With --headless, standard output is its
+    /// console alone, and the exit status tells how it ended.
+    #[arg(long, requires = "which")]
+    test_devices: bool,
 }
 
 impl GuestArgs {
-    /// A configuration with this guest only; its paths are relative to the current folder.
-    fn configuration(&self) -> anyhow::Result<Option<Configuration>> {
+    /// A configuration with this guest only; its paths are relative to the current folder. `word`: for a
+    /// console in a frame.
+    fn configuration(&self, word: Option<&str>) -> anyhow::Result<Option<Configuration>> {
         let Some(kernel) = &self.kernel else {
             return Ok(None);
         };
-        let disks: Vec<String> = self.disk.iter().map(|disk| disk_table(disk)).collect();
+        let mut names = Names::default();
+        let disks: Vec<String> = self
+            .disk
+            .iter()
+            .map(|disk| disk_table(disk, &names.of(disk)))
+            .collect();
         let disks = disks.join(", ");
-        let mut text = format!(
-            "[[vm]]\nname = \"guest\"\nfocus = true\nvcpus = {}\nmemory = {}\ndisks = [{disks}]\n\n[vm.boot]\nkernel = {}\n",
-            self.vcpus,
-            toml_string(&self.memory),
-            toml_string(kernel),
-        );
-        if let Some(initrd) = &self.initrd {
-            text += &format!("initrd = {}\n", toml_string(initrd));
+        let mut text = String::new();
+        if let Some(word) = word {
+            text += &format!("[host]\nconsole-frame = \"{word}\"\n\n");
         }
-        text += &format!("cmdline = {}\n", toml_string(&self.append));
+        text += &format!(
+            "[[vm]]\nname = \"guest\"\nfocus = true\nvcpus = {}\nmemory = \"{}M\"\ntest-devices = {}\ndisks = [{disks}]\n\n[vm.boot]\nkernel = {}\n",
+            self.vcpus.unwrap_or(1),
+            self.memory_mib()?,
+            self.test_devices,
+            toml_string(&names.of(kernel)),
+        );
+        match &self.initrd {
+            Some(modules) if is_multiboot(Path::new(kernel)) => {
+                let modules: Vec<String> = split_modules(modules)
+                    .iter()
+                    .map(|module| toml_string(&names.of_module(module)))
+                    .collect();
+                text += &format!("modules = [{}]\n", modules.join(", "));
+            }
+            Some(initrd) => text += &format!("initrd = {}\n", toml_string(&names.of(initrd))),
+            None => {}
+        }
+        let default = if self.test_devices {
+            ""
+        } else {
+            "console=ttyS0"
+        };
+        let append = self.append.as_deref().unwrap_or(default);
+        text += &format!("cmdline = {}\n", toml_string(append));
         let here = std::env::current_dir().context("the current folder")?;
-        Ok(Some(Configuration::new("(arguments)", text, here)))
+        let files = names.stand_ins.into_iter();
+        let configuration = Configuration::new("(arguments)", text, here);
+        Ok(Some(
+            files.fold(configuration, |configuration, (name, path)| {
+                configuration.with_file(&name, path)
+            }),
+        ))
+    }
+
+    /// The guest's memory.
+    fn memory_mib(&self) -> anyhow::Result<u64> {
+        let default = if self.test_devices { "128M" } else { "256M" };
+        let size = self.memory.as_deref().unwrap_or(default);
+        memory_mib(size).ok_or_else(|| {
+            let why =
+                format!("--memory {size}: not a size; write for example 128 (MiB), 512M or 1G");
+            Stop::with(Code::Usage, why)
+        })
     }
 }
 
+/// What the files of the command line are called in a configuration: as written, if that can be.
+#[derive(Default)]
+struct Names {
+    stand_ins: Vec<(String, PathBuf)>,
+}
+
+impl Names {
+    /// The name for a path.
+    fn of(&mut self, path: &str) -> String {
+        if path.len() <= config::MAX_PATH {
+            return path.to_owned();
+        }
+        let name = format!("file-{}", self.stand_ins.len() + 1);
+        self.stand_ins.push((name.clone(), PathBuf::from(path)));
+        name
+    }
+
+    /// The same for a module: a path, and arguments behind a blank.
+    fn of_module(&mut self, module: &str) -> String {
+        match module.split_once(' ') {
+            Some((path, arguments)) => format!("{} {arguments}", self.of(path)),
+            None => self.of(module),
+        }
+    }
+}
+
+/// Whether a file looks like a multiboot kernel. One that is not there is none; that is told later.
+fn is_multiboot(kernel: &Path) -> bool {
+    let mut head = Vec::new();
+    let read = File::open(kernel).and_then(|file| {
+        file.take(FileKind::SNIFF_BYTES as u64)
+            .read_to_end(&mut head)
+    });
+    read.is_ok()
+        && FileKind::sniff(&head) != FileKind::BzImage
+        && config::has_multiboot_header(&head)
+}
+
+/// Modules as QEMU's `-initrd` has them: separated by commas; two commas stand for one in a name.
+fn split_modules(text: &str) -> Vec<String> {
+    let mut modules = vec![String::new()];
+    let mut letters = text.chars().peekable();
+    while let Some(letter) = letters.next() {
+        if letter != ',' || letters.next_if_eq(&',').is_some() {
+            modules.last_mut().expect("there is one").push(letter);
+        } else {
+            modules.push(String::new());
+        }
+    }
+    modules
+}
+
+/// A memory size as QEMU's `-m` takes it, in MiB: a number, perhaps with a point, and a unit. What is no
+/// multiple of a VM's step is rounded up to one.
+fn memory_mib(text: &str) -> Option<u64> {
+    const STEP_MIB: f64 = (config::MEMORY_STEP >> 20) as f64;
+    let (number, mib) = match text.chars().last()?.to_ascii_lowercase() {
+        'k' => (&text[..text.len() - 1], 1.0 / 1024.0),
+        'm' => (&text[..text.len() - 1], 1.0),
+        'g' => (&text[..text.len() - 1], 1024.0),
+        't' => (&text[..text.len() - 1], 1024.0 * 1024.0),
+        _ => (text, 1.0),
+    };
+    let plain = number.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+    let number: f64 = number.parse().ok().filter(|_| plain)?;
+    Some(((number * mib / STEP_MIB).ceil() * STEP_MIB) as u64)
+}
+
 /// A disk, as an entry of `disks`.
-fn disk_table(image: &str) -> String {
+fn disk_table(image: &str, name: &str) -> String {
     let readonly = image.to_ascii_lowercase().ends_with(".iso");
-    let image = toml_string(image);
+    let image = toml_string(name);
     format!("{{ image = {image}, readonly = {readonly} }}")
 }
 
@@ -180,21 +304,69 @@ fn toml_string(text: &str) -> String {
 /// # Errors
 /// See [`Code`].
 pub fn run(args: &Args) -> anyhow::Result<Code> {
+    if !args.headless || !args.own.test_devices {
+        return run_shown(args);
+    }
+    // Statuses of 1 and 3 are a test kernel's.
+    run_framed(args).or_else(|error| match Stop::code_of(&error) {
+        Code::Failure | Code::MissingProgram => {
+            eprintln!("error: {error:#}");
+            Ok(Code::NotRun)
+        }
+        _ => Err(error),
+    })
+}
+
+/// Runs a test kernel: its console alone on standard output, its exit status.
+fn run_framed(args: &Args) -> anyhow::Result<Code> {
+    let word = framed::new_word()?;
+    let configuration = args
+        .own
+        .configuration(Some(&word))?
+        .context("--test-devices needs a guest")?;
+    let folder = ImageFolder::new()?;
+    let mut machine = describe(args, &folder)?;
+    // A BIOS is through sooner, and one processor starts sooner than two.
+    machine.firmware = args.firmware.unwrap_or(Firmware::Bios);
+    let vcpus = args.own.vcpus.unwrap_or(1);
+    machine.cpus = args.host_cpus.unwrap_or(machine.cpus.min(vcpus).max(1));
+    let builder = Builder::new(args.profile.profile())?;
+    let written = builder.write(&configuration, &machine.image)?;
+    if args.host_memory.is_none() {
+        // The boot loader has the files in memory once more.
+        let files = 2 * written.ramdisk_bytes.div_ceil(1 << 20);
+        let needed = args.own.memory_mib()?.saturating_add(files + OWN_MIB);
+        let needed = u32::try_from(needed).unwrap_or(u32::MAX);
+        machine.memory_mib = machine.memory_mib.max(needed);
+        if args.emulator == Emulator::Bochs {
+            machine.memory_mib = machine.memory_mib.min(emulator::BOCHS_MAX_MEMORY_MIB);
+        }
+    }
+    if args.emulator == Emulator::Qemu {
+        machine.acceleration = kvm::choose(args.accel.unwrap_or(Accel::Tcg))?;
+    }
+    let timeout = args.timeout.map(Duration::from_secs);
+    framed::run(&machine, &word, timeout, args.verbose)
+}
+
+/// Runs with all of Plinth's console on the terminal.
+fn run_shown(args: &Args) -> anyhow::Result<Code> {
     let until = args
         .until
         .as_deref()
         .map(Regex::new)
         .transpose()
         .map_err(|e| Stop::with(Code::Usage, format!("--until: {e}")))?;
-    let configuration = match args.guest.configuration()? {
+    let configuration = match args.own.configuration(None)? {
         Some(configuration) => configuration,
         None => Configuration::read(args.config.as_deref())?,
     };
-    let mut machine = describe(args)?;
+    let folder = ImageFolder::new()?;
+    let mut machine = describe(args, &folder)?;
     let builder = Builder::new(args.profile.profile())?;
     builder.write(&configuration, &machine.image)?;
     if args.emulator == Emulator::Qemu {
-        machine.acceleration = kvm::choose(args.accel)?;
+        machine.acceleration = kvm::choose(args.accel.unwrap_or(Accel::Auto))?;
     }
     if let Some(trace) = &machine.trace {
         eprintln!("Trace: {}", paths::shown(trace));
@@ -223,17 +395,35 @@ pub fn run(args: &Args) -> anyhow::Result<Code> {
     follow(running, until.as_ref(), deadline, !args.headless)
 }
 
+/// A folder for the image of one run, removed after it. What a killed run leaves, a later one removes.
+struct ImageFolder(PathBuf);
+
+impl ImageFolder {
+    fn new() -> anyhow::Result<Self> {
+        let name = format!("{}-image", std::process::id());
+        let folder = paths::target().join("run").join(name);
+        fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        Ok(ImageFolder(folder))
+    }
+}
+
+impl Drop for ImageFolder {
+    fn drop(&mut self) {
+        // What cannot be removed is below target/, and removed by a later run.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
 /// The machine that the arguments ask for.
-fn describe(args: &Args) -> anyhow::Result<Machine> {
-    let image = paths::target().join("plinth-run.img");
-    let mut machine = Machine::new(args.emulator, &image);
+fn describe(args: &Args, folder: &ImageFolder) -> anyhow::Result<Machine> {
+    let mut machine = Machine::new(args.emulator, &folder.0.join("plinth.img"));
     machine.firmware = args.firmware.unwrap_or(machine.firmware);
     machine.cpus = args.host_cpus.unwrap_or(machine.cpus);
-    machine.memory_mib = args.host_memory;
+    machine.memory_mib = args.host_memory.unwrap_or(machine.memory_mib);
     let name = match args.emulator {
         Emulator::Qemu => "qemu",
         Emulator::Bochs => {
-            if args.accel == Accel::Kvm {
+            if args.accel == Some(Accel::Kvm) {
                 return Err(Stop::with(Code::Usage, "--accel kvm is for QEMU"));
             }
             "bochs"
@@ -387,12 +577,13 @@ mod tests {
         let guest = GuestArgs {
             kernel: Some("a \"b\"\\c".into()),
             initrd: Some("i".into()),
-            append: "console=ttyS0 quiet".into(),
-            memory: "1G".into(),
-            vcpus: 3,
+            append: Some("console=ttyS0 quiet".into()),
+            memory: Some("1G".into()),
+            vcpus: Some(3),
             disk: vec!["a.img".into(), "b.ISO".into()],
+            test_devices: false,
         };
-        let configuration = guest.configuration().unwrap().unwrap();
+        let configuration = guest.configuration(None).unwrap().unwrap();
         let parsed = manage::config::parse("x", &configuration.text);
         assert!(parsed.problems.is_empty(), "{}", parsed.report());
         let vm = &parsed.vms[0];
@@ -402,6 +593,45 @@ mod tests {
         assert_eq!((vm.memory, vm.vcpus), (1 << 30, 3));
         let disks: Vec<_> = vm.disks.iter().map(|d| (&*d.image, d.readonly)).collect();
         assert_eq!(disks, [("a.img", false), ("b.ISO", true)]);
+    }
+
+    #[test]
+    fn a_test_kernel_becomes_a_configuration() {
+        let kernel = format!("/{}/kernel", "long".repeat(60));
+        let guest = GuestArgs {
+            kernel: Some(kernel.clone()),
+            initrd: None,
+            append: None,
+            memory: None,
+            vcpus: None,
+            disk: Vec::new(),
+            test_devices: true,
+        };
+        let word = framed::new_word().unwrap();
+        let configuration = guest.configuration(Some(&word)).unwrap().unwrap();
+        let parsed = manage::config::parse("x", &configuration.text);
+        assert!(parsed.problems.is_empty(), "{}", parsed.report());
+        assert_eq!(parsed.host.console_frame, Some(word));
+        let vm = &parsed.vms[0];
+        assert_eq!((&*vm.boot.kernel, &*vm.boot.cmdline), ("file-1", ""));
+        assert!(vm.test_devices && vm.memory == 128 << 20 && vm.vcpus == 1);
+        assert_eq!(configuration.files(), [("file-1".into(), kernel.into())]);
+    }
+
+    #[test]
+    fn modules_are_split_as_qemu_does() {
+        assert_eq!(split_modules("a"), ["a"]);
+        assert_eq!(split_modules("a b=c,d,,e"), ["a b=c", "d,e"]);
+        assert_eq!(split_modules("a,"), ["a", ""]);
+    }
+
+    #[test]
+    fn memory_sizes_are_qemus() {
+        let sizes = ["128", "128M", "1g", "1.5G", "2048k", "33"].map(memory_mib);
+        assert_eq!(sizes, [128, 128, 1024, 1536, 2, 34].map(Some));
+        for bad in ["", "M", "-1", "1e3", "12x"] {
+            assert_eq!(memory_mib(bad), None, "{bad}");
+        }
     }
 
     #[test]

@@ -160,7 +160,7 @@ impl Toolchain {
     /// It is no ELF file, or can't be written.
     pub fn strip(&self, from: &Path, to: &Path) -> anyhow::Result<()> {
         // A running emulator may have the old file mapped: put a new one in its place.
-        let new = to.with_extension("part");
+        let new = to.with_extension(format!("{}.part", std::process::id()));
         output_of(
             Command::new(&self.objcopy)
                 // Where LLVM's library is in toolchains that share it with the compiler.

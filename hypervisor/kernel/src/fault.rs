@@ -15,8 +15,8 @@ use x86_64::registers::{
 };
 
 use crate::{
-    console, cpu, idt::TrapFrame, interrupts, log, memory, percpu, power, screen, symbols, sync,
-    time,
+    console, cpu, frame, idt::TrapFrame, interrupts, log, memory, percpu, power, screen, symbols,
+    sync, time,
 };
 
 /// Vector of the non-maskable interrupt.
@@ -80,6 +80,7 @@ fn begin() {
     if percpu::count() > 1 {
         interrupts::apic().send_nmi_to_others();
     }
+    frame::end(frame::Outcome::HostFault);
 }
 
 fn end() -> ! {

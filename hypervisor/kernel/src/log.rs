@@ -11,7 +11,7 @@ use core::{
 
 use drivers::ring::LogRing;
 
-use crate::{console, fault, screen, sync::Lock, time};
+use crate::{console, fault, frame, screen, sync::Lock, time};
 
 /// Bytes of log that are remembered.
 const RING_BYTES: usize = 64 * 1024;
@@ -161,7 +161,8 @@ fn show(level: Level, line: &[u8]) {
     if level as u8 > SHOWN.load(Ordering::Relaxed) {
         return;
     }
-    if level <= Level::Warn || !QUIET_SERIAL.load(Ordering::Relaxed) {
+    let quiet = QUIET_SERIAL.load(Ordering::Relaxed);
+    if (level <= Level::Warn || !quiet) && !frame::is_open() {
         console::write_line(line);
     }
     screen::write_line(line);

@@ -15,6 +15,7 @@ mod calibrate;
 mod console;
 mod cpu;
 mod fault;
+mod frame;
 mod gdt;
 mod idt;
 mod interrupts;

@@ -36,7 +36,7 @@ use vmm::{
 
 use crate::{
     boot::Machine,
-    console, cpu, error, fault, info, interrupts, log, memory,
+    console, cpu, error, fault, frame, info, interrupts, log, memory,
     percpu::{self, PerCpu},
     power,
     preflight::Vendor,
@@ -238,6 +238,7 @@ pub fn start(machine: Machine) -> ! {
     match stopped {
         Ok(never) => match never {},
         Err(why) => {
+            frame::end(frame::Outcome::NotStarted);
             for line in why.lines() {
                 error!("{line}");
             }
@@ -306,6 +307,9 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         idle: AtomicU64::new(0),
     }));
     vmm::emulate::warm_up();
+    if let Some(word) = &config.host.console_frame {
+        frame::begin(word);
+    }
     WORLD.call_once(|| world);
     let started = (0..count).filter(|&slot| world.start_vm(slot)).count();
     if started == 0 {
@@ -408,7 +412,9 @@ fn write_terminal(bytes: &[u8]) {
 impl<B: Backend> World<B> {
     /// A line about the VMs, for the person at the terminal and the log.
     fn say(&self, text: &str) {
-        self.consoles.lock().host_line(text, &mut write_terminal);
+        if !frame::is_open() {
+            self.consoles.lock().host_line(text, &mut write_terminal);
+        }
         info!("{text}");
     }
 
@@ -592,6 +598,7 @@ impl<B: Backend> World<B> {
         let ended = self.slots.lock()[index].vcpu_at_rest();
         let Some(live) = ended else { return };
         let reason = live.vm.take_end_reason();
+        frame::end(frame::Outcome::of(reason.as_ref()));
         let name = live.vm.name.clone();
         self.log_exits(&name, &live.entities);
         if self.figures {
@@ -613,12 +620,13 @@ impl<B: Backend> World<B> {
                 self.say(line);
             }
         }
-        let again = self.slots.lock()[index]
-            .restarts(&self.plans[index].config, reason.as_ref())
-            .unwrap_or_else(|why| {
-                self.say(&why);
-                false
-            });
+        let again = !frame::is_used()
+            && self.slots.lock()[index]
+                .restarts(&self.plans[index].config, reason.as_ref())
+                .unwrap_or_else(|why| {
+                    self.say(&why);
+                    false
+                });
         if again && self.start_vm(index) {
             return;
         }

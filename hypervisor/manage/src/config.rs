@@ -25,7 +25,7 @@ use core::fmt;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-pub use check::{Environment, FileFacts, FileKind, check};
+pub use check::{Environment, FileFacts, FileKind, check, has_multiboot_header};
 pub use cpu::{CPU_FEATURES, CpuBase, CpuConfig};
 pub use disks::{DEFAULT_CHANGES, DiskConfig, MAX_DISKS, MIN_CHANGES};
 
@@ -51,6 +51,8 @@ pub const MAX_CMDLINE: usize = 2047;
 pub const MAX_MODULES: usize = 32;
 /// Longest path of a file, in bytes.
 pub const MAX_PATH: usize = 180;
+/// Length of the word that marks a console's frame: hard to guess.
+const FRAME_WORD: core::ops::RangeInclusive<usize> = 16..=64;
 /// Problems kept; further ones are only counted.
 const MAX_PROBLEMS: usize = 64;
 
@@ -86,7 +88,7 @@ pub enum LogLevel {
 }
 
 /// `[host]`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostConfig {
     /// `on-fault`.
     pub on_fault: OnFault,
@@ -98,6 +100,8 @@ pub struct HostConfig {
     pub console_escape: u8,
     /// `figures`: says at each VM's end what its start took, what memory it used and its exits by kind.
     pub figures: bool,
+    /// `console-frame`: the word between two lines with which the serial port shows guests' output alone.
+    pub console_frame: Option<String>,
 }
 
 impl Default for HostConfig {
@@ -108,6 +112,7 @@ impl Default for HostConfig {
             log_level: LogLevel::default(),
             console_escape: DEFAULT_ESCAPE,
             figures: false,
+            console_frame: None,
         }
     }
 }
@@ -434,6 +439,7 @@ impl<'t> Parser<'t> {
                 "log-level",
                 "console-escape",
                 "figures",
+                "console-frame",
             ],
         );
         let default = HostConfig::default();
@@ -471,7 +477,24 @@ impl<'t> Parser<'t> {
             figures: self
                 .boolean(s, "figures")
                 .map_or(default.figures, |(value, _)| value),
+            console_frame: self.console_frame(s),
         };
+    }
+
+    fn console_frame(&mut self, s: &Section<'_>) -> Option<String> {
+        let (text, at) = self.string(s, "console-frame")?;
+        let plain = text.bytes().all(|b| b.is_ascii_alphanumeric());
+        if !plain || !FRAME_WORD.contains(&text.len()) {
+            let message = format!(
+                "{} can't mark a frame; allowed: {} to {} letters and digits",
+                quote(text),
+                FRAME_WORD.start(),
+                FRAME_WORD.end()
+            );
+            self.bad(s, at, "console-frame", message);
+            return None;
+        }
+        Some(text.to_owned())
     }
 
     fn escape(&mut self, s: &Section<'_>) -> Option<u8> {

@@ -31,6 +31,7 @@ use crate::{
     paths,
     process::Guarded,
 };
+pub use bochs::MAX_MEMORY_MIB as BOCHS_MAX_MEMORY_MIB;
 use serial::Serial;
 pub use serial::{Cursor, Keyboard, Watch};
 

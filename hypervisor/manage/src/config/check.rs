@@ -77,7 +77,7 @@ impl FileKind {
 
 /// Whether the first 8192 bytes hold a multiboot 1 header, whose first three words sum to 0 (Multiboot
 /// Specification 0.6.96, section 3.1).
-fn has_multiboot_header(head: &[u8]) -> bool {
+pub fn has_multiboot_header(head: &[u8]) -> bool {
     const MAGIC: u32 = 0x1bad_b002;
     let word = |at: usize| {
         let bytes = head.get(at..at + 4)?.try_into().ok()?;

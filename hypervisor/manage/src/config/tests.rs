@@ -64,6 +64,7 @@ fn a_good_file_has_no_problems() {
             log_level: LogLevel::Debug,
             console_escape: 1,
             figures: true,
+            console_frame: None,
         }
     );
     let [linux, stub] = &config.vms[..] else {
@@ -112,7 +113,7 @@ fn the_documented_file_has_no_problems() {
 fn a_file_without_host_has_the_defaults() {
     let config = parse("p", with("vcpus = 16").as_bytes());
     assert_eq!(
-        (config.problems.len(), config.host),
+        (config.problems.len(), config.host.clone()),
         (0, HostConfig::default())
     );
     assert_eq!(config.host.console_escape, 0x1d);
@@ -388,6 +389,25 @@ fn modules_are_paths_with_arguments() {
     place.files.insert("a", large);
     let problem = checked(&place).problems[0].to_string();
     assert!(problem.contains("and the modules (9 MiB)"), "{problem}");
+}
+
+#[test]
+fn a_console_frame_has_a_word_that_is_hard_to_guess() {
+    let with = |word: &str| {
+        let text = GOOD.replace("figures = true", &format!("console-frame = \"{word}\""));
+        parse("p", text.as_bytes())
+    };
+    let word = "0123456789abcdef";
+    assert_eq!(with(word).host.console_frame.as_deref(), Some(word));
+    for bad in ["short", "with a blank in it", &word.repeat(5)] {
+        let config = with(bad);
+        assert_eq!(config.host.console_frame, None);
+        assert!(
+            config
+                .report()
+                .contains("allowed: 16 to 64 letters and digits")
+        );
+    }
 }
 
 #[test]
