@@ -587,7 +587,7 @@ mod tests {
         let parsed = manage::config::parse("x", &configuration.text);
         assert!(parsed.problems.is_empty(), "{}", parsed.report());
         let vm = &parsed.vms[0];
-        assert_eq!(vm.boot.kernel, "a \"b\"\\c");
+        assert_eq!(vm.boot.kernel.as_deref(), Some("a \"b\"\\c"));
         assert_eq!(vm.boot.initrd.as_deref(), Some("i"));
         assert_eq!(vm.boot.cmdline, "console=ttyS0 quiet");
         assert_eq!((vm.memory, vm.vcpus), (1 << 30, 3));

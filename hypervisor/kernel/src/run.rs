@@ -9,6 +9,8 @@
 //! locks of the host are in one table in docs/ARCHITECTURE.md. No lock is held while a guest runs, but for
 //! the vCPU's own, which nobody else waits for.
 
+mod tables;
+
 use alloc::{boxed::Box, format, string::String, sync::Arc, vec::Vec};
 use core::{
     convert::Infallible,
@@ -22,17 +24,20 @@ use manage::{
     config::{self, AfterLastVm, Config, Restart, VmConfig},
     console::{ConsoleId, ConsoleMux, Input},
 };
-use mem::{Owner, nested::NestedTable};
+use mem::Owner;
 use sched::{EntityId, RunQueue, Wake};
 use spin::Once;
 use virt::{Backend, Exit, VcpuSetup, svm::Svm, vtx::Vtx};
 use vmm::{
     clock::TimeSource,
+    firmware::{Firmware, Variables},
     host::Host,
     load::{BootFiles, Module},
     vcpu::{Pause, Vcpu},
     vm::{EndReason, Environment, Vm, VmSpec},
 };
+
+use tables::GuestTables;
 
 use crate::{
     boot::Machine,
@@ -68,8 +73,7 @@ struct Live<B: Backend> {
     /// vCPUs that have not come to rest since the VM ended.
     running: usize,
     begun: Beginning,
-    /// Freed after the vCPUs that use it.
-    table: NestedTable<B::Format>,
+    tables: Arc<GuestTables<B>>,
 }
 
 /// What there was when the making of a VM began, for its figures.
@@ -98,8 +102,10 @@ struct BootModule {
 /// A VM of the configuration: what it is made of, each time.
 struct Plan {
     config: VmConfig,
+    /// Empty where firmware finds its system itself.
     kernel: &'static [u8],
     modules: Vec<BootModule>,
+    firmware: Option<Firmware<'static>>,
     /// Its console on the terminal, if it is configured to have one.
     console: Option<ConsoleId>,
 }
@@ -181,7 +187,7 @@ struct Entity<B: Backend> {
 
 /// Everything that runs on this host.
 struct World<B: Backend> {
-    backend: B,
+    backend: &'static B,
     /// Unix time at which this host's kernel was entered, in seconds.
     boot_epoch: u64,
     after_last_vm: AfterLastVm,
@@ -253,7 +259,8 @@ pub fn start(machine: Machine) -> ! {
 /// # Errors
 /// A text for the screen: why no VM can run here.
 fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
-    let backend = B::new(&memory::HOST).map_err(|e| format!("{e}"))?;
+    let backend: &'static B =
+        Box::leak(Box::new(B::new(&memory::HOST).map_err(|e| format!("{e}"))?));
     let cpu = percpu::current();
     backend.enable(cpu.number).map_err(|e| format!("{e}"))?;
     let bundle = &machine.bundle;
@@ -262,7 +269,12 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
     let mut consoles = ConsoleMux::new(config.host.console_escape);
     let mut plans = Vec::new();
     for vm in config.vms {
-        let kernel = bundle.guest_file(&vm.boot.kernel).unwrap_or_default();
+        let file = |path: &Option<String>| path.as_deref().and_then(|path| bundle.guest_file(path));
+        let kernel = file(&vm.boot.kernel).unwrap_or_default();
+        let firmware = vm.boot.firmware.as_ref().map(|firmware| Firmware {
+            image: bundle.guest_file(&firmware.image).unwrap_or_default(),
+            variables: file(&firmware.variables).map(Variables::new),
+        });
         let module = |path: &str, text: &str| BootModule {
             data: bundle.guest_file(path).unwrap_or_default(),
             text: String::from(text),
@@ -280,6 +292,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
             config: vm,
             kernel,
             modules,
+            firmware,
             console,
         });
     }
@@ -464,9 +477,10 @@ impl<B: Backend> World<B> {
             name: config.name.clone(),
             vcpus: config.vcpus,
             memory_bytes: config.memory,
+            firmware: plan.firmware.clone(),
             boot: BootFiles {
                 kernel: plan.kernel,
-                kernel_name: &config.boot.kernel,
+                kernel_name: config.boot.kernel.as_deref().unwrap_or_default(),
                 modules: &modules,
                 command_line: &config.boot.cmdline,
             },
@@ -486,11 +500,14 @@ impl<B: Backend> World<B> {
             kick: kick.clone(),
         };
         // Memory is zeroed and files are copied: long work.
-        let (vm, entry) = interrupts::open(|| Vm::new(spec, environment))
-            .map_err(|e| format!("{}: {e}", config.boot.kernel))?;
-        let mut table = NestedTable::new(self.backend.format(), &memory::HOST, Owner::VmTables(id))
+        let (vm, entry) = interrupts::open(|| Vm::new(spec, environment)).map_err(|e| {
+            // The first file is what the VM boots: its firmware, or its kernel.
+            let file = config.boot.paths().next().unwrap_or_default();
+            format!("{file}: {e}")
+        })?;
+        let tables = interrupts::open(|| GuestTables::new(self.backend, id, &vm.memory))
             .map_err(|e| format!("{e}"))?;
-        interrupts::open(|| vm.memory.map_into(&mut table)).map_err(|e| format!("{e}"))?;
+        vm.set_nested(tables.clone());
 
         let pcpu = percpu::current().number;
         let mut entities = Vec::new();
@@ -502,7 +519,7 @@ impl<B: Backend> World<B> {
                     vm: id,
                     vcpu: number,
                     tag: entity.0 + 1,
-                    nested_root: table.root(),
+                    nested_root: tables.root(),
                 })
                 .map_err(|e| format!("{e}"))
                 .and_then(|hw| {
@@ -537,7 +554,7 @@ impl<B: Backend> World<B> {
                 entities,
                 running,
                 begun,
-                table,
+                tables,
             },
             boot,
         ))
@@ -665,7 +682,7 @@ impl<B: Backend> World<B> {
         let first_run = boot.first_run.load(Ordering::Relaxed);
         let since = |start: u64| first_run.wrapping_sub(start);
         let tables = memory::HOST.used(Owner::VmTables(vm_number(index)));
-        let beside_tables = tables.saturating_sub(live.table.frames()) * mem::PAGE_SIZE;
+        let beside_tables = tables.saturating_sub(live.tables.frames()) * mem::PAGE_SIZE;
         let heap = memory::heap_used().saturating_sub(live.begun.heap_bytes) as u64;
         self.say(&format!(
             "{name}: figures: kernel-to-entry {} vm-start {} guest-tsc-at-entry {} \
@@ -674,7 +691,7 @@ impl<B: Backend> World<B> {
             since(live.begun.tsc),
             since(live.vm.clock.to_host(0)),
             beside_tables + heap,
-            live.table.frames() * mem::PAGE_SIZE,
+            live.tables.frames() * mem::PAGE_SIZE,
         ));
     }
 

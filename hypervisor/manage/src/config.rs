@@ -10,6 +10,7 @@
 //! replaced by its default. A file that is no TOML yields one error and no VMs. The size of the
 //! file, the number of VMs and the number of problems kept are limited, so that no file exhausts memory.
 
+mod boot;
 mod check;
 mod cpu;
 mod disks;
@@ -25,6 +26,7 @@ use core::fmt;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+pub use boot::{Boot, BootModule, FirmwareConfig};
 pub use check::{Environment, FileFacts, FileKind, check, has_multiboot_header};
 pub use cpu::{CPU_FEATURES, CpuBase, CpuConfig};
 pub use disks::{DEFAULT_CHANGES, DiskConfig, MAX_DISKS, MIN_CHANGES};
@@ -131,45 +133,6 @@ pub enum Restart {
     Always,
 }
 
-/// What a VM boots: a kernel file (bzImage, multiboot, or ELF with a PVH note; the loader finds out).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Boot {
-    /// Path as written, relative to the configuration file.
-    pub kernel: String,
-    /// Path as written.
-    pub initrd: Option<String>,
-    /// Modules of a multiboot kernel, after `initrd` if there is one.
-    pub modules: Vec<BootModule>,
-    /// Kernel command line, may be empty.
-    pub cmdline: String,
-}
-
-impl Boot {
-    /// The paths of all its files, as written.
-    pub fn paths(&self) -> impl Iterator<Item = &str> {
-        let modules = self.modules.iter().map(|module| module.path());
-        [self.kernel.as_str()]
-            .into_iter()
-            .chain(self.initrd.as_deref())
-            .chain(modules)
-    }
-}
-
-/// A module of a multiboot kernel: a path, and what the kernel is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BootModule {
-    /// As written: a path, then perhaps a blank and arguments. The kernel is told all of it.
-    pub text: String,
-    place: Location,
-}
-
-impl BootModule {
-    /// Path as written.
-    pub fn path(&self) -> &str {
-        self.text.split(' ').next().unwrap_or_default()
-    }
-}
-
 /// One `[[vm]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmConfig {
@@ -201,8 +164,6 @@ pub struct VmConfig {
 struct Places {
     vcpus: Location,
     memory: Location,
-    kernel: Location,
-    initrd: Location,
 }
 
 /// A place in the file. Both count from 1; a column is a character. Line 0: the file as a whole.
@@ -622,7 +583,6 @@ impl<'t> Parser<'t> {
                 .is_none_or(|vm| !self.config.disabled.contains(vm));
         if let (Some(name), Some((memory, memory_at)), Some(boot), true) = (name, memory, boot, ok)
         {
-            let (boot, kernel_at, initrd_at) = boot;
             self.config.vms.push(VmConfig {
                 name,
                 vcpus,
@@ -637,8 +597,6 @@ impl<'t> Parser<'t> {
                 places: Places {
                     vcpus: vcpus_at,
                     memory: memory_at,
-                    kernel: kernel_at,
-                    initrd: initrd_at,
                 },
             });
         }
@@ -742,95 +700,6 @@ impl<'t> Parser<'t> {
         let text = format!("{} is {problem}; {allowed}", shown(value));
         self.bad(s, at, key, text);
         None
-    }
-
-    fn boot(&mut self, vm: &Section<'_>) -> Option<(Boot, Location, Location)> {
-        let Some((table, at)) = self.table(vm, "boot") else {
-            if find(vm.table, "boot").is_none() {
-                let text = "missing; write for example boot = { kernel = \"vmlinuz\" }".to_owned();
-                self.bad(vm, vm.at, "boot", text);
-            }
-            return None;
-        };
-        let s = &Section {
-            table,
-            path: "vm.boot",
-            at,
-            vm: vm.vm.clone(),
-        };
-        self.check_keys(s, &["kernel", "initrd", "modules", "cmdline"]);
-        let kernel = self
-            .required(s, "kernel")
-            .and_then(|(text, at)| self.path(s, "kernel", text, at));
-        let initrd = self
-            .string(s, "initrd")
-            .and_then(|(text, at)| self.path(s, "initrd", text, at));
-        let modules = self.modules(s);
-        let cmdline = match self.string(s, "cmdline") {
-            Some((text, at)) if text.len() > MAX_CMDLINE => {
-                let length = text.len();
-                let text = format!("has {length} bytes; allowed: up to {MAX_CMDLINE}");
-                self.bad(s, at, "cmdline", text);
-                None
-            }
-            Some((text, at)) if text.contains(char::is_control) => {
-                let text = "has a control character; allowed: one line of text".to_owned();
-                self.bad(s, at, "cmdline", text);
-                None
-            }
-            Some((text, _)) => Some(text),
-            None => Some(""),
-        };
-        let (kernel, kernel_at) = kernel?;
-        let initrd_at = initrd.as_ref().map_or(kernel_at, |(_, at)| *at);
-        let boot = Boot {
-            kernel,
-            initrd: initrd.map(|(path, _)| path),
-            modules,
-            cmdline: cmdline?.to_owned(),
-        };
-        Some((boot, kernel_at, initrd_at))
-    }
-
-    /// `modules`: a list of texts, each a path with arguments.
-    fn modules(&mut self, s: &Section<'_>) -> Vec<BootModule> {
-        const KEY: &str = "modules";
-        let list = match self.value(s, KEY) {
-            None => return Vec::new(),
-            Some((DeValue::Array(list), at)) if list.len() > MAX_MODULES => {
-                let text = format!("has {} files; allowed: up to {MAX_MODULES}", list.len());
-                self.bad(s, at, KEY, text);
-                return Vec::new();
-            }
-            Some((DeValue::Array(list), _)) => list,
-            Some((other, at)) => {
-                self.wrong_type(s, at, KEY, "a list of strings", other);
-                return Vec::new();
-            }
-        };
-        let mut modules = Vec::new();
-        for value in list {
-            let at = self.location(value.span().start);
-            match value.get_ref() {
-                DeValue::String(text) if text.len() > MAX_CMDLINE => {
-                    let text = format!("has {} bytes; allowed: up to {MAX_CMDLINE}", text.len());
-                    self.bad(s, at, KEY, text);
-                }
-                DeValue::String(text) => {
-                    let module = BootModule {
-                        text: text.clone().into_owned(),
-                        place: at,
-                    };
-                    let whole_is_fine = !text.contains(char::is_control);
-                    let path = if whole_is_fine { module.path() } else { text };
-                    if self.path(s, KEY, path, at).is_some() {
-                        modules.push(module);
-                    }
-                }
-                other => self.wrong_type(s, at, KEY, "a list of strings", other),
-            }
-        }
-        modules
     }
 
     fn path(

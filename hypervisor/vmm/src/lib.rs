@@ -11,6 +11,7 @@ pub mod clock;
 pub mod control;
 pub mod cpuid;
 pub mod emulate;
+pub mod firmware;
 pub mod host;
 pub mod load;
 pub mod msr;

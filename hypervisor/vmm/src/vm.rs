@@ -14,6 +14,7 @@ use devices::{
     VcpuId,
     acpi::{self, AcpiConfig},
     bus::{MmioBus, Overlap, PortBus, Swallow},
+    chipset::{I440Fx, IsaBridge, MOVED_PM_BASE, PciInterruptRouter, PmAlias, PowerFunction},
     debug_exit::{self, DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, DebugExit},
     debug_port::{DEBUG_PORT, DebugPort, FIRMWARE_DEBUG_PORT},
     fw_cfg::{FW_CFG_PORT, FW_CFG_PORTS, FwCfg, FwCfgItems, Key},
@@ -44,6 +45,7 @@ use crate::{
     clock::{TimeSource, VmClock},
     control,
     cpuid::{CpuModel, CpuidPolicy, HostCpuid, ModelError},
+    firmware::{self, Firmware, FirmwareError, NestedControl, SpecialMemory},
     load::{self, BootFiles, BootLayout, LoadError, MapEntry, MapKind},
     vcpu::Dump,
 };
@@ -78,7 +80,10 @@ pub struct VmSpec<'a> {
     pub vcpus: u16,
     /// RAM in bytes, whole 4 KiB pages.
     pub memory_bytes: u64,
-    /// What it boots: a bzImage, multiboot or PVH kernel, and what comes with it.
+    /// Firmware to boot; `None`: the kernel.
+    pub firmware: Option<Firmware<'a>>,
+    /// What it boots: a bzImage, multiboot or PVH kernel, and what comes with it. Without a kernel where firmware
+    /// finds its system itself.
     pub boot: BootFiles<'a>,
     /// Whether it has the devices that test kernels expect.
     pub test_devices: bool,
@@ -109,6 +114,8 @@ pub enum VmError {
     Memory(AllocateError),
     /// Its boot image is no good.
     Load(LoadError),
+    /// Its firmware cannot be booted.
+    Firmware(FirmwareError),
     /// Two devices claim the same address: a defect of Plinth.
     Overlap(Overlap),
     /// Its processor model cannot be had here.
@@ -135,6 +142,12 @@ impl From<ModelError> for VmError {
     }
 }
 
+impl From<FirmwareError> for VmError {
+    fn from(e: FirmwareError) -> Self {
+        VmError::Firmware(e)
+    }
+}
+
 impl From<Overlap> for VmError {
     fn from(e: Overlap) -> Self {
         VmError::Overlap(e)
@@ -146,6 +159,7 @@ impl fmt::Display for VmError {
         match self {
             VmError::Memory(e) => e.fmt(f),
             VmError::Load(e) => e.fmt(f),
+            VmError::Firmware(e) => e.fmt(f),
             VmError::Overlap(e) => e.fmt(f),
             VmError::Processor(e) => e.fmt(f),
             VmError::AcpiTables => {
@@ -243,6 +257,8 @@ pub struct Vm {
     pub(crate) ioapic: Arc<IoApic>,
     pub(crate) pic: Arc<Pic>,
     uart: Arc<Uart>,
+    /// What there is beside RAM, in a VM with firmware.
+    pub(crate) special: Option<Arc<SpecialMemory>>,
     timers: Timers,
     /// Earliest deadline of `timers`, in ticks of `clock`; [`NEVER`] if none is armed.
     timer_deadline: AtomicU64,
@@ -291,6 +307,54 @@ fn place_acpi_tables(memory: &GuestMemory, config: &AcpiConfig<'_>) -> Result<Gp
     Ok(built.rsdp)
 }
 
+/// Loads the kernel, with ACPI tables and memory map as its boot protocol hands them over. Returns the
+/// state in which it starts.
+fn load_kernel(
+    memory: &GuestMemory,
+    spec: &VmSpec<'_>,
+    acpi: &AcpiConfig<'_>,
+) -> Result<CpuState, VmError> {
+    let ecam = acpi.pci.ecam.map(|ecam| GuestRange {
+        start: Gpa(ecam),
+        bytes: ECAM_BUS_LEN,
+    });
+    let reserved: Vec<MapEntry> = [VGA_HOLE, FIRMWARE_AREA]
+        .into_iter()
+        .chain(ecam)
+        .map(|range| MapEntry {
+            range,
+            kind: MapKind::Reserved,
+        })
+        .collect();
+    let layout = BootLayout {
+        reserved: &reserved,
+        rsdp: Some(place_acpi_tables(memory, acpi)?),
+    };
+    let entry = load::load(memory, &spec.boot, &layout)?;
+    Ok(entry.state)
+}
+
+/// Offers a kernel, and its initrd, by `fw_cfg`, for firmware to load.
+fn offer_kernel(items: &mut FwCfgItems, spec: &VmSpec<'_>) {
+    const SECTOR: usize = 512;
+    let setup_sectors = match spec.boot.kernel.get(0x1f1) {
+        None => return,
+        Some(0) => 4,
+        Some(&sectors) => usize::from(sectors),
+    };
+    let setup = ((setup_sectors + 1) * SECTOR).min(spec.boot.kernel.len());
+    let (setup, rest) = spec.boot.kernel.split_at(setup);
+    let initrd = spec.boot.modules.first().map_or(&[][..], |m| m.data);
+    for (size, data, content) in [
+        (Key::SetupSize, Key::SetupData, setup),
+        (Key::KernelSize, Key::KernelData, rest),
+        (Key::InitrdSize, Key::InitrdData, initrd),
+    ] {
+        items.set(size, (content.len() as u32).to_le_bytes().to_vec());
+        items.set(data, content.to_vec());
+    }
+}
+
 /// What `fw_cfg` tells every system that asks: the machine's size, and the command line.
 fn fw_cfg_items(spec: &VmSpec<'_>) -> FwCfgItems {
     let mut command_line = spec.boot.command_line.as_bytes().to_vec();
@@ -332,13 +396,24 @@ impl Timers {
 
 impl Vm {
     /// Makes a VM and loads its boot image. The state is that of its boot processor at the
-    /// image's first instruction.
+    /// image's first instruction: the kernel's, or the firmware's at the reset vector.
     ///
     /// # Errors
     /// No memory, or no usable boot image.
     pub fn new(spec: VmSpec<'_>, host: Environment<'_>) -> Result<(Arc<Self>, CpuState), VmError> {
-        let layout = ram_layout(spec.memory_bytes);
-        let memory = Arc::new(GuestMemory::allocate(host.memory, spec.id, &layout)?);
+        let layout = match spec.firmware {
+            Some(_) => firmware::ram_layout(spec.memory_bytes),
+            None => ram_layout(spec.memory_bytes),
+        };
+        let mut memory = GuestMemory::allocate(host.memory, spec.id, &layout)?;
+        if let Some(firmware) = &spec.firmware {
+            firmware.place(&mut memory)?;
+        }
+        let memory = Arc::new(memory);
+        let special = spec
+            .firmware
+            .is_some()
+            .then(|| SpecialMemory::new(memory.clone(), host.kick.clone(), spec.vcpus));
         let cpuid = CpuidPolicy::new(host.cpuid, spec.vcpus, &spec.cpu, host.time.stable)?;
         let end = Arc::new(EndCell {
             ended: AtomicBool::new(false),
@@ -356,7 +431,12 @@ impl Vm {
         // As on a PC, the 8259A's output is also input 0 of the IOAPIC.
         let intr = IntrPin::new(apic_bus.clone(), Line::new(ioapic.clone(), 0));
         let pic = Pic::new(Line::new(Arc::new(intr), 0));
-        let router: Arc<dyn InterruptSink> = Arc::new(GsiRouter::new(pic.clone(), ioapic.clone()));
+        let wiring: Arc<dyn InterruptSink> = Arc::new(GsiRouter::new(pic.clone(), ioapic.clone()));
+        let pci_router = PciInterruptRouter::new(wiring.clone());
+        let router = match special {
+            Some(_) => pci_router.clone(),
+            None => wiring,
+        };
         let irq = |number: u8| Line::new(router.clone(), u32::from(number));
 
         let mut ports = PortBus::new();
@@ -382,9 +462,27 @@ impl Vm {
         ports.insert("acpi-pm", platform::PM_BASE, PM_PORTS, power.clone())?;
         ports.insert("reset", RESET_PORT, 1, ResetControl::new(system.clone()))?;
         ports.insert("post", platform::POST_PORT, 1, Arc::new(Swallow))?;
-        if spec.test_devices {
-            let fw_cfg = FwCfg::new(fw_cfg_items(&spec), memory.clone());
+        let pci_layout = match special {
+            Some(_) => firmware::pci_layout(spec.memory_bytes),
+            None => PciLayout::default(),
+        };
+        let acpi = AcpiConfig {
+            apic_ids: &apic_ids,
+            ioapic_id: IOAPIC_ID,
+            serial_ports: &[com1],
+            keyboard: false,
+            pci: pci_layout.clone(),
+        };
+        if spec.test_devices || spec.firmware.is_some() {
+            let mut items = fw_cfg_items(&spec);
+            if spec.firmware.is_some() {
+                offer_kernel(&mut items, &spec);
+                firmware::add_files(&mut items, spec.memory_bytes, &acpi)?;
+            }
+            let fw_cfg = FwCfg::new(items, memory.clone());
             ports.insert("fw_cfg", FW_CFG_PORT, FW_CFG_PORTS, fw_cfg)?;
+        }
+        if spec.test_devices {
             let exit = DebugExit::new(system);
             ports.insert("debug-exit", DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, exit)?;
             let debug = DebugPort::new(host.console);
@@ -392,38 +490,28 @@ impl Vm {
             ports.insert("firmware-debug", FIRMWARE_DEBUG_PORT, 1, debug)?;
             test_device::attach(&mut ports, &mut mmio, &router)?;
         }
-        let pci_layout = PciLayout::default();
         let mut pci = PciBus::new();
-        pci.insert(0, 0, HostBridge::new())?;
+        match &special {
+            None => pci.insert(0, 0, HostBridge::new())?,
+            Some(special) => {
+                pci.insert(0, 0, I440Fx::new(special.clone()))?;
+                pci.insert(1, 0, IsaBridge::new(pci_router))?;
+                let function = PowerFunction::new();
+                pci.insert(1, 3, function.clone())?;
+                let alias = PmAlias::new(function, power.clone());
+                ports.insert("acpi-pm", MOVED_PM_BASE, PM_PORTS, alias)?;
+            }
+        }
+        if let (Some(firmware), Some(special)) = (&spec.firmware, &special)
+            && let Some((range, flash)) = firmware.flash(special)?
+        {
+            mmio.insert("variables", range.start.0, range.bytes, flash)?;
+        }
         Arc::new(pci).attach(&mut ports, &mut mmio, &pci_layout)?;
-
-        let ecam = pci_layout.ecam.map(|ecam| GuestRange {
-            start: Gpa(ecam),
-            bytes: ECAM_BUS_LEN,
-        });
-        let rsdp = place_acpi_tables(
-            &memory,
-            &AcpiConfig {
-                apic_ids: &apic_ids,
-                ioapic_id: IOAPIC_ID,
-                serial_ports: &[com1],
-                keyboard: false,
-                pci: pci_layout,
-            },
-        )?;
-        let reserved: Vec<MapEntry> = [VGA_HOLE, FIRMWARE_AREA]
-            .into_iter()
-            .chain(ecam)
-            .map(|range| MapEntry {
-                range,
-                kind: MapKind::Reserved,
-            })
-            .collect();
-        let layout = BootLayout {
-            reserved: &reserved,
-            rsdp: Some(rsdp),
+        let start = match special {
+            Some(_) => CpuState::reset(),
+            None => load_kernel(&memory, &spec, &acpi)?,
         };
-        let entry = load::load(&memory, &spec.boot, &layout)?;
         let timers = Timers {
             pit,
             rtc,
@@ -443,12 +531,21 @@ impl Vm {
             ioapic,
             pic,
             uart,
+            special,
             timers,
             timer_deadline,
             noting_deadline: Mutex::new(()),
             end,
         };
-        Ok((Arc::new(vm), entry.state))
+        Ok((Arc::new(vm), start))
+    }
+
+    /// Says which nested page tables map its memory, so that they follow when what the guest may do with
+    /// ROM and flash changes. Before it runs.
+    pub fn set_nested(&self, nested: Arc<dyn NestedControl>) {
+        if let Some(special) = &self.special {
+            special.set_nested(nested);
+        }
     }
 
     /// Input for the first serial port, as much as its queue takes. Returns how many bytes that were.
@@ -520,6 +617,10 @@ impl Vm {
     pub(crate) fn is_timer_port(port: u16) -> bool {
         const PM_FIRST: u16 = platform::PM_BASE;
         const PM_LAST: u16 = PM_FIRST + PM_PORTS - 1;
-        matches!(port, 0x40..=0x43 | 0x61 | 0x70..=0x71 | PM_FIRST..=PM_LAST)
+        const MOVED_LAST: u16 = MOVED_PM_BASE + PM_PORTS - 1;
+        matches!(
+            port,
+            0x40..=0x43 | 0x61 | 0x70..=0x71 | PM_FIRST..=PM_LAST | MOVED_PM_BASE..=MOVED_LAST
+        )
     }
 }

@@ -12,7 +12,7 @@ mod i440fx;
 mod piix;
 
 pub use i440fx::{I440Fx, SHADOW, SHADOW_SEGMENTS};
-pub use piix::{IsaBridge, PM_BASES, PciInterruptRouter, PmAlias, PowerFunction};
+pub use piix::{IsaBridge, MOVED_PM_BASE, PciInterruptRouter, PmAlias, PowerFunction};
 
 use mem::GuestRange;
 use mem::guest::Access;

@@ -3,7 +3,7 @@
 //! The ISA bridge routes the four PCI interrupt lines to ISA interrupts (82371SB data sheet,
 //! section 2.3.5, PIRQRC), for systems without an I/O APIC. The power management function says at which
 //! ports the ACPI block is (82371AB data sheet, section 7.2): the block always answers where the ACPI tables
-//! say it is, and also at the few other bases that firmware is known to choose, while chosen.
+//! say it is, and also at the other base that firmware is known to choose, while chosen.
 
 use alloc::sync::Arc;
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -182,8 +182,8 @@ const PM_MISC: u16 = 0x80;
 const SMI_ENABLE: u16 = 0x5b;
 const SMI_ENABLED: u8 = 1 << 1;
 
-/// Bases beside that of the ACPI tables at which the block can be: OVMF's, and coreboot's and U-Boot's.
-pub const PM_BASES: [u16; 2] = [0xb000, 0xe400];
+/// The base beside that of the ACPI tables at which the block can be: OVMF's choice.
+pub const MOVED_PM_BASE: u16 = 0xb000;
 
 /// The power management function, 00:01.3.
 pub struct PowerFunction {
@@ -235,25 +235,20 @@ impl PciFunction for PowerFunction {
     no_bars!();
 }
 
-/// The ACPI block at one of [`PM_BASES`]: it answers while the block is there.
+/// The ACPI block at [`MOVED_PM_BASE`]: it answers while the block is there.
 pub struct PmAlias {
-    base: u16,
     function: Arc<PowerFunction>,
     block: Arc<PowerManagement>,
 }
 
 impl PmAlias {
-    /// The ports from `base` on.
-    pub fn new(base: u16, function: Arc<PowerFunction>, block: Arc<PowerManagement>) -> Arc<Self> {
-        Arc::new(PmAlias {
-            base,
-            function,
-            block,
-        })
+    /// The block's second place.
+    pub fn new(function: Arc<PowerFunction>, block: Arc<PowerManagement>) -> Arc<Self> {
+        Arc::new(PmAlias { function, block })
     }
 
     fn chosen(&self) -> Result<&PowerManagement, IoError> {
-        let chosen = self.function.base.load(Ordering::Relaxed) == u32::from(self.base);
+        let chosen = self.function.base.load(Ordering::Relaxed) == u32::from(MOVED_PM_BASE);
         chosen
             .then_some(&*self.block)
             .ok_or(IoError::InvalidRegister)
@@ -317,18 +312,16 @@ mod tests {
         let line = Line::disconnected();
         let pm = PowerManagement::new(clock.clone(), line, Arc::new(Requests::default()));
         let function = PowerFunction::new();
-        let [alias, other] = PM_BASES.map(|base| PmAlias::new(base, function.clone(), pm.clone()));
+        let alias = PmAlias::new(function.clone(), pm);
         clock.set(1234);
         assert!(alias.read(8, Width::Dword).is_err());
         function.config_write(0x40, Width::Dword, 0xb001);
         assert!(alias.read(8, Width::Dword).is_err(), "not enabled");
         function.config_write(0x80, Width::Byte, 1);
         assert_eq!(alias.read(8, Width::Dword), Ok(1234));
-        assert!(other.read(8, Width::Dword).is_err());
         function.config_write(0x40, Width::Word, 0xe400);
         assert_eq!(function.config_read(0x40, Width::Dword), 0xe401);
         assert!(alias.read(8, Width::Dword).is_err());
-        assert_eq!(other.read(8, Width::Dword), Ok(1234));
         assert_eq!(
             function.config_read(0x5b, Width::Byte),
             2,

@@ -176,52 +176,111 @@ fn changes_of_all(bytes: u64) -> u64 {
         .saturating_mul(4096)
 }
 
-/// Whether kernel and initrd are there and can be what they should.
+/// Whether a kernel file can be one. Returns its size.
+fn check_kernel(facts: FileFacts, with_firmware: bool) -> Result<u64, String> {
+    let what = match facts.kind {
+        _ if facts.bytes == 0 => "is empty",
+        FileKind::BzImage => return Ok(facts.bytes),
+        _ if with_firmware => "is not a bzImage, and firmware loads no other kernel",
+        FileKind::Elf | FileKind::Multiboot => return Ok(facts.bytes),
+        FileKind::Compressed(how) => {
+            return Err(format!(
+                "is compressed with {how}; give it unpacked (a bzImage unpacks itself)"
+            ));
+        }
+        FileKind::EfiApplication => "is an EFI application, not a bzImage, ELF or multiboot kernel",
+        FileKind::Other => "is not a bzImage, ELF or multiboot kernel",
+    };
+    Err(what.to_string())
+}
+
+/// Least and most bytes of a firmware image, and the step.
+const FIRMWARE_BYTES: (u64, u64, u64) = (128 << 10, 16 << 20, 4 << 10);
+
+/// Whether a firmware image can be one.
+fn check_firmware(facts: FileFacts) -> Result<u64, String> {
+    let (least, most, step) = FIRMWARE_BYTES;
+    if (least..=most).contains(&facts.bytes) && facts.bytes.is_multiple_of(step) {
+        return Ok(facts.bytes);
+    }
+    Err(format!(
+        "has {} bytes; a firmware image has {} to {}, in steps of {}",
+        facts.bytes,
+        size(least),
+        size(most),
+        size(step)
+    ))
+}
+
+/// Whether a variable store can be one. It lies beside the image, so the larger that is, the smaller it must be.
+fn check_variables(facts: FileFacts, image: u64) -> Result<u64, String> {
+    let (_, most, step) = FIRMWARE_BYTES;
+    let most = most.saturating_sub(image);
+    if (1..=most).contains(&facts.bytes) && facts.bytes.is_multiple_of(step) {
+        return Ok(facts.bytes);
+    }
+    Err(format!(
+        "has {} bytes; a variable store has up to {}, in steps of {}",
+        facts.bytes,
+        size(most),
+        size(step)
+    ))
+}
+
+/// Whether what the VM boots is there and can be what it should.
 fn check_files(config: &mut Config, vm: &VmConfig, environment: &dyn Environment) -> bool {
-    let kernel = environment.file(&vm.boot.kernel).and_then(|facts| {
-        let what = match facts.kind {
-            _ if facts.bytes == 0 => "is empty".to_string(),
-            FileKind::BzImage | FileKind::Elf | FileKind::Multiboot => return Ok(facts.bytes),
-            FileKind::Compressed(how) => {
-                format!("is compressed with {how}; give it unpacked (a bzImage unpacks itself)")
-            }
-            FileKind::EfiApplication => {
-                "is an EFI application, not a bzImage, ELF or multiboot kernel".to_string()
-            }
-            FileKind::Other => "is not a bzImage, ELF or multiboot kernel".to_string(),
-        };
-        Err(what)
-    });
-    // Bytes of a file that may be anything but empty.
-    let loaded = |path: &str| match environment.file(path)?.bytes {
+    let boot = &vm.boot;
+    let mut fine = true;
+    // The size of a file that is there and good; 0 for none.
+    let mut bytes = |path: Option<&str>,
+                     at: Location,
+                     key: &str,
+                     check: &dyn Fn(FileFacts) -> Result<u64, String>| {
+        let Some(path) = path else { return 0 };
+        environment
+            .file(path)
+            .and_then(check)
+            .unwrap_or_else(|why| {
+                fine = false;
+                error(config, vm, at, key, format!("{path}: {why}"));
+                0
+            })
+    };
+    let places = boot.places;
+    let firmware = boot.firmware.as_ref();
+    let image = bytes(
+        firmware.map(|f| f.image.as_str()),
+        places.firmware,
+        "vm.boot.firmware",
+        &check_firmware,
+    );
+    bytes(
+        firmware.and_then(|f| f.variables.as_deref()),
+        places.variables,
+        "vm.boot.variables",
+        &|facts| check_variables(facts, image),
+    );
+    let kernel = bytes(
+        boot.kernel.as_deref(),
+        places.kernel,
+        "vm.boot.kernel",
+        &|facts| check_kernel(facts, firmware.is_some()),
+    );
+    let any = |facts: FileFacts| match facts.bytes {
         0 => Err("is empty".to_string()),
         bytes => Ok(bytes),
     };
-    let initrd = vm.boot.initrd.as_deref().map_or(Ok(0), loaded);
-    if let Err(why) = &kernel {
-        let text = format!("{}: {why}", vm.boot.kernel);
-        error(config, vm, vm.places.kernel, "vm.boot.kernel", text);
+    let initrd = boot.initrd.as_deref();
+    let mut with_kernel = bytes(initrd, places.initrd, "vm.boot.initrd", &any);
+    for module in &boot.modules {
+        let size = bytes(Some(module.path()), module.place, "vm.boot.modules", &any);
+        with_kernel = with_kernel.saturating_add(size);
     }
-    if let (Err(why), Some(path)) = (&initrd, &vm.boot.initrd) {
-        let text = format!("{path}: {why}");
-        error(config, vm, vm.places.initrd, "vm.boot.initrd", text);
-    }
-    let (Ok(kernel), Ok(initrd)) = (kernel, initrd) else {
+    if !fine {
         return false;
-    };
-    let mut with_kernel = initrd;
-    for module in &vm.boot.modules {
-        match loaded(module.path()) {
-            Ok(bytes) => with_kernel = with_kernel.saturating_add(bytes),
-            Err(why) => {
-                let text = format!("{}: {why}", module.path());
-                error(config, vm, module.place, "vm.boot.modules", text);
-                return false;
-            }
-        }
     }
     if kernel.saturating_add(with_kernel) > vm.memory {
-        let what = if vm.boot.modules.is_empty() {
+        let what = if boot.modules.is_empty() {
             "initrd"
         } else {
             "modules"

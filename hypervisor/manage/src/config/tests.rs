@@ -79,12 +79,14 @@ fn a_good_file_has_no_problems() {
         (Restart::OnFailure, true, true)
     );
     let boot = Boot {
-        kernel: "vmlinuz".to_owned(),
+        kernel: Some("vmlinuz".to_owned()),
         initrd: Some("initrd.img".to_owned()),
         modules: Vec::new(),
         cmdline: "console=ttyS0 quiet".to_owned(),
+        ..linux.boot.clone()
     };
     assert_eq!(linux.boot, boot);
+    assert_eq!(linux.boot.firmware, None);
     assert_eq!(
         (stub.name.as_str(), stub.vcpus, stub.memory),
         ("stub-2", 1, 64 << 20)
@@ -205,7 +207,22 @@ fn bad_values_are_refused_with_what_is_allowed() {
             "boot = \"vmlinuz\"",
             "vm.boot: must be a table; found a string",
         ),
-        ("boot = {}", "vm.boot.kernel: missing"),
+        (
+            "boot = {}",
+            "vm.boot.kernel: missing; a VM boots a kernel, or firmware",
+        ),
+        (
+            "boot = { kernel = \"k\", variables = \"v\" }",
+            "vm.boot.variables: is for a firmware, and there is none",
+        ),
+        (
+            "boot = { firmware = \"f\", initrd = \"i\" }",
+            "vm.boot.initrd: is for a kernel, and there is none",
+        ),
+        (
+            "boot = { firmware = true }",
+            "vm.boot.firmware: must be a string",
+        ),
         (
             "boot = { kernel = \"\" }",
             "vm.boot.kernel: \"\" is not a file's path",
@@ -425,6 +442,70 @@ fn test_devices_are_there_on_demand_only() {
     let report = with("\"yes\"").report();
     assert!(
         report.contains("vm.test-devices: must be true or false"),
+        "{report}"
+    );
+}
+
+#[test]
+fn firmware_is_looked_at() {
+    let text = "[[vm]]\nname = \"pc\"\nmemory = \"64M\"\nboot = { firmware = \"code\", variables = \"vars\" }\n";
+    let report = |files: &[(&'static str, u64, FileKind)]| {
+        let mut config = parse("p", text.as_bytes());
+        let files = files
+            .iter()
+            .map(|&(name, bytes, kind)| (name, FileFacts { bytes, kind }));
+        let here = Place {
+            files: files.collect(),
+            ..place()
+        };
+        check(&mut config, &here);
+        config.report()
+    };
+    let other = FileKind::Other;
+    assert_eq!(
+        report(&[("code", 0x37_c000, other), ("vars", 0x8_4000, other)]),
+        "p: 1 VM can start\n"
+    );
+    for (code, vars, why) in [
+        (
+            0x37_c001,
+            0x8_4000,
+            "vm.boot.firmware: code: has 3653633 bytes; a firmware image has 128 KiB to 16 MiB, in steps of 4 KiB",
+        ),
+        (
+            0x1_0000,
+            0x8_4000,
+            "vm.boot.firmware: code: has 65536 bytes",
+        ),
+        (
+            0x100_1000,
+            0x8_4000,
+            "vm.boot.firmware: code: has 16781312 bytes",
+        ),
+        (
+            0xf0_0000,
+            0x10_1000,
+            "vm.boot.variables: vars: has 1052672 bytes; a variable store has up to 1 MiB, in steps of 4 KiB",
+        ),
+        (0x4_0000, 0, "vm.boot.variables: vars: has 0 bytes"),
+    ] {
+        let report = report(&[("code", code, other), ("vars", vars, other)]);
+        assert!(report.contains(why), "{report}");
+    }
+    let text = text.replace("variables = \"vars\"", "kernel = \"code\"");
+    let mut config = parse("p", text.as_bytes());
+    let facts = FileFacts {
+        bytes: 0x4_0000,
+        kind: FileKind::Elf,
+    };
+    let here = Place {
+        files: [("code", facts)].into(),
+        ..place()
+    };
+    check(&mut config, &here);
+    let report = config.report();
+    assert!(
+        report.contains("vm.boot.kernel: code: is not a bzImage, and firmware loads no other"),
         "{report}"
     );
 }

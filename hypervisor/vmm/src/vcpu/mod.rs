@@ -18,7 +18,7 @@ use devices::{
     lapic::{LocalApic, LocalApicConfig},
     time::{Clock, earliest},
 };
-use mem::{Direction, Width};
+use mem::{Direction, Width, guest::Access};
 use virt::{
     CpuState, CrAccess, Event, Exit, Gpr, NestedPageFault, PortIo, SegmentName, TaskSwitch,
     VirtualCpu,
@@ -113,6 +113,8 @@ struct Rest {
     nmi_pending: bool,
     /// What the instruction that is being emulated has reached.
     reach: Reach,
+    /// The change of ROM or flash up to which cached translations were dropped.
+    special_seen: u32,
 }
 
 /// What an emulated instruction reached, beyond devices that speak up by themselves.
@@ -161,6 +163,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             msrs: Msrs::default(),
             nmi_pending: false,
             reach: Reach::default(),
+            special_seen: 0,
         };
         Some(Vcpu {
             hw,
@@ -220,6 +223,9 @@ impl<V: VirtualCpu> Vcpu<V> {
     /// Everything that may have become due: timers, signals, interrupts. Says when to pause.
     fn check<H: Host>(&mut self, host: &mut H, slice_end: u64) -> Option<Pause> {
         let vm = &self.rest.vm;
+        if let Some(special) = &vm.special {
+            special.drop_stale(&mut self.rest.special_seen);
+        }
         let now = vm.clock.now();
         self.rest.apic.poll(now);
         vm.poll_timers(self.rest.id, now);
@@ -554,6 +560,13 @@ impl<V: VirtualCpu> Vcpu<V> {
             // RAM is mapped with all rights from the start, so this cannot be the guest's doing.
             return self.end(EndKind::Misconfiguration(fault.gpa));
         }
+        let special = self.rest.vm.memory.special_access(fault.gpa);
+        match special {
+            // Another vCPU has unlocked it in the meantime.
+            Some(Access::ReadWrite) => return Next::Check,
+            Some(Access::ReadOnly) if !fault.write => return Next::Check,
+            _ => {}
+        }
         if fault.page_walk {
             // Page tables in device memory: a PC reads all-ones there, so every walk ends in a
             // reserved-bit fault; no system does this on purpose.
@@ -568,6 +581,10 @@ impl<V: VirtualCpu> Vcpu<V> {
             return self.end(EndKind::Unsupported(
                 "an event whose stack or tables are outside RAM",
             ));
+        }
+        if special.is_some() {
+            // Of ROM only writes come here: what else the instruction reads there, it finds in memory.
+            return self.emulate(None);
         }
         let target = Target {
             gpa: fault.gpa,

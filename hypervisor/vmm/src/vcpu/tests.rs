@@ -12,11 +12,14 @@ use proptest::prelude::*;
 use spin::Mutex;
 use virt::TaskSource;
 
+mod firmware;
+
 use super::{msrs::MAX_MSR_NOTES, *};
 use crate::{
     clock::TimeSource,
     cpuid::CpuidResult,
     fake::FakeCpu,
+    firmware::Firmware,
     load::BootFiles,
     msr::number,
     vm::{Environment, VmSpec},
@@ -137,6 +140,15 @@ impl Bench {
 
     /// vCPU `id` of a VM with `vcpus`.
     fn with_vcpus(vcpus: u16, id: u32) -> Self {
+        Self::make(vcpus, id, None).expect("a VM")
+    }
+
+    /// vCPU 0 of a VM that boots firmware.
+    fn with_firmware(firmware: Firmware<'_>) -> Result<Self, String> {
+        Self::make(1, 0, Some(firmware))
+    }
+
+    fn make(vcpus: u16, id: u32, firmware: Option<Firmware<'_>>) -> Result<Self, String> {
         let memory: &'static FakeMemory = Box::leak(Box::new(FakeMemory::new(64 << 20)));
         let terminal = Arc::new(Terminal::default());
         let kicks = Arc::new(Kicks::default());
@@ -146,6 +158,7 @@ impl Bench {
             name: String::from("test"),
             vcpus,
             memory_bytes: 16 << 20,
+            firmware,
             boot: BootFiles {
                 kernel: &kernel,
                 kernel_name: "kernel",
@@ -167,16 +180,16 @@ impl Bench {
             console: terminal.clone(),
             kick: kicks.clone(),
         };
-        let (vm, entry) = Vm::new(spec, environment).expect("a VM");
+        let (vm, entry) = Vm::new(spec, environment).map_err(|e| e.to_string())?;
         let start = (id == 0).then_some(&entry);
         let cpu = FakeCpu::default();
         let vcpu = Vcpu::new(vm, VcpuId(id), cpu, start, 0).expect("a vCPU");
-        Bench {
+        Ok(Bench {
             vcpu,
             host: FakeHost::default(),
             terminal,
             kicks,
-        }
+        })
     }
 
     /// Runs through the exits, and on to the end of a slice.
