@@ -613,7 +613,10 @@ mod tests {
         assert!(parsed.problems.is_empty(), "{}", parsed.report());
         assert_eq!(parsed.host.console_frame, Some(word));
         let vm = &parsed.vms[0];
-        assert_eq!((&*vm.boot.kernel, &*vm.boot.cmdline), ("file-1", ""));
+        assert_eq!(
+            (vm.boot.kernel.as_deref(), &*vm.boot.cmdline),
+            (Some("file-1"), "")
+        );
         assert!(vm.test_devices && vm.memory == 128 << 20 && vm.vcpus == 1);
         assert_eq!(configuration.files(), [("file-1".into(), kernel.into())]);
     }
