@@ -218,9 +218,10 @@ pub fn console_input(rig: &Rig, start: &Start) -> Result<String> {
     )?;
     session.expect(&Regex::new("stub> ")?, limits.boot)?;
     let typed: String = ('0'..='9').cycle().take(BYTES).collect();
+    let answer = Regex::new(r"deaf: .*\n")?;
     for _ in 0..3 {
         session.send(&format!("deaf\r{typed}\r"))?;
-        let said = session.expect(&Regex::new(r"deaf: .*\n")?, limits.command)?;
+        let said = session.expect(&answer, limits.command)?;
         let wanted = format!("deaf: {BYTES} bytes waited, 0 of them out of order");
         ensure!(said.contains(&wanted), "the guest says: {}", said.trim());
     }
