@@ -121,13 +121,13 @@ struct PortEntry {
 /// The 64 Ki I/O ports of a guest.
 ///
 /// A look-up is two array reads: the port's high byte selects a page of slots, the low byte
-/// a slot. An access belongs to the device at its *first* port. Where a device refuses a
+/// a slot in it. An access belongs to the device at its *first* port. Where a device refuses a
 /// width, the bus splits the access into bytes, as an ISA bus does for 8-bit devices.
 pub struct PortBus {
-    /// Per high byte: index into `pages`. Page 0 is the empty page.
-    index: Box<[u16; 256]>,
+    /// Per high byte: the number of its page in `slots`. The first page is the empty one.
+    pages: Box<[u16; 256]>,
     /// Per port: 1 + index into `entries`, or 0 for nobody.
-    pages: Vec<[u16; PORTS_PER_PAGE]>,
+    slots: Vec<u16>,
     entries: Vec<PortEntry>,
     counters: Counters,
 }
@@ -136,8 +136,8 @@ impl PortBus {
     /// A bus without devices.
     pub fn new() -> Self {
         PortBus {
-            index: Box::new([0; 256]),
-            pages: alloc::vec![[0; PORTS_PER_PAGE]],
+            pages: Box::new([0; 256]),
+            slots: alloc::vec![0; PORTS_PER_PAGE],
             entries: Vec::new(),
             counters: Counters::default(),
         }
@@ -169,64 +169,86 @@ impl PortBus {
         let slot = self.entries.len() as u16;
         for port in range {
             let [low, high, ..] = port.to_le_bytes();
-            let page = &mut self.index[usize::from(high)];
+            let page = &mut self.pages[usize::from(high)];
             if *page == 0 {
-                *page = self.pages.len() as u16;
-                self.pages.push([0; PORTS_PER_PAGE]);
+                *page = (self.slots.len() / PORTS_PER_PAGE) as u16;
+                self.slots.resize(self.slots.len() + PORTS_PER_PAGE, 0);
             }
-            self.pages[usize::from(*page)][usize::from(low)] = slot;
+            self.slots[usize::from(*page) * PORTS_PER_PAGE + usize::from(low)] = slot;
         }
         Ok(())
     }
 
+    #[inline]
     fn entry(&self, port: u16) -> Option<&PortEntry> {
         let [low, high] = port.to_le_bytes();
-        let slot = self.pages[usize::from(self.index[usize::from(high)])][usize::from(low)];
+        let page = usize::from(self.pages[usize::from(high)]);
+        let slot = *self.slots.get(page * PORTS_PER_PAGE + usize::from(low))?;
         self.entries.get(usize::from(slot).checked_sub(1)?)
     }
 
     /// Reads 1, 2 or 4 bytes at `port`; all-ones where nobody answers.
+    #[inline]
     pub fn read(&self, port: u16, width: Width) -> u32 {
-        let ones = width.mask() as u32;
-        let Some(entry) = self.entry(port) else {
-            self.counters.unclaimed.fetch_add(1, Ordering::Relaxed);
-            return ones;
+        let answer = match self.entry(port) {
+            Some(entry) => entry.device.read(port - entry.base, width),
+            None => return self.unclaimed() & width.mask() as u32,
         };
-        match entry.device.read(port - entry.base, width) {
-            Ok(value) => value & ones,
-            Err(IoError::InvalidWidth) if width != Width::Byte => {
-                self.byte_ports(port, width).rev().fold(0, |value, port| {
-                    let byte = port.map_or(0xff, |p| self.read(p, Width::Byte));
-                    (value << 8) | byte
-                })
-            }
-            Err(_) => {
-                self.counters.refused.fetch_add(1, Ordering::Relaxed);
-                ones
-            }
+        match answer {
+            Ok(value) => value & width.mask() as u32,
+            Err(why) => self.refused_read(port, width, why),
         }
     }
 
     /// Writes 1, 2 or 4 bytes at `port`; lost where nobody listens.
+    #[inline]
     pub fn write(&self, port: u16, width: Width, value: u32) {
-        let Some(entry) = self.entry(port) else {
-            self.counters.unclaimed.fetch_add(1, Ordering::Relaxed);
-            return;
-        };
         let value = value & width.mask() as u32;
-        match entry.device.write(port - entry.base, width, value) {
-            Ok(()) => {}
-            Err(IoError::InvalidWidth) if width != Width::Byte => {
-                for (port, byte) in self.byte_ports(port, width).zip(value.to_le_bytes()) {
-                    if let Some(port) = port {
-                        self.write(port, Width::Byte, u32::from(byte));
-                    }
+        let answer = match self.entry(port) {
+            Some(entry) => entry.device.write(port - entry.base, width, value),
+            None => {
+                self.unclaimed();
+                return;
+            }
+        };
+        if let Err(why) = answer {
+            self.refused_write(port, width, value, why);
+        }
+    }
+
+    /// Counts an access that nobody claims; what it reads as.
+    fn unclaimed(&self) -> u32 {
+        self.counters.unclaimed.fetch_add(1, Ordering::Relaxed);
+        u32::MAX
+    }
+
+    /// What a read gives that the device refused: bytes from each port by itself, or all-ones.
+    #[cold]
+    #[inline(never)]
+    fn refused_read(&self, port: u16, width: Width, why: IoError) -> u32 {
+        if why == IoError::InvalidWidth && width != Width::Byte {
+            return self.byte_ports(port, width).rev().fold(0, |value, port| {
+                let byte = port.map_or(0xff, |p| self.read(p, Width::Byte));
+                (value << 8) | byte
+            });
+        }
+        self.counters.refused.fetch_add(1, Ordering::Relaxed);
+        width.mask() as u32
+    }
+
+    /// Writes bytes to each port by itself where the device refused a wider access.
+    #[cold]
+    #[inline(never)]
+    fn refused_write(&self, port: u16, width: Width, value: u32, why: IoError) {
+        if why == IoError::InvalidWidth && width != Width::Byte {
+            for (port, byte) in self.byte_ports(port, width).zip(value.to_le_bytes()) {
+                if let Some(port) = port {
+                    self.write(port, Width::Byte, u32::from(byte));
                 }
             }
-            Err(_) => {
-                self.counters.refused.fetch_add(1, Ordering::Relaxed);
-            }
+            return;
         }
+        self.counters.refused.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The ports of a wide access, lowest first; `None` beyond the last port. At most four.

@@ -381,14 +381,19 @@ impl PortDevice for PicPorts {
     fn read(&self, offset: u16, width: Width) -> Result<u32, IoError> {
         byte_only(width)?;
         let mut pair = self.pic.pair.lock();
-        let value = match (self.block, offset) {
-            (Block::Master, 0 | 1) => pair.master.read(offset == 1),
-            (Block::Slave, 0 | 1) => pair.slave.read(offset == 1),
-            (Block::EdgeLevel, 0) => pair.master.elcr,
-            (Block::EdgeLevel, 1) => pair.slave.elcr,
+        let chip = match (self.block, offset) {
+            (Block::Master, 0 | 1) => &mut pair.master,
+            (Block::Slave, 0 | 1) => &mut pair.slave,
+            (Block::EdgeLevel, 0) => return Ok(u32::from(pair.master.elcr)),
+            (Block::EdgeLevel, 1) => return Ok(u32::from(pair.slave.elcr)),
             _ => return Err(IoError::InvalidRegister),
         };
-        self.pic.update(&mut pair);
+        // Only a poll changes anything.
+        let polls = chip.poll;
+        let value = chip.read(offset == 1);
+        if polls {
+            self.pic.update(&mut pair);
+        }
         Ok(u32::from(value))
     }
 

@@ -158,7 +158,7 @@ fn unknown(control: &ControlArea) -> Exit {
     }
 }
 
-#[inline(never)]
+#[inline(always)]
 fn port_io(control: &ControlArea) -> Exit {
     let info = IoInfo::from_bits(control.exit_info1);
     let Some(width) = Width::from_bytes(usize::from(info.bytes())) else {
