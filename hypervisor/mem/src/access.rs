@@ -22,10 +22,7 @@ impl Width {
 
     /// All-ones value of this width.
     pub const fn mask(self) -> u64 {
-        match self {
-            Width::Qword => u64::MAX,
-            w => (1 << (8 * w as u32)) - 1,
-        }
+        u64::MAX >> (64 - 8 * self as u32)
     }
 
     /// The width of `bytes` bytes, if there is one.

@@ -72,11 +72,11 @@ pub const fn has_error_code(vector: u8) -> bool {
     matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30)
 }
 
-/// The exits that a running system makes all the time; `None` for any other. Those with a
-/// payload are functions of their own, so that the others leave by a single store.
+/// The exits that a running system makes all the time; [`Exit::Unknown`] for any other. Not an `Option`,
+/// which would be copied on the way.
 #[inline(always)]
-pub fn frequent_exit(control: &ControlArea) -> Option<Exit> {
-    Some(match control.exit_code as u32 {
+pub fn frequent_exit(control: &ControlArea) -> Exit {
+    match control.exit_code as u32 {
         code::CPUID => Exit::Cpuid,
         // EXITINFO1 is 1 for WRMSR (section 15.11).
         code::MSR if control.exit_info1 & 1 == 0 => Exit::MsrRead,
@@ -86,16 +86,17 @@ pub fn frequent_exit(control: &ControlArea) -> Option<Exit> {
         code::INTR => Exit::ExternalInterrupt,
         code::HLT => Exit::Halt,
         code::VMMCALL => Exit::Hypercall,
-        _ => return None,
-    })
+        _ => unknown(control),
+    }
 }
 
 /// Why the guest was left.
 ///
 /// IRET, and #DB while single-stepping, are the vCPU's own business and don't get here.
 pub fn exit(control: &ControlArea, decode_assists: bool) -> Exit {
-    if let Some(exit) = frequent_exit(control) {
-        return exit;
+    let frequent = frequent_exit(control);
+    if !matches!(frequent, Exit::Unknown { .. }) {
+        return frequent;
     }
     match control.exit_code as u32 {
         // The host takes an SMI as soon as it opens the global interrupt flag.

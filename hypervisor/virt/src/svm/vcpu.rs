@@ -333,20 +333,23 @@ impl SvmVcpu {
         self.request_interrupt_window(window);
     }
 
-    /// After #VMEXIT: why it came, if that is one of the frequent exits and needs nothing more.
-    #[inline]
-    fn frequent_exit(&mut self) -> Option<Exit> {
+    /// After #VMEXIT: why it came, if that is one of the frequent exits and needs nothing more;
+    /// else [`Exit::Unknown`].
+    #[inline(always)]
+    fn frequent_exit(&mut self) -> Exit {
         let clean = self.clean;
         let control = self.control_mut();
         control.clean = clean;
         control.tlb_control = TlbControl::Keep;
         if control.exit_interrupt_info.valid() {
-            return None;
+            return Exit::Unknown { code: 0, info: 0 };
         }
-        let exit = decode::frequent_exit(control)?;
-        // EVENTINJ was delivered; the processor clears V, the rest of the field may linger.
-        control.event_injection = EventField::NONE;
-        Some(exit)
+        let exit = decode::frequent_exit(control);
+        if !matches!(exit, Exit::Unknown { .. }) {
+            // EVENTINJ was delivered; the processor clears V, the rest of the field may linger.
+            control.event_injection = EventField::NONE;
+        }
+        exit
     }
 
     /// Any other exit. Those that are for us alone lead back into the guest: at most three
@@ -359,7 +362,8 @@ impl SvmVcpu {
                 return exit;
             }
             self.run_guest();
-            if let Some(exit) = self.frequent_exit() {
+            let exit = self.frequent_exit();
+            if !matches!(exit, Exit::Unknown { .. }) {
                 return exit;
             }
         }
@@ -552,7 +556,10 @@ impl SvmVcpu {
         if let Some(window) = window {
             self.after_virtual_injection(window);
         }
-        self.frequent_exit().or_else(|| self.other_exit())
+        match self.frequent_exit() {
+            Exit::Unknown { .. } => self.other_exit(),
+            exit => Some(exit),
+        }
     }
 }
 
@@ -633,8 +640,8 @@ impl VirtualCpu for SvmVcpu {
         assert!(self.loaded, "vCPU entered without being loaded");
         self.run_guest();
         match self.frequent_exit() {
-            Some(exit) => exit,
-            None => self.other_exits(),
+            Exit::Unknown { .. } => self.other_exits(),
+            exit => exit,
         }
     }
 

@@ -497,12 +497,12 @@ impl<V: VirtualCpu> Vcpu<V> {
             Direction::Read => {
                 let value = u64::from(vm.ports.read(io.port, io.width));
                 // A 32-bit IN clears the upper half of RAX, narrower ones keep the rest.
-                let kept = if io.width == Width::Dword {
-                    0
-                } else {
-                    rax & !io.width.mask()
+                let rax = match io.width {
+                    Width::Byte => rax & !0xff | value & 0xff,
+                    Width::Word => rax & !0xffff | value & 0xffff,
+                    _ => value,
                 };
-                self.hw.set_gpr(Gpr::Rax, kept | (value & io.width.mask()));
+                self.hw.set_gpr(Gpr::Rax, rax);
                 // Reading may acknowledge an interrupt; that only ever lowers a line. The clock's
                 // periodic sources go on from there.
                 if Vm::is_rearmed_by_read(io.port) {
