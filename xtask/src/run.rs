@@ -118,8 +118,13 @@ pub struct Args {
 }
 
 /// A guest of the user's own.
-#[derive(clap::Args)]
+#[derive(Default, clap::Args)]
+#[command(group = clap::ArgGroup::new("which").multiple(true))]
 struct GuestArgs {
+    /// PC firmware that the guest starts with: seabios, ovmf, or an image file. It boots the guest's disks;
+    /// OVMF also boots --kernel.
+    #[arg(long, value_name = "FIRMWARE", group = "which")]
+    firmware_guest: Option<String>,
     /// Kernel of a guest of yours (bzImage, or ELF with multiboot or PVH), instead of those in plinth.toml.
     #[arg(long, value_name = "FILE", group = "which")]
     kernel: Option<String>,
@@ -128,7 +133,7 @@ struct GuestArgs {
     initrd: Option<String>,
     /// A disk of its, as an image file; may be given several times. What the guest writes is kept in
     /// memory and lost at the end. A name that ends with .iso is read-only.
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    #[arg(long, value_name = "FILE", requires = "which")]
     disk: Vec<String>,
     /// Its command line [default: console=ttyS0, but nothing with --test-devices].
     #[arg(long, value_name = "TEXT", requires = "kernel")]
@@ -149,9 +154,9 @@ impl GuestArgs {
     /// A configuration with this guest only; its paths are relative to the current folder. `word`: for a
     /// console in a frame.
     fn configuration(&self, word: Option<&str>) -> anyhow::Result<Option<Configuration>> {
-        let Some(kernel) = &self.kernel else {
+        if self.kernel.is_none() && self.firmware_guest.is_none() {
             return Ok(None);
-        };
+        }
         let mut names = Names::default();
         let disks: Vec<String> = self
             .disk
@@ -164,30 +169,22 @@ impl GuestArgs {
             text += &format!("[host]\nconsole-frame = \"{word}\"\n\n");
         }
         text += &format!(
-            "[[vm]]\nname = \"guest\"\nfocus = true\nvcpus = {}\nmemory = \"{}M\"\ntest-devices = {}\ndisks = [{disks}]\n\n[vm.boot]\nkernel = {}\n",
+            "[[vm]]\nname = \"guest\"\nfocus = true\nvcpus = {}\nmemory = \"{}M\"\ntest-devices = {}\ndisks = [{disks}]\n\n[vm.boot]\n",
             self.vcpus.unwrap_or(1),
             self.memory_mib()?,
             self.test_devices,
-            toml_string(&names.of(kernel)),
         );
-        match &self.initrd {
-            Some(modules) if is_multiboot(Path::new(kernel)) => {
-                let modules: Vec<String> = split_modules(modules)
-                    .iter()
-                    .map(|module| toml_string(&names.of_module(module)))
-                    .collect();
-                text += &format!("modules = [{}]\n", modules.join(", "));
+        match self.firmware_guest.as_deref() {
+            Some("seabios") => text += "firmware = \"@seabios\"\n",
+            Some("ovmf") => {
+                text += "firmware = \"@ovmf\"\nvariables = \"@ovmf-variables\"\n";
             }
-            Some(initrd) => text += &format!("initrd = {}\n", toml_string(&names.of(initrd))),
+            Some(file) => text += &format!("firmware = {}\n", toml_string(&names.of(file))),
             None => {}
         }
-        let default = if self.test_devices {
-            ""
-        } else {
-            "console=ttyS0"
-        };
-        let append = self.append.as_deref().unwrap_or(default);
-        text += &format!("cmdline = {}\n", toml_string(append));
+        if let Some(kernel) = &self.kernel {
+            self.add_kernel(kernel, &mut names, &mut text);
+        }
         let here = std::env::current_dir().context("the current folder")?;
         let files = names.stand_ins.into_iter();
         let configuration = Configuration::new("(arguments)", text, here);
@@ -196,6 +193,29 @@ impl GuestArgs {
                 configuration.with_file(&name, path)
             }),
         ))
+    }
+
+    /// The lines of a kernel, its initrd and its command line.
+    fn add_kernel(&self, kernel: &str, names: &mut Names, text: &mut String) {
+        *text += &format!("kernel = {}\n", toml_string(&names.of(kernel)));
+        match &self.initrd {
+            Some(modules) if is_multiboot(Path::new(kernel)) => {
+                let modules: Vec<String> = split_modules(modules)
+                    .iter()
+                    .map(|module| toml_string(&names.of_module(module)))
+                    .collect();
+                *text += &format!("modules = [{}]\n", modules.join(", "));
+            }
+            Some(initrd) => *text += &format!("initrd = {}\n", toml_string(&names.of(initrd))),
+            None => {}
+        }
+        let default = if self.test_devices {
+            ""
+        } else {
+            "console=ttyS0"
+        };
+        let append = self.append.as_deref().unwrap_or(default);
+        *text += &format!("cmdline = {}\n", toml_string(append));
     }
 
     /// The guest's memory.
@@ -581,7 +601,7 @@ mod tests {
             memory: Some("1G".into()),
             vcpus: Some(3),
             disk: vec!["a.img".into(), "b.ISO".into()],
-            test_devices: false,
+            ..GuestArgs::default()
         };
         let configuration = guest.configuration(None).unwrap().unwrap();
         let parsed = manage::config::parse("x", &configuration.text);
@@ -600,12 +620,8 @@ mod tests {
         let kernel = format!("/{}/kernel", "long".repeat(60));
         let guest = GuestArgs {
             kernel: Some(kernel.clone()),
-            initrd: None,
-            append: None,
-            memory: None,
-            vcpus: None,
-            disk: Vec::new(),
             test_devices: true,
+            ..GuestArgs::default()
         };
         let word = framed::new_word().unwrap();
         let configuration = guest.configuration(Some(&word)).unwrap().unwrap();
@@ -619,6 +635,26 @@ mod tests {
         );
         assert!(vm.test_devices && vm.memory == 128 << 20 && vm.vcpus == 1);
         assert_eq!(configuration.files(), [("file-1".into(), kernel.into())]);
+    }
+
+    #[test]
+    fn firmware_becomes_a_configuration() {
+        let boot = |firmware: &str, kernel: Option<&str>| {
+            let guest = GuestArgs {
+                firmware_guest: Some(firmware.into()),
+                kernel: kernel.map(Into::into),
+                ..GuestArgs::default()
+            };
+            let configuration = guest.configuration(None).unwrap().unwrap();
+            let mut parsed = manage::config::parse("x", &configuration.text);
+            assert!(parsed.problems.is_empty(), "{}", parsed.report());
+            parsed.vms.remove(0).boot
+        };
+        let ovmf = boot("ovmf", Some("k"));
+        let paths: Vec<&str> = ovmf.paths().collect();
+        assert_eq!(paths, ["@ovmf", "@ovmf-variables", "k"]);
+        let own = boot("rom.bin", None);
+        assert_eq!(own.paths().collect::<Vec<_>>(), ["rom.bin"]);
     }
 
     #[test]
