@@ -122,6 +122,8 @@ pub struct FpuFeatures {
     mask: u64,
     /// Bytes of the save area.
     size: usize,
+    /// Where in it the upper halves of the YMM registers are; 0: nowhere.
+    avx: usize,
 }
 
 impl FpuFeatures {
@@ -137,6 +139,7 @@ impl FpuFeatures {
                 xsave,
                 mask: xcr0::X87,
                 size: 512,
+                avx: 0,
             };
         }
         let leaf = core::arch::x86_64::__cpuid_count(0xd, 0);
@@ -155,7 +158,17 @@ impl FpuFeatures {
                 component.ebx as usize + component.eax as usize
             })
             .fold(Self::XSAVE_MIN, usize::max);
-        FpuFeatures { xsave, mask, size }
+        let avx = if mask & xcr0::AVX != 0 {
+            core::arch::x86_64::__cpuid_count(0xd, 2).ebx as usize
+        } else {
+            0
+        };
+        FpuFeatures {
+            xsave,
+            mask,
+            size,
+            avx,
+        }
     }
 
     /// XCR0 bits that a guest may set, 1 when the processor has no XSAVE.
@@ -312,6 +325,117 @@ impl GuestFpu {
                 self.features.write_xcr0(value);
             }
         }
+    }
+}
+
+/// Places in the save area (SDM vol. 1, tables 10-2 and 13-1).
+mod area {
+    pub(super) const FSW: usize = 2;
+    pub(super) const FTW: usize = 4;
+    pub(super) const X87: usize = 32;
+    pub(super) const XMM: usize = 160;
+    pub(super) const XSTATE_BV: usize = 512;
+}
+
+/// Single registers, for the emulation of an instruction that moves one to or from a device.
+impl GuestFpu {
+    fn bytes<const N: usize>(&self, at: usize) -> [u8; N] {
+        core::array::from_fn(|n| {
+            let line = self.area.get((at + n) / 64);
+            line.map_or(0, |line| line.0[(at + n) % 64])
+        })
+    }
+
+    fn set_bytes(&mut self, at: usize, bytes: &[u8]) {
+        for (n, byte) in bytes.iter().enumerate() {
+            if let Some(line) = self.area.get_mut((at + n) / 64) {
+                line.0[(at + n) % 64] = *byte;
+            }
+        }
+    }
+
+    /// The save area is made to hold what the registers hold.
+    fn refresh(&mut self, loaded: bool) {
+        if loaded {
+            // SAFETY: the guest's state is in the registers (`loaded`).
+            unsafe { self.save() };
+        }
+    }
+
+    /// What was changed in the save area comes into force.
+    fn replace(&mut self, components: u64, loaded: bool) {
+        if self.features.xsave {
+            let in_use = u64::from_le_bytes(self.bytes(area::XSTATE_BV)) | components;
+            self.set_bytes(area::XSTATE_BV, &in_use.to_le_bytes());
+        }
+        if loaded {
+            // SAFETY: `refresh` saved the registers, so no state is lost, and the processor is prepared
+            // for it as for the `load` before.
+            unsafe { self.load() };
+        }
+    }
+
+    /// An XMM register and the upper half of its YMM register, or zeros where there is none.
+    pub fn vector(&mut self, number: u8, loaded: bool) -> [u8; 32] {
+        self.refresh(loaded);
+        let number = usize::from(number & 15);
+        let mut value = [0; 32];
+        value[..16].copy_from_slice(&self.bytes::<16>(area::XMM + 16 * number));
+        if self.has_upper_halves() {
+            value[16..].copy_from_slice(&self.bytes::<16>(self.features.avx + 16 * number));
+        }
+        value
+    }
+
+    /// Whether the area holds upper halves: a component that is in its initial state is not written.
+    fn has_upper_halves(&self) -> bool {
+        let in_use = u64::from_le_bytes(self.bytes(area::XSTATE_BV));
+        self.features.avx != 0 && in_use & xcr0::AVX != 0
+    }
+
+    /// Sets an XMM register and, where there is one, the upper half of its YMM register.
+    pub fn set_vector(&mut self, number: u8, value: &[u8; 32], loaded: bool) {
+        self.refresh(loaded);
+        let number = usize::from(number & 15);
+        self.set_bytes(area::XMM + 16 * number, &value[..16]);
+        let mut components = xcr0::SSE;
+        if self.features.avx != 0 && value[16..] != [0; 16] || self.has_upper_halves() {
+            if !self.has_upper_halves() {
+                self.set_bytes(self.features.avx, &[0; 256]);
+            }
+            self.set_bytes(self.features.avx + 16 * number, &value[16..]);
+            components |= xcr0::AVX;
+        }
+        self.replace(components, loaded);
+    }
+
+    /// The area's place of a physical x87 register: it holds them in the order of the stack.
+    fn x87_place(&self, number: usize) -> usize {
+        let top = usize::from(u16::from_le_bytes(self.bytes(area::FSW)) >> 11 & 7);
+        area::X87 + 16 * (number.wrapping_sub(top) & 7)
+    }
+
+    /// An MMX register.
+    pub fn mmx(&mut self, number: u8, loaded: bool) -> u64 {
+        self.refresh(loaded);
+        u64::from_le_bytes(self.bytes(self.x87_place(usize::from(number))))
+    }
+
+    /// Sets an MMX register; all are in use then, and the top of the stack is 0 (SDM vol. 1, section 9.6.2).
+    pub fn set_mmx(&mut self, number: u8, value: u64, loaded: bool) {
+        self.refresh(loaded);
+        let registers: [[u8; 16]; 8] =
+            core::array::from_fn(|number| self.bytes(self.x87_place(number)));
+        for (number, register) in registers.iter().enumerate() {
+            self.set_bytes(area::X87 + 16 * number, register);
+        }
+        let status = u16::from_le_bytes(self.bytes(area::FSW)) & !(7 << 11);
+        self.set_bytes(area::FSW, &status.to_le_bytes());
+        self.set_bytes(area::FTW, &[0xff]);
+        let place = area::X87 + 16 * usize::from(number & 7);
+        self.set_bytes(place, &value.to_le_bytes());
+        self.set_bytes(place + 8, &[0xff; 2]);
+        self.replace(xcr0::X87, loaded);
     }
 }
 
@@ -492,6 +616,7 @@ mod tests {
             xsave: true,
             mask: xcr0::SWITCHED,
             size: 0xa80,
+            avx: 0x240,
         };
         for good in [1, 3, 7, 0x1f, 0xe7, 0x2ff] {
             assert!(full.accepts_xcr0(good), "{good:#x}");
@@ -503,6 +628,7 @@ mod tests {
             xsave: true,
             mask: 3,
             size: 576,
+            avx: 0,
         };
         assert!(sse.accepts_xcr0(3) && !sse.accepts_xcr0(7));
     }
@@ -524,6 +650,25 @@ mod tests {
         assert_eq!(fpu.xcr0(false), 1);
         fpu.set_xcr0(fpu.features.mask, false);
         assert_eq!(fpu.xcr0(false), fpu.features.mask);
+    }
+
+    #[test]
+    fn single_registers_are_set_and_read_back() {
+        let mut fpu = GuestFpu::new(FpuFeatures::detect());
+        let value = core::array::from_fn(|n| n as u8 + 1);
+        fpu.set_vector(3, &value, false);
+        let wide = fpu.features.avx != 0;
+        let got = fpu.vector(3, false);
+        assert_eq!(got[..16], value[..16]);
+        assert_eq!(got[16..] == value[16..], wide);
+        assert_eq!(fpu.vector(2, false), [0; 32]);
+        // The stack's top is 5: ST(0) is register 5, and goes there when MMX takes over.
+        fpu.set_bytes(area::FSW, &(5_u16 << 11).to_le_bytes());
+        fpu.set_bytes(area::X87, &77_u64.to_le_bytes());
+        assert_eq!(fpu.mmx(5, false), 77);
+        fpu.set_mmx(1, 99, false);
+        assert_eq!((fpu.mmx(1, false), fpu.mmx(5, false)), (99, 77));
+        assert_eq!(fpu.bytes::<3>(area::FSW), [0, 0, 0xff]);
     }
 
     #[test]

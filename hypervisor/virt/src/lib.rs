@@ -182,6 +182,15 @@ pub trait VirtualCpu: Send + 'static {
     fn set_dr7(&mut self, value: u64);
     /// DR0 to DR3: the breakpoints' addresses.
     fn breakpoints(&self) -> [u64; 4];
+    /// An XMM register, 0 to 15, and above it the upper half of its YMM register, or zeros where there is none.
+    /// Slow: goes by way of memory.
+    fn vector(&mut self, number: u8) -> [u8; 32];
+    /// Sets an XMM register and, where there is one, the upper half of its YMM register. As slow.
+    fn set_vector(&mut self, number: u8, value: &[u8; 32]);
+    /// An MMX register, 0 to 7. As slow.
+    fn mmx(&mut self, number: u8) -> u64;
+    /// Sets an MMX register and, as MMX instructions do, marks all as in use. As slow.
+    fn set_mmx(&mut self, number: u8, value: u64);
     /// XCR0.
     fn xcr0(&self) -> u64;
     /// Sets XCR0, already checked by the caller.

@@ -19,6 +19,8 @@ pub(crate) struct FakeCpu {
     pub shadow: bool,
     /// Host TSC of the deadline.
     pub deadline: u64,
+    pub vectors: [[u8; 32]; 16],
+    pub mmx: [u64; 8],
 }
 
 impl FakeCpu {
@@ -34,6 +36,8 @@ impl FakeCpu {
             tsc_offset: 0,
             shadow: false,
             deadline: 0,
+            vectors: [[0; 32]; 16],
+            mmx: [0; 8],
         }
     }
 
@@ -151,6 +155,18 @@ impl VirtualCpu for FakeCpu {
     }
     fn set_idtr(&mut self, table: DescriptorTable) {
         self.state.idtr = table;
+    }
+    fn vector(&mut self, number: u8) -> [u8; 32] {
+        self.vectors[usize::from(number)]
+    }
+    fn set_vector(&mut self, number: u8, value: &[u8; 32]) {
+        self.vectors[usize::from(number)] = *value;
+    }
+    fn mmx(&mut self, number: u8) -> u64 {
+        self.mmx[usize::from(number)]
+    }
+    fn set_mmx(&mut self, number: u8, value: u64) {
+        self.mmx[usize::from(number)] = value;
     }
     fn xcr0(&self) -> u64 {
         self.state.xcr0

@@ -7,6 +7,7 @@
 
 extern crate alloc;
 
+pub mod breakpoint;
 pub mod clock;
 pub mod control;
 pub mod cpuid;

@@ -233,7 +233,7 @@ pub fn console_input(rig: &Rig, start: &Start) -> Result<String> {
 /// The stub's ways to misbehave, and what is to be said of the end of such a guest.
 const ABUSES: [(&str, &str); 15] = [
     ("triple-fault", "triple fault"),
-    ("jump-nowhere", "execution outside RAM"),
+    ("jump-nowhere", "powered off"),
     ("stack-nowhere", "stack or tables are outside RAM"),
     ("tables-nowhere", "page tables outside RAM"),
     ("idt-nowhere", "stack or tables are outside RAM"),

@@ -160,7 +160,8 @@ impl SvmVcpu {
     /// can't turn on what CPUID hides; INVLPG and INVPCID, which the ASID confines; task
     /// switches, which the processor does itself in a guest. CR4 writes are, for that a guest
     /// can't turn on hidden features. #DB and #AC are because a guest can make either recur in
-    /// its own delivery without end, and no interrupt of the host's gets in between.
+    /// its own delivery without end, and no interrupt of the host's gets in between. #UD is for
+    /// VMCALL, the other vendor's hypercall.
     fn set_up_control(&mut self, asid: u32, nested_root: Hpa) {
         let shared = self.shared.clone();
         let has = |feature| shared.capabilities.svm.contains(feature);
@@ -825,6 +826,22 @@ impl VirtualCpu for SvmVcpu {
         let field = &mut self.save_mut().idtr;
         (field.base, field.limit) = (table.base, table.limit.into());
         self.changed(Clean::DESCRIPTOR_TABLES);
+    }
+
+    fn vector(&mut self, number: u8) -> [u8; 32] {
+        self.fpu.vector(number, self.loaded)
+    }
+
+    fn set_vector(&mut self, number: u8, value: &[u8; 32]) {
+        self.fpu.set_vector(number, value, self.loaded);
+    }
+
+    fn mmx(&mut self, number: u8) -> u64 {
+        self.fpu.mmx(number, self.loaded)
+    }
+
+    fn set_mmx(&mut self, number: u8, value: u64) {
+        self.fpu.set_mmx(number, value, self.loaded);
     }
 
     fn xcr0(&self) -> u64 {

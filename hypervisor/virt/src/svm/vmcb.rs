@@ -15,6 +15,8 @@ bitflags! {
     pub struct ExceptionIntercepts: u32 {
         /// #DB.
         const DEBUG = 1 << 1;
+        /// #UD.
+        const UNDEFINED_OPCODE = 1 << 6;
         /// #AC.
         const ALIGNMENT_CHECK = 1 << 17;
         /// #MC.

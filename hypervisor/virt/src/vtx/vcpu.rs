@@ -139,8 +139,11 @@ bitflags! {
 }
 
 /// Exceptions that exit: #DB and #AC, with which a guest could keep the processor busy in
-/// endless delivery where no interrupt gets through, and #MC, which is the host's.
-const EXCEPTION_BITMAP: u64 = 1 << DEBUG_EXCEPTION | 1 << ALIGNMENT_CHECK | 1 << MACHINE_CHECK;
+/// endless delivery where no interrupt gets through, #UD, for the other vendor's hypercall, and #MC,
+/// which is the host's.
+const EXCEPTION_BITMAP: u64 =
+    1 << DEBUG_EXCEPTION | 1 << UNDEFINED_OPCODE | 1 << ALIGNMENT_CHECK | 1 << MACHINE_CHECK;
+const UNDEFINED_OPCODE: u8 = 6;
 const DEBUG_EXCEPTION: u8 = 1;
 const DOUBLE_FAULT: u8 = 8;
 const ALIGNMENT_CHECK: u8 = 17;
@@ -974,6 +977,26 @@ impl VirtualCpu for VtxVcpu {
     fn set_idtr(&mut self, table: DescriptorTable) {
         self.write(Field::GuestIdtrBase, table.base);
         self.write(Field::GuestIdtrLimit, table.limit.into());
+    }
+
+    fn vector(&mut self, number: u8) -> [u8; 32] {
+        let loaded = self.is_loaded();
+        self.fpu.vector(number, loaded)
+    }
+
+    fn set_vector(&mut self, number: u8, value: &[u8; 32]) {
+        let loaded = self.is_loaded();
+        self.fpu.set_vector(number, value, loaded);
+    }
+
+    fn mmx(&mut self, number: u8) -> u64 {
+        let loaded = self.is_loaded();
+        self.fpu.mmx(number, loaded)
+    }
+
+    fn set_mmx(&mut self, number: u8, value: u64) {
+        let loaded = self.is_loaded();
+        self.fpu.set_mmx(number, value, loaded);
     }
 
     fn xcr0(&self) -> u64 {

@@ -9,11 +9,17 @@ use super::{
     alu::{ARITHMETIC, Alu, RFLAGS_CF, RFLAGS_ZF, compute},
     load_msw,
 };
-use crate::walk::Paging;
+use crate::{
+    breakpoint::Breakpoints,
+    walk::{Access, Paging},
+};
 
 pub(super) enum Step {
     Done,
+    /// A REP instruction with iterations left.
     Again,
+    /// Goes on at this offset in CS.
+    Jump(u64),
 }
 
 pub(super) enum Stop {
@@ -36,6 +42,9 @@ pub(super) struct Run<'a, V, P> {
     pub(super) instruction: &'a Instruction,
     /// Where the processor found that an access of this instruction is not to RAM.
     pub(super) target: Option<Target>,
+    /// The guest's breakpoints, if it has set any, and which were hit, as bits of DR6.
+    pub(super) breakpoints: Option<Breakpoints>,
+    pub(super) hits: u64,
 }
 
 impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
@@ -68,31 +77,35 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             Mnemonic::Inc => self.step_by_one(Alu::Add)?,
             Mnemonic::Dec => self.step_by_one(Alu::Sub)?,
             Mnemonic::Not => {
-                let value = !self.get(0)?;
+                let value = !self.get_to_change(0)?;
                 self.set(0, value)?;
             }
             Mnemonic::Neg => {
-                let (value, width) = (self.get(0)?, self.width(0)?);
+                let (value, width) = (self.get_to_change(0)?, self.width(0)?);
                 let (result, flags) = compute(Alu::Sub, 0, value, false, width);
                 self.set(0, result)?;
                 self.set_flags(ARITHMETIC, flags);
             }
             Mnemonic::Xchg => {
-                let (a, b) = (self.get(0)?, self.get(1)?);
+                let (a, b) = if self.is_memory(1) {
+                    (self.get(0)?, self.get_to_change(1)?)
+                } else {
+                    (self.get_to_change(0)?, self.get(1)?)
+                };
                 // The memory operand first: if it faults, no register has changed.
                 let (first, second) = if self.is_memory(1) { (1, 0) } else { (0, 1) };
                 self.set(first, if first == 0 { b } else { a })?;
                 self.set(second, if second == 0 { b } else { a })?;
             }
             Mnemonic::Xadd => {
-                let (a, b, width) = (self.get(0)?, self.get(1)?, self.width(0)?);
+                let (a, b, width) = (self.get_to_change(0)?, self.get(1)?, self.width(0)?);
                 let (sum, flags) = compute(Alu::Add, a, b, false, width);
                 self.set(0, sum)?;
                 self.set(1, a)?;
                 self.set_flags(ARITHMETIC, flags);
             }
             Mnemonic::Cmpxchg => {
-                let (old, new, width) = (self.get(0)?, self.get(1)?, self.width(0)?);
+                let (old, new, width) = (self.get_to_change(0)?, self.get(1)?, self.width(0)?);
                 let accumulator = self.cpu.gpr(Gpr::Rax) & width.mask();
                 let (_, flags) = compute(Alu::Sub, accumulator, old, false, width);
                 let equal = flags & RFLAGS_ZF != 0;
@@ -153,9 +166,22 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
                 let cr0 = self.platform.control_read(self.cpu, 0);
                 self.set(0, cr0)?;
             }
-            _ => return Err(Stop::Unsupported),
+            Mnemonic::Popcnt => self.count_bits()?,
+            Mnemonic::Xlatb => self.translate_byte()?,
+            _ => return self.execute_rare(),
         }
         Ok(Step::Done)
+    }
+
+    /// What drivers hardly ever do to device memory.
+    fn execute_rare(&mut self) -> Result<Step, Stop> {
+        if self.arithmetic()? || self.vector_move()? {
+            return Ok(Step::Done);
+        }
+        if let Some(step) = self.stack_or_branch()? {
+            return Ok(step);
+        }
+        self.system()?.ok_or(Stop::Unsupported)
     }
 
     fn mov(&mut self) -> Result<(), Stop> {
@@ -178,7 +204,12 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     fn alu(&mut self, operation: Alu, store: bool) -> Result<(), Stop> {
-        let (a, b, width) = (self.get(0)?, self.get(1)?, self.width(0)?);
+        let a = if store {
+            self.get_to_change(0)?
+        } else {
+            self.get(0)?
+        };
+        let (b, width) = (self.get(1)?, self.width(0)?);
         let carry = self.cpu.rflags() & RFLAGS_CF != 0;
         let (result, flags) = compute(operation, a, b, carry, width);
         if store {
@@ -189,7 +220,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     fn step_by_one(&mut self, operation: Alu) -> Result<(), Stop> {
-        let (value, width) = (self.get(0)?, self.width(0)?);
+        let (value, width) = (self.get_to_change(0)?, self.width(0)?);
         let (result, flags) = compute(operation, value, 1, false, width);
         self.set(0, result)?;
         self.set_flags(ARITHMETIC & !RFLAGS_CF, flags);
@@ -208,14 +239,26 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             let signed = ((offset << shift) as i64) >> shift;
             let words = signed.div_euclid(bits as i64);
             let displacement = words.wrapping_mul(width.bytes() as i64) as u64;
-            let at = Gva(self.operand_address(0)?.0.wrapping_add(displacement));
+            let writes = change(0, bit).is_some();
+            let access = if writes { Access::Write } else { Access::Read };
+            let at = Gva(self
+                .operand_address_for(0, access)?
+                .0
+                .wrapping_add(displacement));
+            if writes && self.known_device(at, width, true).is_none() {
+                self.probe(at, width, Access::Write)?;
+            }
             let old = self.load(at, width)?;
             if let Some(new) = change(old, bit) {
                 self.store(at, width, new)?;
             }
             old
         } else {
-            let old = self.get(0)?;
+            let old = if change(0, bit).is_some() {
+                self.get_to_change(0)?
+            } else {
+                self.get(0)?
+            };
             if let Some(new) = change(old, bit) {
                 self.set(0, new)?;
             }

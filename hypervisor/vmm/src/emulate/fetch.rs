@@ -1,9 +1,9 @@
 //! The bytes of the instruction at RIP, copied once.
 
-use mem::{Gva, guest::GuestMemory};
+use mem::{Gva, Width, guest::GuestMemory};
 use virt::{CpuMode, SegmentName, VirtualCpu};
 
-use super::{Bytes, Exception};
+use super::{Bytes, Exception, Platform};
 use crate::walk::{Access, Paging};
 
 pub(super) fn linear(base: u64, mode: CpuMode, offset: u64) -> u64 {
@@ -15,9 +15,10 @@ pub(super) fn linear(base: u64, mode: CpuMode, offset: u64) -> u64 {
 }
 
 /// Copies up to 15 bytes at RIP, as far as they can be fetched.
-pub(super) fn fetch<V: VirtualCpu>(
-    cpu: &V,
+pub(super) fn fetch<V: VirtualCpu, P: Platform<V>>(
+    cpu: &mut V,
     memory: &GuestMemory,
+    platform: &mut P,
     paging: &Paging,
     mode: CpuMode,
 ) -> Result<Bytes, Exception> {
@@ -49,8 +50,10 @@ pub(super) fn fetch<V: VirtualCpu>(
         let rest = (mem::PAGE_SIZE - at.page_offset()).min(u64::from(15 - out.length)) as usize;
         let from = usize::from(out.length);
         if memory.read(gpa, &mut out.bytes[from..from + rest]).is_err() {
-            // Code outside RAM: device memory reads as all-ones, which decodes to #UD.
-            out.bytes[from..from + rest].fill(0xff);
+            // Code outside RAM: what the device there gives, or all-ones, which decode to #UD.
+            for (n, byte) in (0..).zip(&mut out.bytes[from..from + rest]) {
+                *byte = platform.mmio_read(cpu, gpa + n, Width::Byte) as u8;
+            }
         }
         out.length += rest as u8;
     }

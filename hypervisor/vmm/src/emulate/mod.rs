@@ -1,7 +1,7 @@
 //! Instructions that the processor cannot finish by itself, executed in software.
 //!
-//! An access to device memory, a string port instruction, and on AMD processors without
-//! decode assists a control-register move, leave the processor with only "it happened
+//! An access to device memory, a string port instruction, code that is not in RAM, and on AMD
+//! processors without decode assists a control-register move, leave the processor with only "it happened
 //! here". The instruction's bytes are fetched through the guest's own page tables, decoded
 //! (`iced-x86`) and executed against the vCPU's registers and the VM's buses.
 //!
@@ -10,12 +10,16 @@
 //! [`MAX_ITERATIONS`] iterations; guest memory is copied, never referenced.
 
 mod alu;
+mod arithmetic;
 mod cache;
 mod execute;
 mod fetch;
 mod operand;
 mod simple;
+mod stack;
 mod string;
+mod system;
+mod vector;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Mnemonic};
 use mem::{Gpa, Gva, Width, guest::GuestMemory};
@@ -26,7 +30,10 @@ use execute::{Run, Step, Stop};
 use fetch::{fetch, linear};
 pub use simple::{SimpleMove, Target};
 
-use crate::walk::{Access, PageFault, Paging};
+use crate::{
+    breakpoint::Breakpoints,
+    walk::{Access, PageFault, Paging},
+};
 
 /// Iterations of a REP instruction in one go; then the guest may take an interrupt, and goes on.
 pub const MAX_ITERATIONS: u32 = 256;
@@ -43,6 +50,18 @@ pub struct Exception {
 }
 
 impl Exception {
+    /// #DE.
+    pub const DIVIDE_ERROR: Self = Exception {
+        vector: 0,
+        error_code: None,
+        cr2: None,
+    };
+    /// #AC(0).
+    pub const ALIGNMENT_CHECK: Self = Exception {
+        vector: 17,
+        error_code: Some(0),
+        cr2: None,
+    };
     /// #UD.
     pub const UNDEFINED_OPCODE: Self = Exception {
         vector: 6,
@@ -78,6 +97,8 @@ impl From<PageFault> for Exception {
 pub enum Outcome {
     /// Executed: step over this many bytes.
     Done(u8),
+    /// Executed: go on at this offset in CS.
+    Jump(u64),
     /// A REP instruction with iterations left: run the guest again at the same RIP.
     Again,
     /// The guest gets this exception, at the same RIP.
@@ -118,6 +139,8 @@ pub trait Platform<V> {
     /// # Errors
     /// The exception for the guest.
     fn control_write(&mut self, cpu: &mut V, cr: u8, value: u64) -> Result<(), Exception>;
+    /// The instruction touched what hardware breakpoints watch; `hits`: their bits of DR6.
+    fn breakpoints_hit(&mut self, hits: u64);
 }
 
 /// Fetches and executes the instruction at the vCPU's RIP. `target`: the access that brought the vCPU
@@ -131,7 +154,7 @@ pub fn emulate<V: VirtualCpu, P: Platform<V>>(
 ) -> Outcome {
     let paging = Paging::of(cpu);
     let mode = cpu.mode();
-    let bytes = match fetch(cpu, memory, &paging, mode) {
+    let bytes = match fetch(cpu, memory, platform, &paging, mode) {
         Ok(bytes) => bytes,
         Err(exception) => return Outcome::Fault(exception),
     };
@@ -156,6 +179,7 @@ pub fn emulate<V: VirtualCpu, P: Platform<V>>(
     };
     // A string instruction has two addresses; the exit told only one of them.
     let target = target.filter(|_| !instruction.is_string_instruction());
+    let breakpoints = Breakpoints::of(cpu);
     let mut run = Run {
         cpu,
         memory,
@@ -164,9 +188,17 @@ pub fn emulate<V: VirtualCpu, P: Platform<V>>(
         mode,
         instruction: &instruction,
         target,
+        breakpoints,
+        hits: 0,
     };
-    match run.execute() {
+    let executed = run.execute();
+    if run.hits != 0 && executed.is_ok() {
+        let hits = run.hits;
+        platform.breakpoints_hit(hits);
+    }
+    match executed {
         Ok(Step::Done) => Outcome::Done(instruction.len() as u8),
+        Ok(Step::Jump(target)) => Outcome::Jump(target),
         Ok(Step::Again) => Outcome::Again,
         Err(Stop::Fault(exception)) => Outcome::Fault(exception),
         Err(Stop::Unsupported) => Outcome::Unsupported(Bytes {
@@ -174,6 +206,25 @@ pub fn emulate<V: VirtualCpu, P: Platform<V>>(
             ..bytes
         }),
     }
+}
+
+/// Bytes of VMCALL and of VMMCALL.
+pub const HYPERCALL_BYTES: u8 = 3;
+
+/// Whether the instruction at the vCPU's RIP is VMCALL or VMMCALL.
+pub fn is_hypercall<V: VirtualCpu, P: Platform<V>>(
+    cpu: &mut V,
+    memory: &GuestMemory,
+    platform: &mut P,
+) -> bool {
+    const VMCALL: [u8; 3] = [0x0f, 0x01, 0xc1];
+    const VMMCALL: [u8; 3] = [0x0f, 0x01, 0xd9];
+    let (paging, mode) = (Paging::of(cpu), cpu.mode());
+    let bytes = fetch(cpu, memory, platform, &paging, mode);
+    bytes.is_ok_and(|bytes| {
+        let bytes = bytes.as_slice();
+        bytes.starts_with(&VMCALL) || bytes.starts_with(&VMMCALL)
+    })
 }
 
 /// One decode, so that the tables that the decoder allocates on first use are there

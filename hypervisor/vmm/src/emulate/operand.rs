@@ -48,12 +48,30 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         }
     }
 
+    /// The operand of an instruction that reads, then writes it: if it cannot be written, that is the
+    /// fault, and it comes before the read.
+    pub(super) fn get_to_change(&mut self, operand: u32) -> Result<u64, Stop> {
+        if !self.is_memory(operand) {
+            return self.get(operand);
+        }
+        let width = self.width(operand)?;
+        let at = self.operand_address_for(operand, Access::Write)?;
+        if self.known_device(at, width, true).is_none() {
+            self.probe(at, width, Access::Write)?;
+        }
+        self.load(at, width)
+    }
+
     pub(super) fn set(&mut self, operand: u32, value: u64) -> Result<(), Stop> {
         if self.instruction.op_kind(operand) == OpKind::Register {
             return self.write_register(self.instruction.op_register(operand), value);
         }
         let width = self.width(operand)?;
-        self.store(self.operand_address(operand)?, width, value)
+        self.store(
+            self.operand_address_for(operand, Access::Write)?,
+            width,
+            value,
+        )
     }
 
     pub(super) fn read_register(&self, register: Register) -> Result<u64, Stop> {
@@ -110,7 +128,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// Offset of any memory operand.
-    fn any_offset(&self, operand: u32) -> Result<u64, Stop> {
+    pub(super) fn any_offset(&self, operand: u32) -> Result<u64, Stop> {
         let mut unreadable = false;
         self.instruction
             .virtual_address(operand, 0, |register, _, _| {
@@ -129,8 +147,13 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             .ok_or(Stop::Unsupported)
     }
 
-    /// Linear address of a memory operand, checked against its segment.
+    /// Linear address of a memory operand to be read, checked against its segment.
     pub(super) fn operand_address(&self, operand: u32) -> Result<Gva, Stop> {
+        self.operand_address_for(operand, Access::Read)
+    }
+
+    /// Linear address of a memory operand, checked against its segment.
+    pub(super) fn operand_address_for(&self, operand: u32, access: Access) -> Result<Gva, Stop> {
         let segment = match self.instruction.op_kind(operand) {
             OpKind::MemoryESDI | OpKind::MemoryESEDI | OpKind::MemoryESRDI => Register::ES,
             _ => self.instruction.memory_segment(),
@@ -140,6 +163,29 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             Some(offset) => offset,
             None => self.any_offset(operand)?,
         };
+        let size = self.instruction.memory_size().size().max(1) as u64;
+        self.address(name, offset, size, access)
+    }
+
+    /// Whether a 64-bit address is canonical.
+    pub(super) fn is_canonical(&self, address: u64) -> bool {
+        const CR4_LA57: u64 = 1 << 12;
+        let top = if self.paging.cr4 & CR4_LA57 != 0 {
+            57
+        } else {
+            48
+        };
+        ((address << (64 - top)) as i64 >> (64 - top)) as u64 == address
+    }
+
+    /// Linear address of `size` bytes at an offset in a segment, with the checks of SDM vol. 3A, section 6.
+    pub(super) fn address(
+        &self,
+        name: SegmentName,
+        offset: u64,
+        size: u64,
+        access: Access,
+    ) -> Result<Gva, Stop> {
         let fault = if name == SegmentName::Ss {
             Exception::STACK_FAULT
         } else {
@@ -151,24 +197,19 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
                 _ => 0,
             };
             let address = base.wrapping_add(offset);
-            let top = if self.paging.cr4 & (1 << 12) != 0 {
-                57
-            } else {
-                48
-            };
-            let canonical = ((address << (64 - top)) as i64 >> (64 - top)) as u64 == address;
-            return if canonical {
+            let last = address.wrapping_add(size - 1);
+            return if self.is_canonical(address) && self.is_canonical(last) {
                 Ok(Gva(address))
             } else {
                 Err(Stop::Fault(fault))
             };
         }
         let hidden = self.cpu.segment(name);
-        let size = self.instruction.memory_size().size().max(1) as u64;
+        let kind = hidden.rights.kind();
         let last = offset.wrapping_add(size - 1);
         let limit = u64::from(hidden.limit);
-        // Expand-down data segments hold the offsets above the limit (SDM vol. 3A, 5.3).
-        let expand_down = hidden.rights.kind() & 0b1100 == 0b0100;
+        // Expand-down data segments hold the offsets above the limit (SDM vol. 3A, 6.3).
+        let expand_down = kind & 0b1100 == 0b0100;
         let upper = if hidden.rights.default_big() {
             0xffff_ffff
         } else {
@@ -179,10 +220,40 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         } else {
             last <= limit && last >= offset
         };
-        if hidden.rights.unusable() || !inside {
+        let has_types = !matches!(self.mode, CpuMode::Real | CpuMode::Virtual8086);
+        let is_code = kind & 0b1000 != 0;
+        let allowed = match access {
+            Access::Write => !is_code && kind & 0b10 != 0,
+            Access::Read => !is_code || kind & 0b10 != 0,
+            Access::Fetch => is_code,
+        };
+        if hidden.rights.unusable() || !inside || has_types && !allowed {
             return Err(Stop::Fault(fault));
         }
         Ok(Gva(hidden.base.wrapping_add(offset) & 0xffff_ffff))
+    }
+
+    /// #AC for an access at privilege level 3 that is not aligned, if the guest asks for it (SDM vol. 3A, section 7.15).
+    fn check_alignment(&self, at: Gva, width: Width) -> Result<(), Stop> {
+        const CR0_AM: u64 = 1 << 18;
+        const RFLAGS_AC: u64 = 1 << 18;
+        let misaligned = !at.0.is_multiple_of(width.bytes() as u64);
+        if misaligned
+            && self.paging.cpl == 3
+            && self.paging.cr0 & CR0_AM != 0
+            && self.paging.rflags & RFLAGS_AC != 0
+        {
+            return Err(Stop::Fault(Exception::ALIGNMENT_CHECK));
+        }
+        Ok(())
+    }
+
+    /// Notes which breakpoints an access hits.
+    #[inline]
+    fn watch(&mut self, at: Gva, width: Width, write: bool) {
+        if let Some(breakpoints) = &self.breakpoints {
+            self.hits |= breakpoints.data(at.0, width, write);
+        }
     }
 
     /// Checks that an access will not fault.
@@ -201,7 +272,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
 
     /// The device address behind `at`, if the exit told it: it has then passed the guest's own page
     /// tables in the processor, for an access of this kind, and is known not to be RAM.
-    fn known_device(&self, at: Gva, width: Width, write: bool) -> Option<Gpa> {
+    pub(super) fn known_device(&self, at: Gva, width: Width, write: bool) -> Option<Gpa> {
         let target = self.target?;
         let known = target.gpa.page_offset() == at.page_offset()
             && Self::split(at, width).is_none()
@@ -210,9 +281,11 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     pub(super) fn load(&mut self, at: Gva, width: Width) -> Result<u64, Stop> {
+        self.watch(at, width, false);
         if let Some(gpa) = self.known_device(at, width, false) {
             return Ok(self.platform.mmio_read(self.cpu, gpa, width) & width.mask());
         }
+        self.check_alignment(at, width)?;
         if Self::split(at, width).is_some() {
             self.probe(at, width, Access::Read)?;
             let mut value = 0;
@@ -232,11 +305,13 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     pub(super) fn store(&mut self, at: Gva, width: Width, value: u64) -> Result<(), Stop> {
+        self.watch(at, width, true);
         if let Some(gpa) = self.known_device(at, width, true) {
             self.platform
                 .mmio_write(self.cpu, gpa, width, value & width.mask());
             return Ok(());
         }
+        self.check_alignment(at, width)?;
         if Self::split(at, width).is_some() {
             self.probe(at, width, Access::Write)?;
             for (n, byte) in value

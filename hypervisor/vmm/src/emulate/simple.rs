@@ -13,7 +13,7 @@ use mem::{Gpa, Gva, Width, guest::GuestMemory};
 use virt::{Gpr, VirtualCpu};
 
 use super::{DecodeCache, Platform, operand::general};
-use crate::walk;
+use crate::{breakpoint::Breakpoints, walk};
 
 /// The access with which an instruction left the processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,7 +135,9 @@ impl SimpleMove {
             bytes
         };
         let found = cache.simple(rip, bytes)?;
-        found.reaches(cpu, target).then_some(found)
+        // Accesses of a guest that has set breakpoints are compared with them on the long way.
+        let plain = Breakpoints::none(cpu);
+        (plain && found.reaches(cpu, target)).then_some(found)
     }
 
     /// Whether the operand's address lies where `target` does in its page, with all its bytes, and the access is of that kind.

@@ -45,6 +45,9 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             }
             self.write_address_register(Gpr::Rcx, address_width, count.wrapping_sub(1));
             let equal = self.cpu.rflags() & RFLAGS_ZF != 0;
+            if count != 1 && self.hits != 0 {
+                return Ok(Step::Again);
+            }
             if count == 1 || compares && (repeat_unequal == equal) {
                 return Ok(Step::Done);
             }
@@ -74,13 +77,17 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         let (mut source, mut destination, mut compares) = (false, false, false);
         match self.instruction.mnemonic() {
             M::Movsb | M::Movsw | M::Movsd | M::Movsq => {
-                let value = self.load(self.operand_address(1)?, width)?;
-                self.store(self.operand_address(0)?, width, value)?;
+                let from = self.operand_address(1)?;
+                let to = self.operand_address_for(0, Access::Write)?;
+                // As for INS: a device is read once.
+                self.probe(to, width, Access::Write)?;
+                let value = self.load(from, width)?;
+                self.store(to, width, value)?;
                 (source, destination) = (true, true);
             }
             M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
                 let value = self.cpu.gpr(Gpr::Rax);
-                self.store(self.operand_address(0)?, width, value)?;
+                self.store(self.operand_address_for(0, Access::Write)?, width, value)?;
                 destination = true;
             }
             M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => {
@@ -102,10 +109,11 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
                 (source, destination, compares) = (true, true, true);
             }
             M::Insb | M::Insw | M::Insd => {
-                let at = self.operand_address(0)?;
+                let at = self.operand_address_for(0, Access::Write)?;
                 // The store must not fault once the device has been read.
                 self.probe(at, width, Access::Write)?;
                 let port = self.cpu.gpr(Gpr::Rdx) as u16;
+                self.watch_port(port, width);
                 let value = self.platform.port_read(port, width);
                 self.store(at, width, u64::from(value))?;
                 destination = true;
@@ -113,6 +121,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             M::Outsb | M::Outsw | M::Outsd => {
                 let value = self.load(self.operand_address(1)?, width)?;
                 let port = self.cpu.gpr(Gpr::Rdx) as u16;
+                self.watch_port(port, width);
                 self.platform.port_write(port, width, value as u32);
                 source = true;
             }
@@ -132,6 +141,12 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             }
         }
         Ok(compares)
+    }
+
+    fn watch_port(&mut self, port: u16, width: Width) {
+        if let Some(breakpoints) = &self.breakpoints {
+            self.hits |= breakpoints.port(port, width);
+        }
     }
 
     /// Writes RCX, RSI or RDI as a string instruction of this address size does.

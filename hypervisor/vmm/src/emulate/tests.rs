@@ -27,6 +27,7 @@ struct Device {
     bytes: Vec<u8>,
     log: Vec<(bool, u64, Width, u64)>,
     next_port_value: u32,
+    hits: u64,
 }
 
 impl Platform<FakeCpu> for Device {
@@ -54,6 +55,9 @@ impl Platform<FakeCpu> for Device {
     }
     fn control_read(&mut self, cpu: &mut FakeCpu, cr: u8) -> u64 {
         if cr == 0 { cpu.cr0() } else { 0x55 }
+    }
+    fn breakpoints_hit(&mut self, hits: u64) {
+        self.hits = hits;
     }
     fn control_write(&mut self, cpu: &mut FakeCpu, cr: u8, value: u64) -> Result<(), Exception> {
         match cr {
@@ -89,6 +93,7 @@ impl Bench {
             bytes: vec![0; 4096],
             log: Vec::new(),
             next_port_value: 0,
+            hits: 0,
         };
         Bench {
             cpu: FakeCpu::long_mode(CODE, TABLES),
@@ -215,13 +220,8 @@ fn faults_leave_registers_alone() {
         error_code: Some(2),
         ..fault
     };
-    assert_eq!(
-        b.run(&[0x87, 0x03]),
-        Outcome::Fault(Exception {
-            error_code: Some(0),
-            ..fault
-        })
-    );
+    // xchg [rbx], eax: what is read and written faults as a write, before the read.
+    assert_eq!(b.run(&[0x87, 0x03]), Outcome::Fault(fault));
     assert_eq!(b.run(&[0x89, 0x03]), Outcome::Fault(fault));
     assert_eq!(b.cpu.gpr(Gpr::Rax), 7);
     b.cpu.set_gpr(Gpr::Rbx, 1 << 60); // not canonical
@@ -404,6 +404,213 @@ fn the_short_way_is_taken_only_where_the_access_fits() {
         .rights
         .set_long(false);
     assert!(!find(&b, DEVICE + 0x20, true));
+}
+
+#[test]
+fn stack_and_branches_with_a_device() {
+    let mut b = Bench::new();
+    b.cpu.set_gpr(Gpr::Rbx, DEVICE);
+    b.cpu.set_gpr(Gpr::Rsp, DATA + 0x100);
+    b.set_device(0, 0x1122_3344_5566_7788);
+    assert_eq!(b.run(&[0xff, 0x33]), Outcome::Done(2)); // push qword [rbx]
+    assert_eq!(b.cpu.gpr(Gpr::Rsp), DATA + 0xf8);
+    assert_eq!(
+        b.memory.read_entry(Gpa(DATA + 0xf8)),
+        Ok(0x1122_3344_5566_7788)
+    );
+    assert_eq!(b.run(&[0x8f, 0x43, 0x08]), Outcome::Done(3)); // pop qword [rbx + 8]
+    assert_eq!(b.device_u64(8), 0x1122_3344_5566_7788);
+    assert_eq!(b.cpu.gpr(Gpr::Rsp), DATA + 0x100);
+    b.set_device(0, CODE + 0x80);
+    assert_eq!(b.run(&[0xff, 0x13]), Outcome::Jump(CODE + 0x80)); // call [rbx]
+    assert_eq!(b.memory.read_entry(Gpa(DATA + 0xf8)), Ok(CODE + 2));
+    assert_eq!(b.run(&[0xc3]), Outcome::Jump(CODE + 2)); // ret
+    assert_eq!(b.run(&[0xff, 0x23]), Outcome::Jump(CODE + 0x80)); // jmp [rbx]
+    b.set_device(0, 1 << 60);
+    let gp = Outcome::Fault(Exception::GENERAL_PROTECTION);
+    assert_eq!(b.run(&[0xff, 0x23]), gp, "not canonical");
+    // pop qword [rsp + 8] is addressed behind the pop; push word.
+    assert_eq!(b.run(&[0x66, 0xff, 0x73, 0x08]), Outcome::Done(4));
+    assert_eq!(b.cpu.gpr(Gpr::Rsp), DATA + 0xfe);
+    b.cpu.set_gpr(Gpr::Rsp, 5 << 30);
+    assert!(matches!(b.run(&[0xff, 0x33]), Outcome::Fault(e) if e.vector == 14));
+    assert_eq!(b.cpu.gpr(Gpr::Rsp), 5 << 30);
+    b.cpu.set_rflags(2 | RFLAGS_CF);
+    assert_eq!(b.run(&[0x72, 0x10]), Outcome::Jump(CODE + 0x12)); // jc
+    assert_eq!(b.run(&[0x73, 0x10]), Outcome::Done(2)); // jnc
+}
+
+#[test]
+fn wide_registers_to_and_from_a_device() {
+    let mut b = Bench::new();
+    b.cpu.set_gpr(Gpr::Rbx, DEVICE);
+    b.cpu.vectors[1] = core::array::from_fn(|n| n as u8 + 1);
+    assert_eq!(b.run(&[0x0f, 0x29, 0x0b]), Outcome::Done(3)); // movaps [rbx], xmm1
+    assert_eq!(b.device.bytes[..16], b.cpu.vectors[1][..16]);
+    b.cpu.vectors[2] = [0xee; 32];
+    assert_eq!(b.run(&[0xf3, 0x0f, 0x6f, 0x13]), Outcome::Done(4)); // movdqu xmm2, [rbx]
+    assert_eq!(b.cpu.vectors[2][..16], b.cpu.vectors[1][..16]);
+    assert_eq!(b.cpu.vectors[2][16..], [0xee; 16], "the upper half stays");
+    assert_eq!(b.run(&[0xc5, 0xfa, 0x6f, 0x13]), Outcome::Done(4)); // vmovdqu xmm2, [rbx]
+    assert_eq!(b.cpu.vectors[2][16..], [0; 16]);
+    assert_eq!(b.run(&[0xf3, 0x0f, 0x10, 0x13]), Outcome::Done(4)); // movss xmm2, [rbx]
+    assert_eq!(b.cpu.vectors[2][..8], [1, 2, 3, 4, 0, 0, 0, 0]);
+    assert_eq!(b.run(&[0x0f, 0x17, 0x4b, 0x20]), Outcome::Done(4)); // movhps [rbx + 32], xmm1
+    assert_eq!(b.device.bytes[32..40], [9, 10, 11, 12, 13, 14, 15, 16]);
+    assert_eq!(b.run(&[0xc5, 0xfe, 0x7f, 0x4b, 0x40]), Outcome::Done(5)); // vmovdqu [rbx + 64], ymm1
+    assert_eq!(b.device.bytes[64..96], b.cpu.vectors[1]);
+    let gp = Outcome::Fault(Exception::GENERAL_PROTECTION);
+    assert_eq!(b.run(&[0x0f, 0x29, 0x4b, 0x01]), gp, "not aligned");
+    b.cpu.mmx[1] = 0x1234;
+    assert_eq!(b.run(&[0x0f, 0x7f, 0x0b]), Outcome::Done(3)); // movq [rbx], mm1
+    assert_eq!(b.device_u64(0), 0x1234);
+}
+
+#[test]
+fn shifts_products_and_quotients_of_a_device() {
+    let mut b = Bench::new();
+    b.cpu.set_gpr(Gpr::Rbx, DEVICE);
+    b.set_device(0, 0x8000_0001);
+    assert_eq!(b.run(&[0xc1, 0x23, 0x04]), Outcome::Done(3)); // shl dword [rbx], 4
+    assert_eq!(b.device_u64(0), 0x10);
+    assert_eq!(b.run(&[0xd1, 0x0b]), Outcome::Done(2)); // ror dword [rbx], 1
+    assert_eq!(b.device_u64(0), 8);
+    b.cpu.set_gpr(Gpr::Rdx, u64::MAX);
+    b.cpu.set_gpr(Gpr::Rcx, 4);
+    assert_eq!(b.run(&[0x0f, 0xa5, 0x13]), Outcome::Done(3)); // shld [rbx], edx, cl
+    assert_eq!(b.device_u64(0), 0x8f);
+    b.cpu.set_gpr(Gpr::Rax, u64::MAX);
+    assert_eq!(b.run(&[0x48, 0xf7, 0x23]), Outcome::Done(3)); // mul qword [rbx]
+    assert_eq!(b.cpu.gpr(Gpr::Rdx), 0x8e);
+    assert_eq!(b.cpu.gpr(Gpr::Rax), 0x8f_u64.wrapping_neg());
+    assert_ne!(b.cpu.rflags() & RFLAGS_CF, 0);
+    assert_eq!(b.run(&[0x48, 0xf7, 0x33]), Outcome::Done(3)); // div qword [rbx]
+    assert_eq!((b.cpu.gpr(Gpr::Rax), b.cpu.gpr(Gpr::Rdx)), (u64::MAX, 0));
+    b.cpu.set_gpr(Gpr::Rdx, 0x8f);
+    let de = Outcome::Fault(Exception::DIVIDE_ERROR);
+    assert_eq!(b.run(&[0x48, 0xf7, 0x33]), de, "too large");
+    b.set_device(0, 0);
+    assert_eq!(b.run(&[0xf6, 0x3b]), de, "idiv by zero");
+    b.set_device(0, 0xfe);
+    b.cpu.set_gpr(Gpr::Rax, 0xff06); // AX = -250
+    assert_eq!(b.run(&[0xf6, 0x3b]), Outcome::Done(2)); // idiv byte [rbx], -2
+    assert_eq!(b.cpu.gpr(Gpr::Rax), 0x007d);
+    b.set_device(0, 3);
+    assert_eq!(b.run(&[0x6b, 0x03, 0xfe]), Outcome::Done(3)); // imul eax, [rbx], -2
+    assert_eq!(b.cpu.gpr(Gpr::Rax), 0xffff_fffa);
+    assert_eq!(b.run(&[0x0f, 0xbd, 0x0b]), Outcome::Done(3)); // bsr ecx, [rbx]
+    assert_eq!(b.cpu.gpr(Gpr::Rcx), 1);
+    assert_eq!(b.run(&[0x0f, 0x94, 0x03]), Outcome::Done(3)); // sete [rbx]
+    assert_eq!(b.device_u64(0), 0);
+}
+
+#[test]
+fn compare_and_exchange_of_two_words() {
+    let mut b = Bench::new();
+    for (gpr, value) in [
+        (Gpr::Rdi, DEVICE),
+        (Gpr::Rbx, 0x33),
+        (Gpr::Rcx, 0x44),
+        (Gpr::Rax, 0x11),
+        (Gpr::Rdx, 0x22),
+    ] {
+        b.cpu.set_gpr(gpr, value);
+    }
+    b.set_device(0, 0x11);
+    b.set_device(8, 0x22);
+    assert_eq!(b.run(&[0xf0, 0x48, 0x0f, 0xc7, 0x0f]), Outcome::Done(5)); // cmpxchg16b
+    assert_eq!((b.device_u64(0), b.device_u64(8)), (0x33, 0x44));
+    assert_eq!(b.run(&[0x0f, 0xc7, 0x0f]), Outcome::Done(3)); // cmpxchg8b
+    assert_eq!((b.cpu.gpr(Gpr::Rax), b.cpu.gpr(Gpr::Rdx)), (0x33, 0));
+}
+
+#[test]
+fn breakpoints_and_single_steps_are_seen() {
+    let mut b = Bench::new();
+    b.cpu.set_gpr(Gpr::Rbx, DEVICE);
+    b.cpu.state.dr[1] = DEVICE + 4;
+    b.cpu.state.dr7 = 0x400 | 1 << 2 | 0b1111 << 20;
+    assert_eq!(b.run(&[0x8b, 0x03]), Outcome::Done(2));
+    assert_eq!(b.device.hits, 0);
+    assert_eq!(b.run(&[0x48, 0x8b, 0x03]), Outcome::Done(3));
+    assert_eq!(b.device.hits, 2);
+    // One iteration of a REP at a time under TF, and at a breakpoint.
+    b.cpu.set_gpr(Gpr::Rdi, DEVICE);
+    b.cpu.set_gpr(Gpr::Rcx, 4);
+    assert_eq!(b.run(&[0xf3, 0xab]), Outcome::Again); // rep stosd
+    assert_eq!((b.cpu.gpr(Gpr::Rcx), b.cpu.gpr(Gpr::Rdi)), (2, DEVICE + 8));
+    b.cpu.state.dr7 = 0x400;
+    b.cpu.set_rflags(2 | 1 << 8);
+    assert_eq!(b.run(&[0xf3, 0xab]), Outcome::Again);
+    assert_eq!(b.cpu.gpr(Gpr::Rcx), 1);
+    assert_eq!(b.run(&[0xf3, 0xab]), Outcome::Done(2), "the last one");
+}
+
+#[test]
+fn code_outside_ram_is_executed_by_the_instruction() {
+    let mut b = Bench::new();
+    b.device.bytes[..6].copy_from_slice(&[0xb8, 0x2a, 0, 0, 0, 0xc3]); // mov eax, 42; ret
+    let run = |b: &mut Bench, rip| {
+        b.cpu.set_rip(rip);
+        emulate(&mut b.cpu, &b.memory, &mut b.device, &mut b.cache, None)
+    };
+    assert_eq!(run(&mut b, DEVICE), Outcome::Done(5));
+    assert_eq!(b.cpu.gpr(Gpr::Rax), 42);
+    b.memory.write_u64(Gpa(DATA), CODE).unwrap();
+    b.cpu.set_gpr(Gpr::Rsp, DATA);
+    assert_eq!(run(&mut b, DEVICE + 5), Outcome::Jump(CODE));
+    b.device.bytes.fill(0xff);
+    let ud = Outcome::Fault(Exception::UNDEFINED_OPCODE);
+    assert_eq!(run(&mut b, DEVICE), ud, "where nothing answers");
+}
+
+#[test]
+fn descriptor_tables_and_far_jumps_in_a_device() {
+    let mut b = Bench::new();
+    b.cpu.set_gpr(Gpr::Rbx, DEVICE);
+    b.cpu.state.gdtr.base = DATA;
+    b.cpu.state.gdtr.limit = 0x2f;
+    for (index, entry) in [
+        0,
+        0x00af_9a00_0000_ffff,
+        0x0000_8200_5000_0fff,
+        0,
+        0x0000_8900_6000_0067,
+        0,
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        b.memory
+            .write_u64(Gpa(DATA + 8 * index as u64), entry)
+            .unwrap();
+    }
+    b.set_device(0, 0x10);
+    assert_eq!(b.run(&[0x0f, 0x00, 0x13]), Outcome::Done(3)); // lldt [rbx]
+    assert_eq!(b.cpu.segment(SegmentName::Ldtr).base, 0x5000);
+    b.set_device(0, 0x20);
+    assert_eq!(b.run(&[0x0f, 0x00, 0x1b]), Outcome::Done(3)); // ltr [rbx]
+    assert_eq!(b.cpu.segment(SegmentName::Tr).rights.kind(), 11);
+    let gp = |selector| {
+        Outcome::Fault(Exception {
+            error_code: Some(selector),
+            ..Exception::GENERAL_PROTECTION
+        })
+    };
+    assert_eq!(b.run(&[0x0f, 0x00, 0x1b]), gp(0x20), "busy now");
+    b.set_device(0, 0x30);
+    assert_eq!(b.run(&[0x0f, 0x00, 0x13]), gp(0x30), "beyond the limit");
+    b.set_device(0, CODE + 0x40);
+    b.set_device(8, 0x08);
+    assert_eq!(b.run(&[0x48, 0xff, 0x2b]), Outcome::Jump(CODE + 0x40)); // jmp far [rbx]
+    assert_eq!(b.cpu.segment(SegmentName::Cs).selector, 8);
+    b.set_device(0, 0x1234_0fff);
+    b.set_device(8, 0);
+    assert_eq!(b.run(&[0x0f, 0x01, 0x13]), Outcome::Done(3)); // lgdt [rbx]
+    assert_eq!(
+        (b.cpu.state.gdtr.limit, b.cpu.state.gdtr.base & 0xffff),
+        (0xfff, 0x1234)
+    );
 }
 
 proptest! {

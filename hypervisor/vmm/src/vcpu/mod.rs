@@ -25,6 +25,7 @@ use virt::{
 };
 
 use crate::{
+    breakpoint::Breakpoints,
     control,
     cpuid::CpuidState,
     emulate::{self, DecodeCache, Exception, Outcome, Platform, SimpleMove, Target},
@@ -124,6 +125,8 @@ struct Reach {
     interrupts: bool,
     /// A port or a timer's register was written: a timer may be set anew.
     timers: bool,
+    /// Hardware breakpoints, as bits of DR6.
+    breakpoints: u64,
 }
 
 impl<V: VirtualCpu> Vcpu<V> {
@@ -366,6 +369,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             }
             // There is no PMU: every counter number is out of range.
             Exit::Rdpmc => self.raise(Exception::GENERAL_PROTECTION),
+            Exit::Exception { vector: 6, .. } => return self.undefined_opcode(),
             Exit::Exception { vector, error_code } => {
                 self.hw.inject(Event::Exception { vector, error_code });
             }
@@ -389,22 +393,23 @@ impl<V: VirtualCpu> Vcpu<V> {
 
     /// Steps over the instruction of this exit; with RFLAGS.TF set the guest then traps.
     fn step_over(&mut self) -> Next {
-        self.finish_instruction(None)
+        self.finish_instruction(None, 0)
     }
 
-    fn finish_instruction(&mut self, length: Option<u8>) -> Next {
+    /// Steps over an instruction that hit these hardware breakpoints.
+    fn finish_instruction(&mut self, length: Option<u8>, breakpoints: u64) -> Next {
         let rflags = self.hw.rflags();
         self.hw.skip_instruction(length);
-        if rflags & (RFLAGS_TF | RFLAGS_RF) != 0 {
-            return self.end_of_traced(rflags);
+        if rflags & (RFLAGS_TF | RFLAGS_RF) != 0 || breakpoints != 0 {
+            return self.end_of_traced(rflags, breakpoints);
         }
         Next::Enter
     }
 
-    /// The end of an instruction that is single-stepped, or that a debugger lets pass a breakpoint once.
+    /// The end of an instruction that is single-stepped, that hit breakpoints, or that a debugger let pass one.
     #[cold]
     #[inline(never)]
-    fn end_of_traced(&mut self, rflags: u64) -> Next {
+    fn end_of_traced(&mut self, rflags: u64, breakpoints: u64) -> Next {
         if rflags & RFLAGS_RF != 0 {
             self.hw.set_rflags(rflags & !RFLAGS_RF);
         }
@@ -413,10 +418,14 @@ impl<V: VirtualCpu> Vcpu<V> {
             .hw
             .msr(number::DEBUGCTL)
             .is_some_and(|value| value & DEBUGCTL_BTF != 0);
-        if rflags & RFLAGS_TF == 0 || branches_only {
+        let mut causes = breakpoints;
+        if rflags & RFLAGS_TF != 0 && !branches_only {
+            causes |= DR6_SINGLE_STEP;
+        }
+        if causes == 0 {
             return Next::Enter;
         }
-        self.debug_trap(DR6_SINGLE_STEP);
+        self.debug_trap(causes);
         Next::Check
     }
 
@@ -440,6 +449,18 @@ impl<V: VirtualCpu> Vcpu<V> {
             vector: exception.vector,
             error_code: exception.error_code.filter(|_| protected),
         });
+    }
+
+    /// #UD. The other vendor's hypercall instruction raises it too: guests that were built for either use one of
+    /// the two without asking, and elsewhere both work.
+    fn undefined_opcode(&mut self) -> Next {
+        let vm = self.rest.vm.clone();
+        if emulate::is_hypercall(&mut self.hw, &vm.memory, &mut self.rest) {
+            self.hw.set_gpr(Gpr::Rax, HYPERCALL_UNKNOWN);
+            return self.finish_instruction(Some(emulate::HYPERCALL_BYTES), 0);
+        }
+        self.raise(Exception::UNDEFINED_OPCODE);
+        Next::Check
     }
 
     fn task_switch(&mut self, request: &TaskSwitch) -> Next {
@@ -482,12 +503,13 @@ impl<V: VirtualCpu> Vcpu<V> {
     fn port_io(&mut self, io: PortIo) -> Next {
         let vm = &self.rest.vm;
         let rax = self.hw.gpr(Gpr::Rax);
+        let hits = Breakpoints::of(&self.hw).map_or(0, |b| b.port(io.port, io.width));
         match io.direction {
             Direction::Write => {
                 vm.ports
                     .write(io.port, io.width, (rax & io.width.mask()) as u32);
                 // A device that wants attention posts to an inbox, which the loop looks at.
-                let next = self.step_over();
+                let next = self.finish_instruction(None, hits);
                 if Vm::is_timer_port(io.port) {
                     self.rest.vm.timers_changed(self.rest.id);
                     return Next::Check;
@@ -507,10 +529,10 @@ impl<V: VirtualCpu> Vcpu<V> {
                 // periodic sources go on from there.
                 if Vm::is_rearmed_by_read(io.port) {
                     self.rest.vm.timers_changed(self.rest.id);
-                    self.step_over();
+                    self.finish_instruction(None, hits);
                     return Next::Check;
                 }
-                self.step_over()
+                self.finish_instruction(None, hits)
             }
         }
     }
@@ -572,9 +594,6 @@ impl<V: VirtualCpu> Vcpu<V> {
             // reserved-bit fault; no system does this on purpose.
             return self.end(EndKind::Unsupported("page tables outside RAM"));
         }
-        if fault.fetch {
-            return self.end(EndKind::Unsupported("execution outside RAM"));
-        }
         if self.hw.queued().is_some() {
             // An event was being delivered: its stack or its tables are in device memory. The
             // instruction at RIP has nothing to do with it, and the delivery would never end.
@@ -582,8 +601,9 @@ impl<V: VirtualCpu> Vcpu<V> {
                 "an event whose stack or tables are outside RAM",
             ));
         }
-        if special.is_some() {
+        if special.is_some() || fault.fetch {
             // Of ROM only writes come here: what else the instruction reads there, it finds in memory.
+            // Code outside RAM is executed one instruction at a time: what a PC would fetch there.
             return self.emulate(None);
         }
         let target = Target {
@@ -597,9 +617,18 @@ impl<V: VirtualCpu> Vcpu<V> {
             Some(found) => {
                 rest.reach = Reach::default();
                 let length = found.execute(hw, rest, fault.gpa);
-                let interrupts = rest.reach.interrupts;
-                let next = self.finish_instruction(Some(length));
-                if interrupts { Next::Check } else { next }
+                let Reach {
+                    interrupts, timers, ..
+                } = rest.reach;
+                if timers {
+                    rest.vm.timers_changed(rest.id);
+                }
+                let next = self.finish_instruction(Some(length), 0);
+                if interrupts || timers {
+                    Next::Check
+                } else {
+                    next
+                }
             }
             None => self.emulate(Some(target)),
         }
@@ -612,17 +641,25 @@ impl<V: VirtualCpu> Vcpu<V> {
         let vm = rest.vm.clone();
         rest.reach = Reach::default();
         let outcome = emulate::emulate(hw, &vm.memory, rest, cache, target);
-        let Reach { interrupts, timers } = self.rest.reach;
+        let Reach {
+            interrupts,
+            timers,
+            breakpoints,
+        } = self.rest.reach;
         if timers {
             // A string instruction may have written to any port.
             vm.timers_changed(self.rest.id);
         }
         let next = match outcome {
-            Outcome::Done(length) => self.finish_instruction(Some(length)),
+            Outcome::Done(length) => self.finish_instruction(Some(length), breakpoints),
+            Outcome::Jump(target) => {
+                self.hw.set_rip(target);
+                self.finish_instruction(Some(0), breakpoints)
+            }
             // An iteration ends the shadow of STI or MOV SS, and traps when single-stepped, as an
             // instruction does: or no interrupt would ever stop a long one in such a shadow.
             Outcome::Again => {
-                self.finish_instruction(Some(0));
+                self.finish_instruction(Some(0), breakpoints);
                 Next::Check
             }
             Outcome::Fault(exception) => {

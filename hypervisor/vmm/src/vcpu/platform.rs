@@ -92,4 +92,8 @@ impl<V: VirtualCpu> Platform<V> for Rest {
             _ => Err(Exception::UNDEFINED_OPCODE),
         }
     }
+
+    fn breakpoints_hit(&mut self, hits: u64) {
+        self.reach.breakpoints = hits;
+    }
 }
