@@ -48,6 +48,8 @@ pub mod system;
 pub mod test_device;
 pub mod time;
 pub mod uart;
+pub mod virtio;
+pub mod work;
 
 #[cfg(test)]
 mod testing;

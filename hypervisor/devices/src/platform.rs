@@ -25,6 +25,12 @@ pub const PCI_GSI_BASE: u32 = 16;
 /// Number of GSIs that the PCI interrupt lines share.
 pub const PCI_GSIS: u32 = 8;
 
+/// First PCI device number of the disks; those before are the chip set's.
+pub const FIRST_DISK_SLOT: u8 = 4;
+/// ISA IRQs that the chip set's four PCI interrupt lines reach by the 8259A: as SeaBIOS and OVMF route them, and as they are
+/// routed where there is no firmware.
+pub const PIRQ_IRQS: [u8; 4] = [10, 10, 11, 11];
+
 /// A serial port's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SerialPort {
@@ -59,4 +65,10 @@ pub const SERIAL_PORTS: [SerialPort; 4] = [
 /// The usual swizzle, so that devices with one pin each spread over the lines.
 pub const fn pci_gsi(device: u8, pin: u8) -> u32 {
     PCI_GSI_BASE + (device as u32 + pin as u32) % PCI_GSIS
+}
+
+/// The ISA IRQ of interrupt pin `pin` (0 is INTA#) of PCI device `device` on bus 0: [`PIRQ_IRQS`], in which device 1 comes
+/// first.
+pub const fn pci_irq(device: u8, pin: u8) -> u8 {
+    PIRQ_IRQS[(device as usize + pin as usize + 3) % PIRQ_IRQS.len()]
 }

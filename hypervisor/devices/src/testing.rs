@@ -6,6 +6,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use spin::Mutex;
 
+use crate::lapic::{Message, MessageSink};
 use crate::line::InterruptSink;
 use crate::system::{SystemControl, SystemRequest};
 use crate::time::Clock;
@@ -88,5 +89,24 @@ impl Requests {
 impl SystemControl for Requests {
     fn request(&self, request: SystemRequest) {
         self.0.lock().push(request);
+    }
+}
+
+/// Records interrupt messages.
+#[derive(Default)]
+pub struct Messages(Mutex<Vec<Message>>);
+
+impl Messages {
+    /// Vectors of the messages since the last call.
+    pub fn vectors(&self) -> Vec<u8> {
+        let messages = core::mem::take(&mut *self.0.lock());
+        messages.iter().map(|m| m.vector).collect()
+    }
+}
+
+impl MessageSink for Messages {
+    fn deliver(&self, message: &Message) -> bool {
+        self.0.lock().push(*message);
+        true
     }
 }

@@ -21,12 +21,13 @@ use devices::{VcpuId, lapic::VcpuKick, uart::ConsoleSink};
 use drivers::wall_clock;
 use manage::{
     bundle::{self, Bundle, BundleEnvironment},
-    config::{self, AfterLastVm, Config, Restart, VmConfig},
+    config::{self, AfterLastVm, Config, DiskConfig, Restart, VmConfig},
     console::{ConsoleId, ConsoleMux, Input},
 };
 use mem::Owner;
 use sched::{EntityId, RunQueue, Wake};
 use spin::Once;
+use storage::{Disk, ImageDisk};
 use virt::{Backend, Exit, VcpuSetup, svm::Svm, vtx::Vtx};
 use vmm::{
     clock::TimeSource,
@@ -106,6 +107,8 @@ struct Plan {
     kernel: &'static [u8],
     modules: Vec<BootModule>,
     firmware: Option<Firmware<'static>>,
+    /// They outlive the VM: a guest that restarts finds what it has written.
+    disks: Vec<Arc<dyn Disk>>,
     /// Its console on the terminal, if it is configured to have one.
     console: Option<ConsoleId>,
 }
@@ -284,6 +287,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         let modules = initrd
             .chain(named.map(|m| module(m.path(), &m.text)))
             .collect();
+        let disks = disks(&vm, vm_number(plans.len()), bundle);
         let console = vm.console.then(|| consoles.attach(&vm.name));
         if let Some(console) = console.filter(|_| vm.focus) {
             consoles.show_first(console);
@@ -293,6 +297,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
             kernel,
             modules,
             firmware,
+            disks,
             console,
         });
     }
@@ -337,6 +342,19 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         }
     }
     world.run(cpu)
+}
+
+/// The disks of a VM, with what was written to them: nothing yet.
+fn disks(vm: &VmConfig, number: u16, bundle: &Bundle<'static>) -> Vec<Arc<dyn Disk>> {
+    let disk = |disk: &DiskConfig| -> Arc<dyn Disk> {
+        let image = bundle.guest_file(&disk.image).unwrap_or_default();
+        Arc::new(if disk.readonly {
+            ImageDisk::read_only(&memory::HOST, image)
+        } else {
+            ImageDisk::writable(&memory::HOST, Owner::VmDisks(number), image, disk.changes)
+        })
+    };
+    vm.disks.iter().map(disk).collect()
 }
 
 /// Reads `plinth.toml`, says what is wrong with it, and puts its `[host]` part into force.
@@ -484,6 +502,7 @@ impl<B: Backend> World<B> {
                 modules: &modules,
                 command_line: &config.boot.cmdline,
             },
+            disks: &plan.disks,
             test_devices: config.test_devices,
             cpu: processor_model(&config.cpu),
         };

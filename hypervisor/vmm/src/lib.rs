@@ -11,6 +11,7 @@ pub mod breakpoint;
 pub mod clock;
 pub mod control;
 pub mod cpuid;
+mod disks;
 pub mod emulate;
 pub mod firmware;
 pub mod host;

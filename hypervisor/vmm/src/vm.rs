@@ -23,7 +23,7 @@ use devices::{
     ioapic::{IOAPIC_BASE, IOAPIC_LEN, IoApic},
     lapic::{ApicBus, IntrPin, VcpuKick},
     line::{GsiRouter, InterruptSink, Line},
-    pci::{ECAM_BUS_LEN, HostBridge, PciBus, PciLayout},
+    pci::{ECAM_BUS_LEN, HostBridge, PciBus, PciLayout, PciLines},
     pic::Pic,
     pit::Pit,
     platform,
@@ -33,18 +33,21 @@ use devices::{
     test_device,
     time::{Clock, earliest},
     uart::{ConsoleSink, UART_PORTS, Uart},
+    work::{Budget, WorkList},
 };
 use mem::{
-    Gpa, HostMemory,
+    Gpa, HostMemory, Width,
     guest::{AllocateError, GuestMemory, GuestRange, LOW_RAM_END, pc_layout},
 };
 use spin::Mutex;
+use storage::Disk;
 use virt::CpuState;
 
 use crate::{
     clock::{TimeSource, VmClock},
     control,
     cpuid::{CpuModel, CpuidPolicy, HostCpuid, ModelError},
+    disks::{self, Board},
     firmware::{self, Firmware, FirmwareError, NestedControl, SpecialMemory},
     load::{self, BootFiles, BootLayout, LoadError, MapEntry, MapKind},
     vcpu::Dump,
@@ -66,11 +69,15 @@ const TIMER_IRQ: u8 = 0;
 const IOAPIC_ID: u8 = 0;
 /// The vCPU that looks after the devices' timers.
 const TIMER_VCPU: VcpuId = VcpuId(0);
+/// The 8259A pair's edge/level registers.
+const PIC_LEVELS: u16 = 0x4d0;
+/// Bytes of disk that one look at the devices' work moves.
+const WORK_BYTES: u64 = 128 << 10;
 /// No timer is armed.
 const NEVER: u64 = u64::MAX;
 
 /// What a VM is made from.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct VmSpec<'a> {
     /// Number of the VM on this host, from 1; owner of its frames.
     pub id: u16,
@@ -85,6 +92,8 @@ pub struct VmSpec<'a> {
     /// What it boots: a bzImage, multiboot or PVH kernel, and what comes with it. Without a kernel where firmware
     /// finds its system itself.
     pub boot: BootFiles<'a>,
+    /// Its disks, in the order in which it finds them.
+    pub disks: &'a [Arc<dyn Disk>],
     /// Whether it has the devices that test kernels expect.
     pub test_devices: bool,
     /// Its processor model.
@@ -120,6 +129,8 @@ pub enum VmError {
     Overlap(Overlap),
     /// Its processor model cannot be had here.
     Processor(ModelError),
+    /// It has more devices than a PC has room for.
+    Devices,
     /// The ACPI tables do not fit below 1 MiB (too many vCPUs), or the VM has no RAM there.
     AcpiTables,
 }
@@ -161,6 +172,7 @@ impl fmt::Display for VmError {
             VmError::Load(e) => e.fmt(f),
             VmError::Firmware(e) => e.fmt(f),
             VmError::Overlap(e) => e.fmt(f),
+            VmError::Devices => f.write_str("more devices than there is room for"),
             VmError::Processor(e) => e.fmt(f),
             VmError::AcpiTables => {
                 f.write_str("the ACPI tables do not fit into the guest's memory below 1 MiB")
@@ -264,6 +276,8 @@ pub struct Vm {
     timer_deadline: AtomicU64,
     /// Held while `timer_deadline` is made anew. Devices' locks come after it.
     noting_deadline: Mutex<()>,
+    /// What devices have left to do.
+    work: WorkList,
     end: Arc<EndCell>,
 }
 
@@ -282,6 +296,12 @@ fn ram_layout(bytes: u64) -> Vec<GuestRange> {
             bytes: end - start,
         })
         .collect()
+}
+
+/// The edge/level registers with the PCI interrupts as levels.
+fn pic_levels() -> u32 {
+    let irqs = platform::PIRQ_IRQS.into_iter();
+    irqs.fold(0, |levels, irq| levels | 1 << irq)
 }
 
 /// What the CMOS memory says of the machine.
@@ -432,11 +452,11 @@ impl Vm {
         let intr = IntrPin::new(apic_bus.clone(), Line::new(ioapic.clone(), 0));
         let pic = Pic::new(Line::new(Arc::new(intr), 0));
         let wiring: Arc<dyn InterruptSink> = Arc::new(GsiRouter::new(pic.clone(), ioapic.clone()));
-        let pci_router = PciInterruptRouter::new(wiring.clone());
-        let router = match special {
-            Some(_) => pci_router.clone(),
-            None => wiring,
+        let pci_router = match special {
+            Some(_) => PciInterruptRouter::new(wiring.clone()),
+            None => PciInterruptRouter::fixed(wiring.clone()),
         };
+        let router: Arc<dyn InterruptSink> = pci_router.clone();
         let irq = |number: u8| Line::new(router.clone(), u32::from(number));
 
         let mut ports = PortBus::new();
@@ -507,10 +527,26 @@ impl Vm {
         {
             mmio.insert("variables", range.start.0, range.bytes, flash)?;
         }
-        Arc::new(pci).attach(&mut ports, &mut mmio, &pci_layout)?;
+        let mut work = WorkList::new();
+        let board = Board {
+            pci: &mut pci,
+            lines: &mut PciLines::new(&router),
+            work: &mut work,
+            memory: &memory,
+            messages: apic_bus.clone(),
+            vcpus: spec.vcpus,
+        };
+        disks::attach(board, &spec.name, spec.disks)?;
+        let pci = Arc::new(pci);
+        pci.attach(&mut ports, &mut mmio, &pci_layout)?;
         let start = match special {
             Some(_) => CpuState::reset(),
-            None => load_kernel(&memory, &spec, &acpi)?,
+            None => {
+                // Without firmware the bus is found as firmware leaves it.
+                pci.assign(&pci_layout, platform::pci_irq);
+                ports.write(PIC_LEVELS, Width::Word, pic_levels());
+                load_kernel(&memory, &spec, &acpi)?
+            }
         };
         let timers = Timers {
             pit,
@@ -535,6 +571,7 @@ impl Vm {
             timers,
             timer_deadline,
             noting_deadline: Mutex::new(()),
+            work,
             end,
         };
         Ok((Arc::new(vm), start))
@@ -601,6 +638,22 @@ impl Vm {
         if by != TIMER_VCPU && deadline < before {
             self.end.kick.kick(TIMER_VCPU);
         }
+    }
+
+    /// Whether devices have work left.
+    pub(crate) fn has_work(&self) -> bool {
+        self.work.is_pending()
+    }
+
+    /// Has the devices do a piece of their work. Each line for the host's log goes to `note`.
+    pub(crate) fn work(&self, note: impl FnMut(String)) {
+        self.work.run(Budget::new(WORK_BYTES), note);
+    }
+
+    /// Whether a write to this port may give a device work: PCI configuration space, which has a window to
+    /// devices' registers, and I/O BARs.
+    pub(crate) fn is_work_port(port: u16) -> bool {
+        matches!(port, 0xcfc..=0xcff) || u32::from(port) >= platform::PCI_IO.start
     }
 
     /// Whether a read of this port may set a device's timer: register C of the real-time clock.

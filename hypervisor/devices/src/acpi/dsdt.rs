@@ -5,8 +5,8 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Memory32Fixed, Name, Package,
-    PackageBuilder, Path, ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, Arg, Device, EISAName, IO, If, Memory32Fixed, Method,
+    Name, Package, PackageBuilder, Path, ResourceTemplate, Return, Scope, Store,
 };
 use acpi_tables::{Aml, AmlSink};
 
@@ -53,6 +53,22 @@ fn bytes(aml: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
+/// Name of the interrupt model that the system told by `_PIC`: 0 is the 8259A pair (ACPI 6.5, section 5.8.1).
+const PIC_MODEL: &str = "\\PICM";
+
+/// Where the interrupt pins of all PCI slots lead, by number of the interrupt (section 6.2.13).
+fn routes(interrupt: impl Fn(u8, u8) -> u32) -> PackageBuilder {
+    let mut routes = PackageBuilder::new();
+    for slot in 1..DEVICES {
+        for pin in 0..4u8 {
+            let address = u32::from(slot) << 16 | 0xffff;
+            let number = interrupt(slot, pin);
+            routes.add_element(&Package::new(vec![&address, &pin, &0u8, &number]));
+        }
+    }
+    routes
+}
+
 /// The PCI root bridge with its windows and interrupt routing.
 fn pci_root(config: &AcpiConfig<'_>) -> Vec<u8> {
     let pci = &config.pci;
@@ -85,14 +101,8 @@ fn pci_root(config: &AcpiConfig<'_>) -> Vec<u8> {
         resources.push(high);
     }
 
-    let mut routes = PackageBuilder::new();
-    for slot in 1..DEVICES {
-        for pin in 0..4u8 {
-            let address = u32::from(slot) << 16 | 0xffff;
-            let gsi = platform::pci_gsi(slot, pin);
-            routes.add_element(&Package::new(vec![&address, &pin, &0u8, &gsi]));
-        }
-    }
+    let by_ioapic = routes(platform::pci_gsi);
+    let by_pic = routes(|slot, pin| u32::from(platform::pci_irq(slot, pin)));
     bytes(&Device::new(
         Path::new("PCI0"),
         vec![
@@ -102,7 +112,20 @@ fn pci_root(config: &AcpiConfig<'_>) -> Vec<u8> {
             &name("_SEG", &0u8),
             &name("_BBN", &0u8),
             &name("_CRS", &ResourceTemplate::new(resources)),
-            &name("_PRT", &routes),
+            &name("PRTA", &by_ioapic),
+            &name("PRTP", &by_pic),
+            &Method::new(
+                Path::new("_PRT"),
+                0,
+                false,
+                vec![
+                    &If::new(
+                        &Path::new(PIC_MODEL),
+                        vec![&Return::new(&Path::new("PRTA"))],
+                    ),
+                    &Return::new(&Path::new("PRTP")),
+                ],
+            ),
         ],
     ))
 }
@@ -184,6 +207,13 @@ pub(super) fn aml(config: &AcpiConfig<'_>) -> Vec<u8> {
         "_S5_",
         &Package::new(vec![&pm::SLEEP_TYPE_S5, &pm::SLEEP_TYPE_S5, &0u8, &0u8]),
     ));
+    body.extend(bytes(&name(PIC_MODEL, &0u8)));
+    body.extend(bytes(&Method::new(
+        Path::new("_PIC"),
+        1,
+        false,
+        vec![&Store::new(&Path::new(PIC_MODEL), &Arg(0))],
+    )));
     body.extend(Scope::raw(Path::new("_SB_"), scope));
     body
 }

@@ -15,7 +15,7 @@ use super::{SUBSYSTEM, SUBSYSTEM_VENDOR};
 use crate::bus::{IoError, PortDevice};
 use crate::line::{ISA_IRQS, InterruptSink};
 use crate::pci::{BARS, BarRange, ConfigSpace, FunctionId, PciFunction};
-use crate::platform::{PCI_GSI_BASE, PCI_GSIS, SCI_IRQ};
+use crate::platform::{PCI_GSI_BASE, PCI_GSIS, PIRQ_IRQS, SCI_IRQ};
 use crate::pm::PowerManagement;
 
 /// Header type: the device has several functions.
@@ -71,6 +71,13 @@ impl PciInterruptRouter {
                 driven: 0,
             }),
         })
+    }
+
+    /// As `new`, but routed as firmware does it, for a machine without an ISA bridge to set up.
+    pub fn fixed(below: Arc<dyn InterruptSink>) -> Arc<Self> {
+        let router = Self::new(below);
+        router.set_registers(PIRQ_IRQS);
+        router
     }
 
     fn set_registers(&self, registers: [u8; PIRQS]) {
@@ -269,6 +276,7 @@ impl PortDevice for PmAlias {
 mod tests {
     use super::*;
     use crate::line::Line;
+    use crate::platform::{pci_gsi, pci_irq};
     use crate::testing::{FakeClock, RecordingSink, Requests};
     use proptest::prelude::*;
 
@@ -277,6 +285,20 @@ mod tests {
         let router = PciInterruptRouter::new(sink.clone());
         let bridge = IsaBridge::new(router.clone());
         (sink, router, bridge)
+    }
+
+    #[test]
+    fn fixed_routes_are_where_the_platform_says() {
+        let sink = Arc::new(RecordingSink::default());
+        let router = PciInterruptRouter::fixed(sink.clone());
+        for device in 0..8 {
+            let gsi = pci_gsi(device, 0);
+            router.set_level(gsi, true);
+            let irq = u32::from(pci_irq(device, 0));
+            assert_eq!(sink.take(), [(gsi, true), (irq, true)]);
+            router.set_level(gsi, false);
+            assert_eq!(sink.take(), [(gsi, false), (irq, false)]);
+        }
     }
 
     #[test]

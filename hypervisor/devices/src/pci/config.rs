@@ -31,6 +31,8 @@ mod offset {
     pub(super) const INTERRUPT_PIN: usize = 0x3d;
 }
 
+/// Status register: the function wants its INTx pin asserted.
+const STATUS_INTERRUPT: u8 = 1 << 3;
 /// Status register: there is a capability list.
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 
@@ -263,6 +265,12 @@ impl ConfigSpace {
     /// Says that the function uses INTA# (1) to INTD# (4), or none (0).
     pub fn set_interrupt_pin(&mut self, pin: u8) {
         self.bytes[offset::INTERRUPT_PIN] = pin;
+    }
+
+    /// Shows in the status register whether the function wants its INTx pin asserted.
+    pub fn set_interrupt_status(&mut self, wanted: bool) {
+        let status = &mut self.bytes[offset::STATUS];
+        *status = *status & !STATUS_INTERRUPT | if wanted { STATUS_INTERRUPT } else { 0 };
     }
 
     /// Reads 1, 2 or 4 bytes; 0 beyond the 256 bytes.

@@ -76,6 +76,8 @@ enum Next {
 
 /// CR0.NW and CR0.CD.
 const CR0_CACHE: u64 = 3 << 29;
+/// How often a second a guest that runs is interrupted for what its devices have left to do.
+const WORK_PAUSES_PER_SECOND: u64 = 10_000;
 /// RFLAGS.TF.
 const RFLAGS_TF: u64 = 1 << 8;
 /// RFLAGS.RF.
@@ -226,6 +228,9 @@ impl<V: VirtualCpu> Vcpu<V> {
     /// Everything that may have become due: timers, signals, interrupts. Says when to pause.
     fn check<H: Host>(&mut self, host: &mut H, slice_end: u64) -> Option<Pause> {
         let vm = &self.rest.vm;
+        if vm.has_work() {
+            vm.work(|line| host.note(line));
+        }
         if let Some(special) = &vm.special {
             special.drop_stale(&mut self.rest.special_seen);
         }
@@ -239,15 +244,20 @@ impl<V: VirtualCpu> Vcpu<V> {
         let vm = &self.rest.vm;
         let timer = earliest(self.rest.apic.deadline(), vm.timer_deadline(self.rest.id))
             .map(|ticks| vm.clock.to_host(ticks));
-        if self.activity != Activity::Running {
+        // Whoever sees work does some of it again soon, so that it comes to an end.
+        let work = vm.has_work();
+        if self.activity != Activity::Running && !work {
             return Some(Pause::Idle { until: timer });
         }
-        if host.now() >= slice_end {
+        if self.activity != Activity::Running || host.now() >= slice_end {
             return Some(Pause::SliceOver);
         }
-        let deadline = timer
+        let mut deadline = timer
             .map_or(slice_end, |t| t.min(slice_end))
             .min(host.interrupts_wait_until());
+        if work {
+            deadline = deadline.min(host.now() + vm.clock.hz() / WORK_PAUSES_PER_SECOND);
+        }
         if !self.hw.set_deadline(deadline) {
             host.arm_timer(deadline);
         }
@@ -514,6 +524,9 @@ impl<V: VirtualCpu> Vcpu<V> {
                     self.rest.vm.timers_changed(self.rest.id);
                     return Next::Check;
                 }
+                if Vm::is_work_port(io.port) {
+                    return Next::Check;
+                }
                 next
             }
             Direction::Read => {
@@ -668,7 +681,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             }
             Outcome::Unsupported(bytes) => self.end(EndKind::Instruction(bytes)),
         };
-        if interrupts || timers {
+        if interrupts || timers || vm.has_work() {
             Next::Check
         } else {
             next

@@ -165,6 +165,7 @@ impl Bench {
                 modules: &[],
                 command_line: "",
             },
+            disks: &[],
             test_devices: false,
             cpu: crate::cpuid::CpuModel::default(),
         };
