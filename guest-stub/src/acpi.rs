@@ -56,6 +56,7 @@ pub struct Madt {
     /// An 8259 pair is there too.
     pub pic: bool,
     pub processors: u32,
+    ids: [u32; 32],
     /// Address and first interrupt of the first IOAPIC.
     pub ioapic: Option<(u64, u32)>,
     pub overrides: [Override; 8],
@@ -68,6 +69,19 @@ impl Madt {
         self.overrides
             .get(..self.override_count)
             .unwrap_or_default()
+    }
+
+    /// APIC ids of the enabled processors, the first few of them.
+    pub fn ids(&self) -> &[u32] {
+        let count = self.ids.len().min(self.processors as usize);
+        &self.ids[..count]
+    }
+
+    fn add_processor(&mut self, id: u32) {
+        if let Some(slot) = self.ids.get_mut(self.processors as usize) {
+            *slot = id;
+        }
+        self.processors += 1;
     }
 
     /// The IOAPIC pin, polarity and trigger of an ISA interrupt: (pin, active low, level).
@@ -273,8 +287,12 @@ fn parse_madt(table: &Table) -> Madt {
     while entry + 2 <= end {
         let length = u64::from(read8(entry + 1));
         match read8(entry) {
-            PROCESSOR if read32(entry + 4) & ENABLED != 0 => madt.processors += 1,
-            PROCESSOR_X2APIC if read32(entry + 8) & ENABLED != 0 => madt.processors += 1,
+            PROCESSOR if read32(entry + 4) & ENABLED != 0 => {
+                madt.add_processor(read8(entry + 3).into());
+            }
+            PROCESSOR_X2APIC if read32(entry + 8) & ENABLED != 0 => {
+                madt.add_processor(read32(entry + 4));
+            }
             IOAPIC if madt.ioapic.is_none() => {
                 madt.ioapic = Some((read32(entry + 4).into(), read32(entry + 8)));
             }

@@ -179,15 +179,24 @@ impl LocalApic {
 
     /// Switches to x2APIC mode.
     pub fn enter_x2apic(self) {
-        set_base(ApicBase::ENABLE | ApicBase::EXTD);
+        set_mode(true);
         X2APIC_MODE.store(true, Relaxed);
     }
 
     /// Switches back to xAPIC mode, which leads through "off" and so resets the APIC.
     pub fn enter_xapic(self) {
+        set_mode(false);
+        X2APIC_MODE.store(false, Relaxed);
+    }
+}
+
+/// Brings this processor's APIC to a mode, without telling [`local`].
+pub fn set_mode(x2apic: bool) {
+    if x2apic {
+        set_base(ApicBase::ENABLE | ApicBase::EXTD);
+    } else {
         set_base(ApicBase::empty());
         set_base(ApicBase::ENABLE);
-        X2APIC_MODE.store(false, Relaxed);
     }
 }
 

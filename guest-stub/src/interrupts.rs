@@ -4,7 +4,7 @@
 //! - [`guarded`] runs a whole function; an exception that nobody probes for ends it early.
 //!
 //! Everything shared with the handler is atomic, so that no handler ever aliases a reference.
-//! Only one processor runs.
+//! The first processor runs all of it; the others have `smp` for their traps.
 
 use core::arch::{global_asm, naked_asm};
 use core::cell::UnsafeCell;
@@ -15,7 +15,7 @@ use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering::
 use bitfield_struct::bitfield;
 
 use crate::cpu::{self, PageFaultCode, Rflags};
-use crate::{apic, println};
+use crate::{apic, println, smp};
 
 /// Kernel code segment.
 pub const KERNEL_CODE: u16 = 0x08;
@@ -261,6 +261,34 @@ fn load() {
             scratch = out(reg) _,
         );
     }
+}
+
+/// The IDT of the other processors: that of the first without stacks of the TSS, which they lack.
+static OTHERS_IDT: Table<[Gate; 256]> = Table(UnsafeCell::new([Gate::new(); 256]));
+
+/// Address and limit of the GDT.
+pub fn gdt() -> (u64, u16) {
+    (GDT.0.get() as u64, size_of::<[u64; 9]>() as u16 - 1)
+}
+
+/// Loads the IDT of the other processors into one of them. They have the GDT already.
+pub fn load_for_others() {
+    let table = OTHERS_IDT.0.get().cast::<Gate>();
+    for index in 0..256 {
+        // SAFETY: in bounds. Each processor writes the same, 16 bytes that a processor that uses the table
+        // already finds unchanged.
+        unsafe {
+            table
+                .add(index)
+                .write_volatile(gate_for(index).with_stack(0))
+        };
+    }
+    let idt = TablePointer {
+        limit: size_of::<[Gate; 256]>() as u16 - 1,
+        base: table as u64,
+    };
+    // SAFETY: the table is filled and static.
+    unsafe { core::arch::asm!("lidt [{}]", in(reg) &idt, options(nostack)) };
 }
 
 /// Marks a gate present or not, for tests of nested exceptions.
@@ -561,6 +589,10 @@ pub fn end_at_apic(_frame: &mut Frame) {
 pub fn only_count(_frame: &mut Frame) {}
 
 extern "C" fn on_trap(frame: &mut Frame) {
+    if let Some(number) = smp::number_by_stack(&raw const *frame as u64) {
+        smp::on_trap(number, frame);
+        return;
+    }
     let index = frame.vector as u8;
     let hook = HOOKS[usize::from(index)].load(Relaxed);
     COUNTS[usize::from(index)].fetch_add(1, Relaxed);

@@ -35,6 +35,7 @@ mod options;
 mod paging;
 mod power;
 mod shell;
+mod smp;
 mod time;
 mod user;
 

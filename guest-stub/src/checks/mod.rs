@@ -13,6 +13,7 @@ mod interrupts;
 mod io;
 mod memory;
 mod msr;
+mod smp;
 
 use core::cell::UnsafeCell;
 use core::fmt;
@@ -126,7 +127,7 @@ macro_rules! checks {
 }
 
 /// All groups, in the order in which they run.
-const GROUPS: [(&str, &[Check]); 8] = [
+const GROUPS: [(&str, &[Check]); 9] = [
     ("cpuid", cpuid::CHECKS),
     ("msr", msr::CHECKS),
     ("exceptions", exceptions::CHECKS),
@@ -135,6 +136,7 @@ const GROUPS: [(&str, &[Check]); 8] = [
     ("fpu", fpu::CHECKS),
     ("acpi", acpi::CHECKS),
     ("interrupts", interrupts::CHECKS),
+    ("smp", smp::CHECKS),
 ];
 
 /// Whether a selection (comma-separated groups and `group.check`s, empty for all) holds a check.
