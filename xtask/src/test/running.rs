@@ -56,10 +56,28 @@ pub fn stub(rig: &Rig, start: &Start) -> Result<String> {
     Ok(report.remark)
 }
 
+/// The stub's checks of several processors, with many more than the machine has; none may be skipped.
+pub fn many_vcpus(rig: &Rig, start: &Start) -> Result<String> {
+    let vm = Vm {
+        vcpus: 16,
+        ..Vm::stub("stub", "checks=smp facts=off end=poweroff")
+    };
+    let mut session = rig.boot(start, &[vm])?;
+    let report = stub_to_power_off(&mut session, start.place.limits())?;
+    ensure!(
+        report.skipped == 0,
+        "{} checks were skipped",
+        report.skipped
+    );
+    Ok(report.remark)
+}
+
 /// What the stub said.
 pub struct StubReport {
     /// Lines about what it saw.
     facts: Vec<String>,
+    /// How many checks found nothing to check.
+    skipped: u32,
     /// How many checks there were.
     remark: String,
 }
@@ -104,6 +122,7 @@ fn stub_report(terminal: &mut dyn Terminal, limits: Limits) -> Result<StubReport
     let facts = text.lines().filter(|line| line.starts_with("fact "));
     Ok(StubReport {
         facts: facts.map(str::to_owned).collect(),
+        skipped: found[3].parse()?,
         remark,
     })
 }
@@ -304,6 +323,7 @@ mod tests {
         let report = stub_report(&mut Script::new(&said, Vec::new()), LIMITS).unwrap();
         assert_eq!(report.facts, ["fact cpu: x"]);
         assert_eq!(report.remark, "4 checks, 1 not possible here");
+        assert_eq!(report.skipped, 1);
     }
 
     #[test]

@@ -177,7 +177,13 @@ pub fn all() -> Vec<Scenario> {
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
         all.push(linux(place, older, 1));
-        all.push(linux(place, newer, 2));
+        all.push(linux(place, newer, 4));
+        all.push(Scenario::new(
+            place,
+            "stub-16-vcpus",
+            12,
+            running::many_vcpus,
+        ));
         all.push(Scenario::new(place, "two-vms", 25, running::two_vms));
         all.push(Scenario::new(
             place,
