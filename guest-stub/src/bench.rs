@@ -28,7 +28,7 @@ const WARM_UP: u64 = 16;
 /// The samples of the operation that is being measured.
 struct Samples(UnsafeCell<[u64; CAPACITY]>);
 
-// SAFETY: one processor; handlers do not touch it.
+// SAFETY: the first processor alone; handlers do not touch it.
 unsafe impl Sync for Samples {}
 
 static SAMPLES: Samples = Samples(UnsafeCell::new([0; CAPACITY]));

@@ -137,7 +137,7 @@ const _: () = assert!(size_of::<TaskState>() == 104);
 #[repr(align(16))]
 struct Table<T>(UnsafeCell<T>);
 
-// SAFETY: one processor, and the handlers never touch these.
+// SAFETY: the first processor alone writes these, and the handlers never touch them.
 unsafe impl<T> Sync for Table<T> {}
 
 const STACK_BYTES: usize = 16 * 1024;

@@ -34,7 +34,7 @@ const HIGH_DIRECTORIES: usize = 60;
 #[repr(C, align(4096))]
 struct Table(UnsafeCell<[u64; 512]>);
 
-// SAFETY: one processor, and no reference into a table is ever kept.
+// SAFETY: the first processor alone changes them, and no reference into a table is ever kept.
 unsafe impl Sync for Table {}
 
 impl Table {

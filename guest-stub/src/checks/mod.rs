@@ -36,7 +36,7 @@ pub enum Why {
 /// Text of the last failure. Apart from [`Why`], to keep that small.
 struct Reason(UnsafeCell<Text<240>>);
 
-// SAFETY: one processor, the handlers do not touch it, and no reference to it is ever kept.
+// SAFETY: the first processor alone, the handlers do not touch it, and no reference to it is ever kept.
 unsafe impl Sync for Reason {}
 
 static REASON: Reason = Reason(UnsafeCell::new(Text::new()));
