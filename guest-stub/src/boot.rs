@@ -7,7 +7,7 @@ use core::arch::global_asm;
 use core::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use crate::console::Text;
-use crate::memory::{Map, Region, read_bytes, read32, read64};
+use crate::memory::{Map, Region, read_bytes, read8, read32, read64};
 
 /// Filled by the entry code. In `.data`, because `.bss` is cleared after the first stores.
 #[repr(C)]
@@ -37,6 +37,8 @@ global_asm!(include_str!("boot.s"), main = sym crate::main, entry = sym ENTRY);
 const MULTIBOOT_LOADER: u32 = 0x2BAD_B002;
 /// First word of PVH's start information.
 const PVH_MAGIC: u32 = 0x336E_C578;
+/// Most modules that are kept.
+const MODULES: usize = 8;
 /// Longest command line that is kept.
 pub const COMMAND_LINE: usize = 512;
 
@@ -47,6 +49,36 @@ pub enum Protocol {
     Pvh,
 }
 
+/// A file that the loader put into memory.
+#[derive(Clone, Copy)]
+pub struct Module {
+    pub start: u64,
+    pub bytes: u64,
+    pub text: Text<64>,
+    /// Sum of its bytes, each times its place from 1 on.
+    pub sum: u64,
+}
+
+impl Module {
+    fn read(start: u64, bytes: u64, text: u64) -> Self {
+        let mut sum = 0u64;
+        for offset in 0..bytes {
+            let byte = u64::from(read8(start + offset));
+            sum = sum.wrapping_add(byte.wrapping_mul(offset + 1));
+        }
+        Self {
+            start,
+            bytes,
+            text: if text == 0 {
+                Text::new()
+            } else {
+                text_at(text)
+            },
+            sum,
+        }
+    }
+}
+
 /// The loader's information, copied.
 #[derive(Clone, Copy)]
 pub struct Handoff {
@@ -54,6 +86,8 @@ pub struct Handoff {
     pub command_line: Text<COMMAND_LINE>,
     pub map: Map,
     pub rsdp: Option<u64>,
+    /// In the loader's order, from the first on.
+    pub modules: [Option<Module>; MODULES],
 }
 
 /// Reads what the loader left; `None` if it speaks neither protocol.
@@ -72,6 +106,7 @@ pub fn handoff() -> Option<Handoff> {
 fn multiboot(information: u64) -> Handoff {
     const HAS_MEMORY: u32 = 1 << 0;
     const HAS_COMMAND_LINE: u32 = 1 << 2;
+    const HAS_MODULES: u32 = 1 << 3;
     const HAS_MAP: u32 = 1 << 6;
 
     let flags = read32(information);
@@ -106,7 +141,17 @@ fn multiboot(information: u64) -> Handoff {
             kind: crate::memory::USABLE,
         });
     }
+    let mut modules = [None; MODULES];
+    if flags & HAS_MODULES != 0 {
+        let count = read32(information + 20) as usize;
+        let list = u64::from(read32(information + 24));
+        for (n, module) in (0..).zip(modules.iter_mut().take(count)) {
+            let word = |i: u64| u64::from(read32(list + 16 * n + 4 * i));
+            *module = Some(Module::read(word(0), word(1) - word(0), word(2)));
+        }
+    }
     Handoff {
+        modules,
         protocol: Protocol::Multiboot,
         command_line,
         map,
@@ -134,7 +179,15 @@ fn pvh(information: u64) -> Handoff {
             });
         }
     }
+    let mut modules = [None; MODULES];
+    let count = read32(information + 12) as usize;
+    let list = read64(information + 16);
+    for (n, module) in (0..).zip(modules.iter_mut().take(count)) {
+        let word = |i: u64| read64(list + 32 * n + 8 * i);
+        *module = Some(Module::read(word(0), word(1), word(2)));
+    }
     Handoff {
+        modules,
         protocol: Protocol::Pvh,
         command_line,
         map,
@@ -143,9 +196,9 @@ fn pvh(information: u64) -> Handoff {
 }
 
 /// A zero-terminated text in memory.
-fn text_at(address: u64) -> Text<COMMAND_LINE> {
+fn text_at<const LENGTH: usize>(address: u64) -> Text<LENGTH> {
     let mut text = Text::new();
-    for offset in 0..COMMAND_LINE as u64 {
+    for offset in 0..LENGTH as u64 {
         let mut byte = [0];
         read_bytes(address + offset, &mut byte);
         match byte {

@@ -32,6 +32,15 @@ pub fn print(machine: &Machine) {
 
 fn entry(machine: &Machine) {
     println!("fact entry.protocol = {:?}", machine.handoff.protocol);
+    for module in machine.handoff.modules.iter().flatten() {
+        println!(
+            "fact entry.module.{:#x} = {} bytes, sum {:#x}, \"{}\"",
+            module.start,
+            module.bytes,
+            module.sum,
+            module.text.as_str()
+        );
+    }
     println!("fact entry.cr0 = {:#x}", ENTRY.cr0.load(Relaxed));
     println!("fact entry.cr4 = {:#x}", ENTRY.cr4.load(Relaxed));
     println!("fact entry.efer = {:#x}", ENTRY.efer.load(Relaxed));

@@ -12,6 +12,7 @@
 //! | `iterations=N`, `mmio=ADDRESS`, `only=NAME`, `start=key` | for the measurements |
 //! | `abuse=NAME` | misbehave in one way after the checks; `abuse=list` names them |
 //! | `end=poweroff`, `halt`, `reset`, `triple-fault`, `spin`, `shell` | how to end; `halt` when absent |
+//! | `exit=VALUE` | end by writing the value to the exit port of test kernels |
 //!
 //! `boot` enters, `interrupts` catches, `checks` holds the checks by group; the other modules
 //! are what these need: processor, memory, page tables, interrupt controllers, clocks, ACPI.
@@ -78,6 +79,7 @@ fn end(machine: &Machine, end: End) -> ! {
         End::TripleFault => power::triple_fault(),
         End::Spin => power::spin(),
         End::Shell => shell::run(machine),
+        End::TestExit(value) => power::test_exit(value),
         End::Halt => {
             console::drain();
             cpu::halt_forever()

@@ -69,6 +69,12 @@ pub fn parse(line: &Text<COMMAND_LINE>) -> Options {
                 }
                 _ => false,
             },
+            "exit" => {
+                let value = number(value).and_then(|value| u32::try_from(value).ok());
+                value
+                    .map(|value| options.end = End::TestExit(value))
+                    .is_some()
+            }
             "facts" => {
                 options.facts = value != "off";
                 matches!(value, "on" | "off")

@@ -14,6 +14,7 @@ mod io;
 mod memory;
 mod msr;
 mod smp;
+mod test_devices;
 
 use core::cell::UnsafeCell;
 use core::fmt;
@@ -127,7 +128,7 @@ macro_rules! checks {
 }
 
 /// All groups, in the order in which they run.
-const GROUPS: [(&str, &[Check]); 9] = [
+const GROUPS: [(&str, &[Check]); 10] = [
     ("cpuid", cpuid::CHECKS),
     ("msr", msr::CHECKS),
     ("exceptions", exceptions::CHECKS),
@@ -137,6 +138,7 @@ const GROUPS: [(&str, &[Check]); 9] = [
     ("acpi", acpi::CHECKS),
     ("interrupts", interrupts::CHECKS),
     ("smp", smp::CHECKS),
+    ("test", test_devices::CHECKS),
 ];
 
 /// Whether a selection (comma-separated groups and `group.check`s, empty for all) holds a check.
