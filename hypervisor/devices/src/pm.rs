@@ -26,8 +26,9 @@ pub const PM1_EVENT: u16 = 0;
 pub const PM1_CONTROL: u16 = 4;
 /// Offset of the PM timer, four bytes.
 pub const PM_TIMER: u16 = 8;
-/// SLP_TYP value of the soft-off state, as in the DSDT's `\_S5`.
-pub const SLEEP_TYPE_S5: u8 = 5;
+/// SLP_TYP value of the soft-off state, as in the DSDT's `\_S5`. It is the machine's own choice; this is the
+/// PIIX4's, which small systems write without a look at the tables.
+pub const SLEEP_TYPE_S5: u8 = 0;
 /// Value to write to the reset register, as in the FADT.
 pub const RESET_VALUE: u8 = 0x06;
 
@@ -359,8 +360,10 @@ mod tests {
         s.pm.write(4, Width::Word, 1 | 5 << 10).unwrap();
         assert_eq!(s.pm.read(4, Width::Word), Ok(1 | 5 << 10));
         s.pm.write(4, Width::Word, 1 | 1 << 13 | 5 << 10).unwrap();
+        assert_eq!(s.requests.take(), [], "another sleep state");
+        s.pm.write(4, Width::Word, 1 << 13).unwrap();
         assert_eq!(s.requests.take(), [SystemRequest::PowerOff]);
-        s.pm.write(5, Width::Byte, 0x34).unwrap();
+        s.pm.write(5, Width::Byte, 0x20).unwrap();
         assert_eq!(s.requests.take(), [SystemRequest::PowerOff]);
     }
 

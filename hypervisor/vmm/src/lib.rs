@@ -7,6 +7,7 @@
 
 extern crate alloc;
 
+mod bios_data;
 pub mod breakpoint;
 pub mod clock;
 pub mod control;

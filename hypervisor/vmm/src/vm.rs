@@ -44,6 +44,7 @@ use storage::Disk;
 use virt::CpuState;
 
 use crate::{
+    bios_data,
     clock::{TimeSource, VmClock},
     control,
     cpuid::{CpuModel, CpuidPolicy, HostCpuid, ModelError},
@@ -56,6 +57,11 @@ use crate::{
 /// The VGA hole below 1 MiB: device memory, not RAM.
 const VGA_HOLE: GuestRange = GuestRange {
     start: Gpa(0xa_0000),
+    bytes: 0x2_0000,
+};
+/// Above it a PC has the firmware of its cards. RAM here, but systems do not expect it to be theirs.
+const CARD_FIRMWARE: GuestRange = GuestRange {
+    start: Gpa(0xc_0000),
     bytes: 0x2_0000,
 };
 /// Below 1 MiB, where a PC has its firmware: here, the ACPI tables.
@@ -338,7 +344,13 @@ fn load_kernel(
         start: Gpa(ecam),
         bytes: ECAM_BUS_LEN,
     });
-    let reserved: Vec<MapEntry> = [VGA_HOLE, FIRMWARE_AREA]
+    let low = [
+        bios_data::EXTENDED_AREA,
+        VGA_HOLE,
+        CARD_FIRMWARE,
+        FIRMWARE_AREA,
+    ];
+    let reserved: Vec<MapEntry> = low
         .into_iter()
         .chain(ecam)
         .map(|range| MapEntry {
@@ -350,6 +362,8 @@ fn load_kernel(
         reserved: &reserved,
         rsdp: Some(place_acpi_tables(memory, acpi)?),
     };
+    let [com1, ..] = platform::SERIAL_PORTS;
+    bios_data::write(memory, com1.port).map_err(LoadError::from)?;
     let entry = load::load(memory, &spec.boot, &layout)?;
     Ok(entry.state)
 }

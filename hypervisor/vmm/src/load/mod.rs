@@ -111,6 +111,13 @@ pub struct BootFiles<'a> {
     pub command_line: &'a str,
 }
 
+impl BootFiles<'_> {
+    /// The modules but for empty ones.
+    fn filled_modules(&self) -> impl Iterator<Item = &Module<'_>> {
+        self.modules.iter().filter(|module| !module.data.is_empty())
+    }
+}
+
 /// A loaded kernel.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
@@ -253,13 +260,6 @@ struct Job<'a> {
     layout: &'a BootLayout<'a>,
 }
 
-/// A module in guest memory.
-struct PlacedModule {
-    range: GuestRange,
-    /// Where its text is.
-    text: Gpa,
-}
-
 /// Loads a kernel into zeroed guest memory, by the protocol that the file calls for.
 ///
 /// Where a file has both a multiboot header and a PVH note, multiboot is taken, as QEMU does; but not
@@ -298,8 +298,9 @@ pub fn load(
     }
 }
 
-/// Where tables of a boot protocol go: conventional memory above the real-mode vectors and data.
-const TABLES_FROM: u64 = PAGE_SIZE;
+/// Where tables of a boot protocol go: conventional memory from here on, as in QEMU. Small systems put
+/// code for their other processors and for real mode below, before they have read the tables.
+const TABLES_FROM: u64 = 0x9000;
 /// Conventional memory ends here at the latest (640 KiB).
 const TABLES_BELOW: u64 = 0xa_0000;
 /// What 32-bit registers reach.
@@ -342,10 +343,10 @@ impl Job<'_> {
         self.place_text("the command line", text)
     }
 
-    /// Places the modules that are not empty, in their order, each on the next free page above `from`.
-    fn place_modules(&mut self, mut from: u64) -> Result<Vec<PlacedModule>, LoadError> {
+    /// Places the modules in their order, each on the next free page above `from`.
+    fn place_modules(&mut self, mut from: u64) -> Result<Vec<GuestRange>, LoadError> {
         let mut placed = Vec::new();
-        for module in self.files.modules.iter().filter(|m| !m.data.is_empty()) {
+        for module in self.files.filled_modules() {
             let bytes = module.data.len() as u64;
             let start = self
                 .space
@@ -356,10 +357,7 @@ impl Job<'_> {
                 })?;
             self.memory.write(start, module.data)?;
             from = start.0 + bytes;
-            placed.push(PlacedModule {
-                range: GuestRange { start, bytes },
-                text: self.place_text("a module's name", module.text)?,
-            });
+            placed.push(GuestRange { start, bytes });
         }
         Ok(placed)
     }

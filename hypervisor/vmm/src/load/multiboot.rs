@@ -3,7 +3,9 @@
 //! Source: The Multiboot Specification, version 0.6.96. The kernel is entered in 32-bit protected
 //! mode without paging, flat segments, EAX with the magic, EBX pointing to the information structure.
 //! Where the specification leaves something open, it is as QEMU has it: the command line begins with the
-//! kernel's name, and a module's string is what the configuration says of it.
+//! kernel's name, and a module's string is what the configuration says of it; the module list and all texts
+//! are on the first page behind the kernel, the modules on the next ones; the memory map is at 0x9000 and the
+//! information at 0x9500.
 
 use alloc::format;
 use alloc::vec::Vec;
@@ -14,7 +16,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::elf::{Elf, Placed, is_elf, place_at};
-use super::{Entry, Job, LoadError, MapKind, Mode, Protocol, set};
+use super::{BELOW_4G, Entry, Job, LoadError, MapKind, Mode, Protocol, TABLES_BELOW, set};
 
 /// The header in the file (section 3.1.1).
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Debug)]
@@ -109,6 +111,10 @@ const INFO_LOADER_NAME: u32 = 1 << 9;
 
 /// `mem_lower` is at most this, in KiB.
 const LOWER_MAX: u64 = 640;
+/// What the boot loader calls itself.
+const LOADER_NAME: &str = "Plinth";
+/// The information is from here on, behind a memory map of up to 53 lines.
+const INFORMATION_FROM: u64 = 0x9500;
 /// Longest command line passed on; the specification sets no limit.
 const CMDLINE_MAX: usize = 4095;
 
@@ -198,6 +204,69 @@ fn place_flat(
     })
 }
 
+/// Everything placed is below 4 GiB.
+fn address(at: u64) -> U32 {
+    U32::new(at as u32)
+}
+
+/// Places, on the pages behind the kernel, the list of modules, all texts, and the modules themselves.
+fn place_modules(
+    job: &mut Job<'_>,
+    kernel_end: u64,
+    information: &mut Information,
+) -> Result<(), LoadError> {
+    let files = job.files;
+    let modules: Vec<_> = files.filled_modules().collect();
+    let command_line = format!("{} {}", files.kernel_name, files.command_line);
+    let list_bytes = modules.len() * size_of::<Module>();
+    let texts: Vec<&str> = modules
+        .iter()
+        .map(|module| module.text)
+        .chain([&*command_line, LOADER_NAME])
+        .collect();
+    let text_bytes: usize = texts.iter().map(|text| text.len() + 1).sum();
+    if command_line.len() > CMDLINE_MAX {
+        return Err(LoadError::CmdlineTooLong {
+            bytes: command_line.len(),
+            max: CMDLINE_MAX,
+        });
+    }
+    let what = "the module list";
+    let bytes = (list_bytes + text_bytes) as u64;
+    let start = job
+        .space
+        .take_first(bytes, PAGE_SIZE, kernel_end, BELOW_4G)
+        .ok_or(LoadError::NoRoom { what, bytes })?;
+    let placed = job.place_modules(start.0 + bytes)?;
+
+    let mut block = Vec::with_capacity(list_bytes + text_bytes);
+    let mut text_at = start.0 + list_bytes as u64;
+    let mut next_text = |text: &str| {
+        let at = text_at;
+        text_at += text.len() as u64 + 1;
+        address(at)
+    };
+    for (range, module) in placed.iter().zip(&modules) {
+        let entry = Module {
+            start: address(range.start.0),
+            end: address(range.end().0),
+            string: next_text(module.text),
+            reserved: 0.into(),
+        };
+        block.extend_from_slice(entry.as_bytes());
+    }
+    information.cmdline = next_text(&command_line);
+    information.boot_loader_name = next_text(LOADER_NAME);
+    information.mods_addr = address(start.0);
+    information.mods_count = (modules.len() as u32).into();
+    for text in texts {
+        block.extend_from_slice(text.as_bytes());
+        block.push(0);
+    }
+    job.memory.write(start, &block)?;
+    Ok(())
+}
+
 pub(super) fn load(mut job: Job<'_>, header: &Header) -> Result<Entry, LoadError> {
     let unknown = header.flags & FLAGS_DEMANDED & !(FLAG_PAGE_ALIGN | FLAG_MEMORY | FLAG_VIDEO);
     if unknown != 0 {
@@ -210,29 +279,11 @@ pub(super) fn load(mut job: Job<'_>, header: &Header) -> Result<Entry, LoadError
     };
     kernel.check_entry("the entry address", kernel.entry)?;
 
-    // All of these are placed below 4 GiB.
-    let address = |gpa: mem::Gpa| U32::new(gpa.0 as u32);
-    let modules = job.place_modules(kernel.end().next_multiple_of(PAGE_SIZE))?;
-    let text = format!("{} {}", job.files.kernel_name, job.files.command_line);
-    let cmdline = job.place_cmdline(&text, CMDLINE_MAX)?;
     let mut information = Information {
         flags: (INFO_MEMORY | INFO_CMDLINE | INFO_MODULES | INFO_MAP | INFO_LOADER_NAME).into(),
-        cmdline: address(cmdline),
         ..Information::default()
     };
-    if !modules.is_empty() {
-        let list: Vec<Module> = modules
-            .iter()
-            .map(|module| Module {
-                start: address(module.range.start),
-                end: address(module.range.end()),
-                string: address(module.text),
-                reserved: 0.into(),
-            })
-            .collect();
-        information.mods_addr = address(job.place_table("the module list", &list[..])?);
-        information.mods_count = (list.len() as u32).into();
-    }
+    place_modules(&mut job, kernel.end(), &mut information)?;
 
     let map = job.layout.map(job.memory);
     // KiB of RAM from an address on, without a hole.
@@ -255,15 +306,20 @@ pub(super) fn load(mut job: Job<'_>, header: &Header) -> Result<Entry, LoadError
             kind: (entry.kind as u32).into(),
         })
         .collect();
-    information.mmap_addr = address(job.place_table("the memory map", &lines[..])?);
+    information.mmap_addr = address(job.place_table("the memory map", &lines[..])?.0);
     information.mmap_length = (size_of_val(&lines[..]) as u32).into();
-    information.boot_loader_name = address(job.place("the loader's name", b"Plinth\0", 16)?);
-    let information = job.place_table("the multiboot information", &information)?;
+    let what = "the multiboot information";
+    let bytes = size_of::<Information>() as u64;
+    let at = job
+        .space
+        .take_first(bytes, 16, INFORMATION_FROM, TABLES_BELOW)
+        .ok_or(LoadError::NoRoom { what, bytes })?;
+    job.memory.write(at, information.as_bytes())?;
 
     let mut state = job.flat_state(Mode::Protected32)?;
     state.rip = kernel.entry;
     set(&mut state, Gpr::Rax, BOOT_MAGIC);
-    set(&mut state, Gpr::Rbx, information.0);
+    set(&mut state, Gpr::Rbx, at.0);
     Ok(Entry {
         protocol: Protocol::Multiboot,
         state,

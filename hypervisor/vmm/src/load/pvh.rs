@@ -86,15 +86,15 @@ pub(super) fn load(mut job: Job<'_>, entry: u64) -> Result<Entry, LoadError> {
 
     let placed = job.place_modules(kernel.end().next_multiple_of(PAGE_SIZE))?;
     let cmdline = job.place_cmdline(job.files.command_line, CMDLINE_MAX)?;
-    let list: Vec<Module> = placed
-        .iter()
-        .map(|module| Module {
-            paddr: module.range.start.0.into(),
-            size: module.range.bytes.into(),
-            cmdline_paddr: module.text.0.into(),
+    let mut list = Vec::new();
+    for (range, module) in placed.iter().zip(job.files.filled_modules()) {
+        list.push(Module {
+            paddr: range.start.0.into(),
+            size: range.bytes.into(),
+            cmdline_paddr: job.place_text("a module's name", module.text)?.0.into(),
             reserved: 0.into(),
-        })
-        .collect();
+        });
+    }
     let modules = if list.is_empty() {
         None
     } else {

@@ -503,7 +503,7 @@ fn a_multiboot_elf_is_entered_at_its_entry() {
     let module = word(6);
     assert_eq!(
         (u32_at(&memory, module), u32_at(&memory, module + 4)),
-        (TEXT + 0x1000, TEXT + 0x1006)
+        (TEXT + 0x2000, TEXT + 0x2006)
     );
     let (length, map) = (word(11), word(12));
     assert_eq!((length, u32_at(&memory, map)), (4 * 24, 20));
@@ -543,7 +543,12 @@ fn modules_keep_their_order_and_their_strings() {
         assert_eq!(text(&memory, word(2)), name);
         places.push(word(0));
     }
-    assert_eq!(places, [TEXT + 0x1000, TEXT + 0x3000]);
+    // Behind the kernel a page for the list and the texts.
+    assert_eq!(
+        (list, places),
+        (TEXT + 0x1000, vec![TEXT + 0x2000, TEXT + 0x4000])
+    );
+    assert_eq!((info, u32_at(&memory, info + 48)), (0x9500, 0x9000));
     let kernel = bzimage();
     files.kernel = &kernel;
     assert_eq!(
@@ -620,7 +625,7 @@ fn a_flat_multiboot_kernel_goes_where_its_header_says() {
     );
     assert_eq!(bytes(&memory, MIB, 0x100), image);
     assert_eq!(bytes(&memory, MIB + 0x100, 0xf00), [0; 0xf00]);
-    assert_eq!(bytes(&memory, MIB + 0x1000, 1), [0xff]);
+    assert_eq!(bytes(&memory, MIB + 0x1fff, 1), [0xff]);
     // Ends of zero: the whole file, and no bss.
     let [header, load_addr, _, _, entry_addr] = FLAT;
     let image = flat([header, load_addr, 0, 0, entry_addr]);
