@@ -181,7 +181,7 @@ impl Guests {
         let put = |name: &str, bytes: &[u8]| write_whole(&folder.join(name), bytes);
         let read = |path: &Path| fs::read(path).with_context(|| path.display().to_string());
         put(Self::STUB, &read(&stub::ensure()?)?)?;
-        let linux = guests::ensure_kernel(&cache, guests::by_name("linux-6.1-cloud")?)?;
+        let linux = guests::file(&cache, "linux-6.1-cloud")?;
         put(Self::LINUX, &read(&linux.path)?)?;
         let mut initrd = read(&initramfs::ensure(&cache)?)?;
         initrd.extend(initramfs::program(ticks::PATH, &ticks::program())?);

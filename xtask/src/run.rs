@@ -19,10 +19,12 @@ use manage::config::{self, FileKind};
 
 use crate::{
     emulator::{
-        self, Cursor, Emulator, End, Firmware, Keyboard, Machine, Missed, Regex, Running, Watch,
+        self, Cursor, Emulator, End, Firmware, Keyboard, Machine, Missed, Regex, Running, Time,
+        Watch,
         kvm::{self, Accel},
     },
     exit::{Code, Stop},
+    guests::{self, Guest},
     image::{Builder, Configuration, ProfileArgs},
     paths, terminal,
 };
@@ -63,6 +65,7 @@ Examples:
   cargo xtask run --emulator bochs                the same on VT-x instead of AMD-V (slower)
   cargo xtask run --kernel vmlinuz --initrd initrd.img --memory 512M
                                                   a system of yours instead of plinth.toml's
+  cargo xtask run --guest memtest86+ --headless   a system from the catalogue, until it is up
   cargo xtask run --headless --until 'login: ' --timeout 120
                                                   for scripts: what was seen, by exit code
   cargo xtask run --headless --test-devices --kernel test.elf --vcpus 2 --timeout 60
@@ -87,6 +90,12 @@ pub struct Args {
     /// The virtual machines [default: plinth.toml of this workspace].
     #[arg(long, value_name = "FILE", conflicts_with = "which")]
     config: Option<PathBuf>,
+    /// A guest of the catalogue, instead of those in plinth.toml. With --headless: until it is up.
+    #[arg(long, value_name = "NAME", group = "which", conflicts_with_all = ["kernel", "firmware_guest", "disk"])]
+    guest: Option<String>,
+    /// Print the catalogue of guests and run nothing.
+    #[arg(long)]
+    list_guests: bool,
     #[command(flatten)]
     own: GuestArgs,
     /// Memory of the emulated PC, in MiB [default: 1024, or what the guest needs].
@@ -104,7 +113,7 @@ pub struct Args {
     /// End well as soon as the output matches this regular expression.
     #[arg(long, value_name = "REGEX")]
     until: Option<String>,
-    /// End after so many seconds.
+    /// End after so many seconds [default with --guest and --headless: ten times what it takes].
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
     /// Log what the emulated processors do, to target/trace-EMULATOR.log (large).
@@ -138,15 +147,16 @@ struct GuestArgs {
     /// Its command line [default: console=ttyS0, but nothing with --test-devices].
     #[arg(long, value_name = "TEXT", requires = "kernel")]
     append: Option<String>,
-    /// Its memory, in MiB or with a unit as 1G [default: 256M, but 128M with --test-devices].
+    /// Its memory, in MiB or with a unit as 1G [default: 256M, but 128M with --test-devices, or what
+    /// a guest of the catalogue has].
     #[arg(long, value_name = "SIZE", requires = "which")]
     memory: Option<String>,
-    /// Its virtual processors [default: 1].
+    /// Its virtual processors [default: 1, or what a guest of the catalogue has].
     #[arg(long, value_name = "COUNT", requires = "which")]
     vcpus: Option<u32>,
     /// It has the devices that test kernels written for QEMU expect. With --headless, standard output is its
     /// console alone, and the exit status tells how it ended.
-    #[arg(long, requires = "which")]
+    #[arg(long, requires = "which", conflicts_with = "guest")]
     test_devices: bool,
 }
 
@@ -216,6 +226,16 @@ impl GuestArgs {
         };
         let append = self.append.as_deref().unwrap_or(default);
         *text += &format!("cmdline = {}\n", toml_string(append));
+    }
+
+    /// A configuration with a guest of the catalogue only, with what was asked to be different.
+    fn named(&self, guest: &Guest) -> anyhow::Result<Configuration> {
+        let memory_mib = match self.memory {
+            Some(_) => self.memory_mib()?,
+            None => guest.memory_mib.into(),
+        };
+        let text = guest.configuration(memory_mib, self.vcpus.unwrap_or(guest.vcpus));
+        Ok(Configuration::new("(catalogue)", text, paths::workspace()))
     }
 
     /// The guest's memory.
@@ -324,6 +344,10 @@ fn toml_string(text: &str) -> String {
 /// # Errors
 /// See [`Code`].
 pub fn run(args: &Args) -> anyhow::Result<Code> {
+    if args.list_guests {
+        print!("{}", guests::table());
+        return Ok(Code::Success);
+    }
     if !args.headless || !args.own.test_devices {
         return run_shown(args);
     }
@@ -371,18 +395,29 @@ fn run_framed(args: &Args) -> anyhow::Result<Code> {
 
 /// Runs with all of Plinth's console on the terminal.
 fn run_shown(args: &Args) -> anyhow::Result<Code> {
+    let guest = args.guest.as_deref().map(guests::by_name).transpose()?;
+    // A person decides when to end; a script wants to know whether the guest came up.
+    let awaited = guest.filter(|_| args.headless && args.until.is_none());
     let until = args
         .until
         .as_deref()
+        .or(awaited.map(|guest| guest.proof))
         .map(Regex::new)
         .transpose()
         .map_err(|e| Stop::with(Code::Usage, format!("--until: {e}")))?;
-    let configuration = match args.own.configuration(None)? {
-        Some(configuration) => configuration,
-        None => Configuration::read(args.config.as_deref())?,
+    let configuration = match (guest, args.own.configuration(None)?) {
+        (Some(guest), _) => args.own.named(guest)?,
+        (None, Some(configuration)) => configuration,
+        (None, None) => Configuration::read(args.config.as_deref())?,
     };
     let folder = ImageFolder::new()?;
     let mut machine = describe(args, &folder)?;
+    if let Some(guest) = guest.filter(|_| args.host_memory.is_none()) {
+        machine.memory_mib = machine.memory_mib.max(guest.host_memory_mib());
+    }
+    if let Some(shift) = awaited.and_then(|guest| guest.shift) {
+        machine.time = Time::Instructions { shift };
+    }
     let builder = Builder::new(args.profile.profile())?;
     builder.write(&configuration, &machine.image)?;
     if args.emulator == Emulator::Qemu {
@@ -398,9 +433,10 @@ fn run_shown(args: &Args) -> anyhow::Result<Code> {
             paths::shown(&builder.debug_symbols)
         );
     }
-    let deadline = args
-        .timeout
-        .map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let limit = args.timeout.map(Duration::from_secs);
+    let deadline = limit
+        .or(awaited.map(|guest| guest.patience(args.emulator)))
+        .map(|limit| Instant::now() + limit);
     if !args.headless {
         eprintln!(
             "Plinth's console. Ctrl-] then ? for help, Ctrl-] q to power off, Ctrl-] x to end at once."

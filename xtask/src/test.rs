@@ -44,6 +44,9 @@ use scenarios::Scenario;
 /// Lines of a failed scenario's log that are shown.
 const TAIL_LINES: usize = 40;
 
+/// Why a slow scenario is skipped.
+const SLOW: &str = "takes minutes or a large download; --all runs it";
+
 /// The name under which all unit tests run.
 const UNIT: &str = "unit";
 
@@ -64,6 +67,9 @@ pub struct Args {
     /// Run the unit tests and a few short scenarios only.
     #[arg(long)]
     quick: bool,
+    /// Run the slow scenarios, too, which are skipped otherwise.
+    #[arg(long)]
+    all: bool,
     /// Hold the same conversations with the same guests on the bare emulator, without
     /// Plinth: shows what is the emulator's or the guest's own doing.
     #[arg(long)]
@@ -117,6 +123,14 @@ pub fn run(args: &Args) -> Result<Code> {
     let mut counts = Counts::default();
     if units {
         run_units(&mut counts)?;
+    }
+    let (slow, scenarios): (Vec<_>, Vec<_>) = scenarios
+        .into_iter()
+        .partition(|scenario| scenario.slow && !args.all);
+    for scenario in &slow {
+        let outcome = Outcome::Skipped(SLOW.to_owned());
+        tell(&scenario.name, &outcome, Instant::now());
+        counts.add(&outcome);
     }
     if !scenarios.is_empty() {
         run_scenarios(scenarios, &mut counts);

@@ -6,7 +6,7 @@
 use std::{fmt::Write, fs, path::Path};
 
 use super::{
-    End, EndSource, Machine,
+    End, EndSource, Machine, Time,
     pty::{Pty, Screen},
 };
 use crate::{
@@ -20,7 +20,7 @@ pub const MAX_MEMORY_MIB: u32 = 2048;
 /// The processor with VT-x, EPT, VPID, unrestricted guest and APIC virtualization.
 const MODEL: &str = "corei7_haswell_4770";
 
-/// Instructions per second that emulated time assumes.
+/// Instructions per second that emulated time assumes, unless the machine says otherwise.
 const INSTRUCTIONS_PER_SECOND: u32 = 50_000_000;
 
 /// Seconds since 1970 that the emulated clock starts with.
@@ -64,6 +64,10 @@ pub fn start(
 fn configure(machine: &Machine, folder: &Path, device: &Path, log: &Path) -> String {
     let (cpus, memory) = (machine.cpus, machine.memory_mib);
     let model = machine.cpu_model.as_deref().unwrap_or(MODEL);
+    let ips = match machine.time {
+        Time::Workstation => INSTRUCTIONS_PER_SECOND,
+        Time::Instructions { shift } => 1_000_000_000u32.checked_shr(shift.into()).unwrap_or(0),
+    };
     let chatter = if machine.trace.is_some() {
         "report"
     } else {
@@ -74,7 +78,7 @@ fn configure(machine: &Machine, folder: &Path, device: &Path, log: &Path) -> Str
     let mut text = format!(
         "config_interface: textconfig\n\
          display_library: term\n\
-         cpu: model={model}, count={cpus}, ips={INSTRUCTIONS_PER_SECOND}, \
+         cpu: model={model}, count={cpus}, ips={ips}, \
          reset_on_triple_fault=0, ignore_bad_msrs=0\n\
          memory: guest={memory}, host={memory}\n\
          romimage: file=/usr/share/bochs/BIOS-bochs-latest\n\
@@ -153,6 +157,16 @@ mod tests {
         ));
         assert!(has("com1: enabled=1, mode=term, dev=/dev/pts/3"));
         assert!(has("com2: enabled=0"));
+    }
+
+    #[test]
+    fn time_may_pass_quicker() {
+        let mut machine = Machine::new(Emulator::Bochs, Path::new("x"));
+        let text =
+            |machine: &Machine| configure(machine, Path::new("r"), Path::new("d"), Path::new("l"));
+        assert!(text(&machine).contains("ips=50000000,"));
+        machine.time = Time::Instructions { shift: 6 };
+        assert!(text(&machine).contains("ips=15625000,"));
     }
 
     #[test]

@@ -65,7 +65,7 @@ pub enum Acceleration {
 /// What makes time pass in an emulated PC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Time {
-    /// The workstation's clock.
+    /// The workstation's clock. In Bochs: its instructions, at a speed of its own.
     Workstation,
     /// Its own instructions, of 2^`shift` ns each; an idle machine skips to its next event.
     /// Runs repeat exactly, however busy the workstation is. With a shift of 0 the time-stamp
@@ -93,7 +93,7 @@ pub struct Machine {
     pub memory_mib: u32,
     /// Processor model in the emulator's words; `None`: all that it can do.
     pub cpu_model: Option<String>,
-    /// What makes the machine's time pass. Bochs: always its instructions.
+    /// What makes the machine's time pass.
     pub time: Time,
     /// A detailed log of what the processor does goes here.
     pub trace: Option<PathBuf>,

@@ -6,7 +6,8 @@
 //! | name | file |
 //! | --- | --- |
 //! | `@linux` | Debian's kernel for virtual machines, or the workstation's own |
-//! | `@linux-6.1-cloud`, `@linux-5.10-cloud` | that kernel of Debian's |
+//! | `@linux-6.1-cloud`, `@memtest86+`, .. | that file from a Debian package (`guests::packages`) |
+//! | `@linux-6.1-cloud.elf` | the ELF file inside that kernel |
 //! | `@initramfs` | a small system around busybox |
 //! | `@stub` | Plinth's own test guest |
 //!
@@ -126,11 +127,7 @@ impl Configuration {
             "initramfs" => return initramfs::ensure(&cache),
             "stub" => return stub::ensure(),
             "linux" => guests::default_linux(&cache)?,
-            other => {
-                let guest =
-                    guests::by_name(other).context("after @: linux, initramfs, stub, or")?;
-                guests::ensure_kernel(&cache, guest)?
-            }
+            other => guests::file(&cache, other).context("after @: linux, initramfs, stub, or")?,
         };
         let origin = format!("@{name}: {}", kernel.origin);
         self.origins.borrow_mut().push(origin);

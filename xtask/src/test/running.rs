@@ -30,7 +30,7 @@ pub fn linux(rig: &Rig, start: &Start, guest: &Guest, vcpus: u32) -> Result<Stri
         ..Vm::linux(guest)
     };
     let given = Given {
-        release: guest.release,
+        release: guest.release.context("a Linux of a known release")?,
         memory_mib: vm.memory_mib,
         cpus: vcpus,
     };
@@ -42,6 +42,17 @@ pub fn linux(rig: &Rig, start: &Start, guest: &Guest, vcpus: u32) -> Result<Stri
     shell.say("poweroff")?;
     session.wait_for_power_off(limits.command)?;
     Ok(format!("shell after {booted:.1} s"))
+}
+
+/// A guest of the catalogue comes up; the remark says when.
+pub fn catalogued(rig: &Rig, start: &Start, guest: &Guest, vcpus: u32) -> Result<String> {
+    let mut session = rig.boot_guest(start, guest, vcpus)?;
+    let started = session.started();
+    let limit = start.place.limits().boot + guest.patience(start.place.emulator());
+    session
+        .expect(&Regex::new(guest.proof)?, limit)
+        .with_context(|| format!("waiting for {} to be up", guest.name))?;
+    Ok(format!("up after {:.1} s", started.elapsed().as_secs_f64()))
 }
 
 /// The stub's checks, each `ok` or skipped.

@@ -53,6 +53,9 @@ pub struct Scenario {
     pub cost_s: u32,
     /// Whether it is among the few of `--quick`.
     pub quick: bool,
+    /// Whether it is left out unless `--all` asks for it: it takes minutes, or large downloads, to
+    /// show little more than another.
+    pub slow: bool,
     body: Body,
 }
 
@@ -68,6 +71,7 @@ impl Scenario {
             name: format!("{}/{what}", place.name()),
             cost_s: cost_s * place.slowness(),
             quick: false,
+            slow: false,
             body: Body::Machine(
                 place,
                 match place {
@@ -169,7 +173,7 @@ impl std::error::Error for CannotTell {}
 
 /// All scenarios that show what Plinth does.
 pub fn all() -> Vec<Scenario> {
-    let [newer, older] = &guests::CATALOGUE;
+    let [newer, older, ..] = &guests::CATALOGUE;
     let mut all = Vec::new();
     for place in [Place::QEMU_BIOS, Place::QEMU_UEFI, Place::Bochs, Place::Kvm] {
         all.push(linux(place, newer, 1));
@@ -203,6 +207,7 @@ pub fn all() -> Vec<Scenario> {
         all.push(Scenario::new(place, "host-backend", 5, host::backend).selftest());
         all.push(Scenario::new(place, "host-interrupts", 5, host::interrupts).selftest());
     }
+    all.extend(catalogued());
     let place = Place::QEMU_BIOS;
     all.push(Scenario::new(place, "host-absent-processor", 3, host::absent_processor).selftest());
     all.push(Scenario::new(place, "host-reset", 3, host::reset).selftest());
@@ -222,12 +227,14 @@ pub fn all() -> Vec<Scenario> {
             name: "workstation/check-config".to_owned(),
             cost_s: 1,
             quick: true,
+            slow: false,
             body: Body::Workstation(refusals::check_config),
         },
         Scenario {
             name: "both-backends/same-facts".to_owned(),
             cost_s: 0,
             quick: false,
+            slow: false,
             body: Body::Afterwards(running::same_facts),
         },
     ]);
@@ -246,10 +253,35 @@ fn linux(place: Place, guest: &'static Guest, vcpus: u32) -> Scenario {
     })
 }
 
+/// Guests of the catalogue, each where it shows most for the time that it takes.
+fn catalogued() -> Vec<Scenario> {
+    let wanted = [
+        (Place::QEMU_BIOS, "linux-6.1-cloud-pvh", 4, false),
+        (Place::Bochs, "linux-6.12-cloud-pvh", 1, false),
+        (Place::QEMU_BIOS, "linux-6.1", 2, false),
+        (Place::QEMU_UEFI, "debian-installer", 1, false),
+        (Place::QEMU_BIOS, "memtest86+-quick", 2, false),
+        (Place::Bochs, "memtest86+-quick", 2, false),
+        (Place::QEMU_BIOS, "memtest86+", 2, true),
+        (Place::Bochs, "linux-newest-cloud", 2, true),
+    ];
+    let named = wanted.into_iter().map(|(place, name, vcpus, slow)| {
+        let guest = guests::by_name(name).expect("the catalogue has this guest");
+        let what = format!("guest-{name}");
+        let mut scenario = Scenario::new(place, &what, guest.seconds.qemu_s, move |rig, start| {
+            running::catalogued(rig, start, guest, vcpus)
+        });
+        scenario.slow = slow;
+        scenario
+    });
+    named.collect()
+}
+
 /// The guests' conversations on the bare emulator.
 pub fn reference() -> Vec<Scenario> {
     let mut all: Vec<_> = guests::CATALOGUE
         .iter()
+        .take(2)
         .map(|guest| linux(Place::Bare, guest, 1))
         .collect();
     all.push(Scenario::new(Place::Bare, "stub", 5, running::stub));

@@ -1,10 +1,15 @@
-//! Finds or fetches guest kernels and the busybox of their initramfs.
+//! Real systems to run as guests: what there is, and where its files come from.
 //!
-//! Purpose: `cargo xtask run` and `test` need real guest systems. They come, in this
-//! order, from the cache, from Debian's packages (downloaded and unpacked, never
-//! installed), or from the workstation's own `/boot`.
+//! Purpose: `cargo xtask run` and `test` need real guest systems. The [`CATALOGUE`] says which
+//! there are and how each is booted; their files come, in this order, from the
+//! cache, from Debian's packages (downloaded and unpacked, never installed), or, for
+//! the default Linux, from the workstation's own `/boot`.
 //!
 //! Invariant: a file appears in the cache only when it is whole.
+
+mod catalogue;
+mod packages;
+mod vmlinux;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,60 +19,11 @@ use anyhow::{Context, Result, ensure};
 use crate::apt::{Archive, MIRROR_VARIABLE, Suite, fetch};
 use crate::progress::Step;
 
-/// A kernel that guests can be booted with.
-#[derive(Debug)]
-pub struct Guest {
-    /// The name of its directory in the cache, and of `@name` in a configuration.
-    pub name: &'static str,
-    /// One line for people.
-    pub description: &'static str,
-    /// What its kernel release starts with, `uname -r` in the guest.
-    pub release: &'static str,
-    /// The package that depends on the newest kernel package.
-    metapackage: &'static str,
-    /// Where to look, best first.
-    suites: &'static [Suite],
-    /// The member of the package to take, a `tar` wildcard.
-    member: &'static str,
-}
+pub use catalogue::{CATALOGUE, Guest, by_name, table};
+pub use packages::File;
 
-/// The guests that can be fetched; the first is what `@linux` means.
-pub const CATALOGUE: [Guest; 2] = [
-    Guest {
-        name: "linux-6.1-cloud",
-        description: "Debian 12's kernel 6.1 for virtual machines",
-        release: "6.1.",
-        metapackage: "linux-image-cloud-amd64",
-        suites: &[
-            Suite {
-                archive: Archive::Security,
-                name: "bookworm-security",
-            },
-            Suite {
-                archive: Archive::Main,
-                name: "bookworm",
-            },
-        ],
-        member: "./boot/vmlinuz-*",
-    },
-    Guest {
-        name: "linux-5.10-cloud",
-        description: "Debian 11's kernel 5.10 for virtual machines",
-        release: "5.10.",
-        metapackage: "linux-image-cloud-amd64",
-        suites: &[
-            Suite {
-                archive: Archive::Security,
-                name: "bullseye-security",
-            },
-            Suite {
-                archive: Archive::Main,
-                name: "bullseye",
-            },
-        ],
-        member: "./boot/vmlinuz-*",
-    },
-];
+/// Ends the name of a file that is the ELF file inside the bzImage of that name.
+const ELF_SUFFIX: &str = ".elf";
 
 /// The suites to take busybox-static from, when it is not installed.
 const BUSYBOX_SUITES: [Suite; 2] = [
@@ -81,62 +37,26 @@ const BUSYBOX_SUITES: [Suite; 2] = [
     },
 ];
 
-/// A kernel file and where it is from.
-#[derive(Debug)]
-pub struct Kernel {
-    /// The bzImage.
-    pub path: PathBuf,
-    /// One line for people: the package, or the file.
-    pub origin: String,
-}
-
-/// The guest of that name in the [`CATALOGUE`].
+/// A guest's file by its name, from the cache or fetched into it. With [`ELF_SUFFIX`] it is the ELF file
+/// inside the kernel of that name.
 ///
 /// # Errors
-/// There is none; the error lists the names.
-pub fn by_name(name: &str) -> Result<&'static Guest> {
-    CATALOGUE
-        .iter()
-        .find(|guest| guest.name == name)
-        .with_context(|| {
-            let names: Vec<_> = CATALOGUE.iter().map(|guest| guest.name).collect();
-            format!(
-                "no guest kernel is called {name}; known are: {}",
-                names.join(", ")
-            )
-        })
-}
-
-/// The kernel of `guest`, from the cache or fetched into it.
-///
-/// # Errors
-/// It is in no suite that this machine reaches; the error lists what was tried.
-pub fn ensure_kernel(cache: &Path, guest: &Guest) -> Result<Kernel> {
-    let directory = cache.join("guests").join(guest.name);
-    let path = directory.join("vmlinuz");
-    let origin = directory.join("origin");
-    if path.is_file() {
-        let origin = fs::read_to_string(origin).unwrap_or_else(|_| guest.description.to_owned());
-        return Ok(Kernel {
-            path,
-            origin: origin.trim().to_owned(),
-        });
+/// There is none of that name, or it is in no suite that this machine reaches; the error lists
+/// what was tried.
+pub fn file(cache: &Path, name: &str) -> Result<File> {
+    let Some(kernel) = name.strip_suffix(ELF_SUFFIX) else {
+        return packages::ensure(cache, name);
+    };
+    let packed = packages::ensure(cache, kernel)?;
+    let path = packed.path.with_file_name("vmlinux");
+    if !path.is_file() {
+        let bytes = fs::read(&packed.path)
+            .with_context(|| format!("cannot read {}", packed.path.display()))?;
+        let elf = vmlinux::extract(&bytes)
+            .with_context(|| format!("cannot unpack {}", packed.path.display()))?;
+        write_whole(&path, &elf)?;
     }
-    let step = Step::start(format!("Fetching {}", guest.description));
-    let package = fetch(cache, guest.suites, |apt| {
-        let answer = apt.cache(&["depends", guest.metapackage])?;
-        dependency(&answer).with_context(|| format!("{} names no kernel", guest.metapackage))
-    })
-    .with_context(|| format!("cannot fetch {}", guest.description))?;
-    let kernel = package.member(guest.member)?;
-    ensure!(is_bzimage(&kernel), "{} holds no bzImage", package.name);
-    write_whole(&path, &kernel)?;
-    write_whole(&origin, format!("{}\n", package.name).as_bytes())?;
-    step.done();
-    Ok(Kernel {
-        path,
-        origin: package.name.clone(),
-    })
+    Ok(File { path, ..packed })
 }
 
 /// The Linux that `@linux` stands for: the newest of the catalogue's first, or, where
@@ -144,12 +64,12 @@ pub fn ensure_kernel(cache: &Path, guest: &Guest) -> Result<Kernel> {
 ///
 /// # Errors
 /// Neither is to be had; the error says what to do.
-pub fn default_linux(cache: &Path) -> Result<Kernel> {
-    let fetched = ensure_kernel(cache, &CATALOGUE[0]);
+pub fn default_linux(cache: &Path) -> Result<File> {
+    let fetched = file(cache, CATALOGUE[0].name);
     let Err(error) = fetched else { return fetched };
     if let Some(path) = newest_kernel(Path::new("/boot")) {
         eprintln!("{error:#}; using {} instead", path.display());
-        return Ok(Kernel {
+        return Ok(File {
             origin: path.display().to_string(),
             path,
         });
@@ -259,15 +179,6 @@ fn version_key(name: &str) -> Vec<u64> {
         .collect()
 }
 
-/// The package that `apt-cache depends` names first.
-fn dependency(answer: &str) -> Option<String> {
-    let line = answer
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: "))?;
-    let name = line.trim();
-    (!name.starts_with('<')).then(|| name.to_owned())
-}
-
 #[cfg(test)]
 pub mod tests {
     use super::*;
@@ -307,17 +218,6 @@ pub mod tests {
     }
 
     #[test]
-    fn the_kernel_is_the_first_dependency() {
-        let answer = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-44-cloud-amd64\n";
-        assert_eq!(
-            dependency(answer).as_deref(),
-            Some("linux-image-6.1.0-44-cloud-amd64")
-        );
-        assert_eq!(dependency("linux-image-cloud-amd64\n"), None);
-        assert_eq!(dependency("x\n  Depends: <virtual>\n"), None);
-    }
-
-    #[test]
     fn versions_sort_by_number() {
         assert!(version_key("vmlinuz-6.1.0-13-amd64") > version_key("vmlinuz-6.1.0-9-amd64"));
         assert!(version_key("vmlinuz-6.12.1") > version_key("vmlinuz-6.1.99"));
@@ -331,14 +231,5 @@ pub mod tests {
         bytes[0x202..0x206].copy_from_slice(b"HdrS");
         assert!(is_bzimage(&bytes));
         assert!(!is_bzimage(&bytes[..0x204]));
-    }
-
-    #[test]
-    fn every_guest_is_found_by_its_name() {
-        for guest in &CATALOGUE {
-            assert_eq!(by_name(guest.name).unwrap().release, guest.release);
-        }
-        let error = by_name("nonesuch").unwrap_err().to_string();
-        assert!(error.contains(CATALOGUE[0].name), "{error}");
     }
 }

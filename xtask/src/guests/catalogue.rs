@@ -1,0 +1,372 @@
+//! The guests that can be run by name, and what shows that each is up.
+//!
+//! `cargo xtask run --guest NAME` boots one as the only guest; `--list-guests` prints the
+//! table. Scenarios of `cargo xtask test` use the same entries, so that what they show can be seen by hand.
+
+use std::{
+    fmt::{self, Write},
+    time::Duration,
+};
+
+use anyhow::Context;
+
+use crate::{
+    emulator::Emulator,
+    exit::{Code, Stop},
+};
+
+/// How a guest's first instruction is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Boot {
+    /// A Linux boot image, by its 64-bit entry.
+    BzImage,
+    /// An ELF file with a PVH entry.
+    Pvh,
+}
+
+impl fmt::Display for Boot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::BzImage => "bzImage",
+            Self::Pvh => "PVH",
+        })
+    }
+}
+
+/// About how many seconds of a quiet workstation pass until a guest's proof, by emulator.
+#[derive(Clone, Copy, Debug)]
+pub struct Places {
+    /// In QEMU.
+    pub qemu_s: u32,
+    /// In Bochs; `None` where the guest takes longer than anybody waits, with the reason in its
+    /// description.
+    pub bochs_s: Option<u32>,
+}
+
+/// A guest to run by name.
+#[derive(Debug)]
+pub struct Guest {
+    /// What to call it.
+    pub name: &'static str,
+    /// One line for people.
+    pub description: &'static str,
+    /// How it is booted.
+    pub boot: Boot,
+    /// Its kernel, as a configuration names it.
+    kernel: &'static str,
+    /// Its initrd, as a configuration names it.
+    initrd: Option<&'static str>,
+    /// For the kernel.
+    command_line: &'static str,
+    /// Memory, in MiB.
+    pub memory_mib: u32,
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// A regular expression that only its output matches, and only when it is up.
+    pub proof: &'static str,
+    /// What `uname -r` starts with, for a Linux with the usual shell.
+    pub release: Option<&'static str>,
+    /// Logarithm of the nanoseconds per instruction, for a guest that mostly waits: an emulated
+    /// machine whose time passes quickly. `None`: as the machine is anyway.
+    pub shift: Option<u8>,
+    /// How long it takes.
+    pub seconds: Places,
+}
+
+/// What busybox's start script prints, see [`crate::initramfs`].
+const SHELL: &str = r"plinth guest: linux \S+ ready";
+
+/// What memtest86+ shows after a pass by all of two processors.
+const MEMTEST_PASS: &str = r"SMP: 2T[\s\S]*Pass:\s+1\s+Errors: 0 ";
+
+/// A Linux with the usual shell.
+const fn linux(
+    name: &'static str,
+    description: &'static str,
+    kernel: &'static str,
+    release: Option<&'static str>,
+    seconds: Places,
+) -> Guest {
+    Guest {
+        name,
+        description,
+        boot: Boot::BzImage,
+        kernel,
+        initrd: Some("@initramfs"),
+        command_line: "console=ttyS0",
+        memory_mib: 256,
+        vcpus: 1,
+        proof: SHELL,
+        release,
+        shift: None,
+        seconds,
+    }
+}
+
+/// The same guest, booted in another way.
+const fn by(boot: Boot, guest: Guest) -> Guest {
+    Guest { boot, ..guest }
+}
+
+/// Seconds in QEMU and in Bochs.
+const fn seconds(qemu_s: u32, bochs_s: u32) -> Places {
+    Places {
+        qemu_s,
+        bochs_s: Some(bochs_s),
+    }
+}
+
+/// The guests that can be run by name; the first is what `@linux` means.
+pub static CATALOGUE: [Guest; 12] = [
+    linux(
+        "linux-6.1-cloud",
+        "Debian 12's kernel for virtual machines, a busybox shell",
+        "@linux-6.1-cloud",
+        Some("6.1."),
+        seconds(6, 40),
+    ),
+    linux(
+        "linux-5.10-cloud",
+        "Debian 11's kernel for virtual machines, a busybox shell",
+        "@linux-5.10-cloud",
+        Some("5.10."),
+        seconds(6, 40),
+    ),
+    linux(
+        "linux-6.1",
+        "Debian 12's kernel for PCs, a busybox shell",
+        "@linux-6.1",
+        Some("6.1."),
+        seconds(9, 100),
+    ),
+    linux(
+        "linux-6.12-cloud",
+        "Debian 13's kernel for virtual machines, a busybox shell",
+        "@linux-6.12-cloud",
+        Some("6.12."),
+        seconds(8, 60),
+    ),
+    linux(
+        "linux-newest-cloud",
+        "the newest kernel of Debian's sid for virtual machines, a busybox shell",
+        "@linux-newest-cloud",
+        None,
+        seconds(8, 60),
+    ),
+    by(
+        Boot::Pvh,
+        linux(
+            "linux-6.1-cloud-pvh",
+            "the ELF file inside linux-6.1-cloud",
+            "@linux-6.1-cloud.elf",
+            Some("6.1."),
+            seconds(6, 40),
+        ),
+    ),
+    by(
+        Boot::Pvh,
+        linux(
+            "linux-5.10-cloud-pvh",
+            "the ELF file inside linux-5.10-cloud",
+            "@linux-5.10-cloud.elf",
+            Some("5.10."),
+            seconds(6, 40),
+        ),
+    ),
+    by(
+        Boot::Pvh,
+        linux(
+            "linux-6.1-pvh",
+            "the ELF file inside linux-6.1",
+            "@linux-6.1.elf",
+            Some("6.1."),
+            seconds(8, 60),
+        ),
+    ),
+    by(
+        Boot::Pvh,
+        linux(
+            "linux-6.12-cloud-pvh",
+            "the ELF file inside linux-6.12-cloud",
+            "@linux-6.12-cloud.elf",
+            Some("6.12."),
+            seconds(8, 60),
+        ),
+    ),
+    Guest {
+        name: "memtest86+",
+        description: "Debian 12's 6.10: a pass of all its tests by two processors, no errors",
+        boot: Boot::BzImage,
+        kernel: "@memtest86+",
+        initrd: None,
+        command_line: "console=ttyS0,115200",
+        memory_mib: 16,
+        vcpus: 2,
+        proof: MEMTEST_PASS,
+        release: None,
+        // Its last test waits for minutes.
+        shift: Some(6),
+        seconds: seconds(100, 600),
+    },
+    Guest {
+        name: "memtest86+-quick",
+        description: "sid's 8.10: a pass of the first six tests by two processors, no errors",
+        boot: Boot::BzImage,
+        kernel: "@memtest86+-8",
+        initrd: None,
+        command_line: "console=ttyS0,115200 testlist=0,1,2,3,4,5",
+        memory_mib: 16,
+        vcpus: 2,
+        proof: MEMTEST_PASS,
+        release: None,
+        shift: None,
+        seconds: seconds(10, 60),
+    },
+    Guest {
+        name: "debian-installer",
+        description: "Debian 12's installer from the network, to its first question",
+        boot: Boot::BzImage,
+        kernel: "@debian-installer",
+        initrd: Some("@debian-installer-initrd"),
+        command_line: "console=ttyS0 TERM=vt102",
+        memory_mib: 1024,
+        vcpus: 1,
+        proof: "Select a language",
+        release: None,
+        shift: None,
+        seconds: seconds(50, 400),
+    },
+];
+
+impl Guest {
+    /// A configuration with this guest only, its memory in MiB.
+    pub fn configuration(&self, memory_mib: u64, vcpus: u32) -> String {
+        let mut text = format!(
+            "[[vm]]\nname = \"{}\"\nfocus = true\nvcpus = {vcpus}\nmemory = \"{memory_mib}M\"\n\n\
+             [vm.boot]\nkernel = \"{}\"\n",
+            self.vm_name(),
+            self.kernel,
+        );
+        if let Some(initrd) = self.initrd {
+            writeln!(text, "initrd = \"{initrd}\"").expect("a String takes any text");
+        }
+        writeln!(text, "cmdline = \"{}\"", self.command_line).expect("a String takes any text");
+        text
+    }
+
+    /// Memory of a PC that Plinth runs it on, in MiB: its image is in it twice, and Plinth.
+    pub fn host_memory_mib(&self) -> u32 {
+        self.memory_mib + 512
+    }
+
+    /// How long to wait for its proof, however busy the workstation is.
+    pub fn patience(&self, emulator: Emulator) -> Duration {
+        let seconds = self.seconds_in(emulator).unwrap_or(self.seconds.qemu_s);
+        Duration::from_secs(u64::from(seconds) * 10)
+    }
+
+    /// Its name as that of a VM, which has no other characters than letters, digits and `-`.
+    fn vm_name(&self) -> String {
+        let allowed = |c: char| if c.is_ascii_alphanumeric() { c } else { '-' };
+        self.name.chars().map(allowed).collect()
+    }
+
+    /// Seconds until its proof in this emulator, about.
+    pub fn seconds_in(&self, emulator: Emulator) -> Option<u32> {
+        match emulator {
+            Emulator::Qemu => Some(self.seconds.qemu_s),
+            Emulator::Bochs => self.seconds.bochs_s,
+        }
+    }
+}
+
+/// The guest of that name.
+///
+/// # Errors
+/// There is none; the error lists the names.
+pub fn by_name(name: &str) -> anyhow::Result<&'static Guest> {
+    let names = || CATALOGUE.iter().map(|guest| guest.name);
+    CATALOGUE
+        .iter()
+        .find(|guest| guest.name == name)
+        .with_context(|| {
+            let names: Vec<_> = names().collect();
+            format!("no guest is called {name}; known are: {}", names.join(", "))
+        })
+        .map_err(|error| Stop::with(Code::Usage, format!("{error:#}")))
+}
+
+/// The catalogue as a table, a guest per line.
+pub fn table() -> String {
+    let width = CATALOGUE.iter().map(|guest| guest.name.len()).max();
+    let width = width.unwrap_or(0);
+    let mut text = format!(
+        "{:width$}  {:8}  {:>7}  {:>5}  {:>6}  {:>6}  {}\n",
+        "NAME", "BOOT", "MEMORY", "VCPUS", "QEMU", "BOCHS", "WHAT"
+    );
+    for guest in &CATALOGUE {
+        let seconds = |emulator| match guest.seconds_in(emulator) {
+            Some(seconds) => format!("{seconds} s"),
+            None => "-".to_owned(),
+        };
+        writeln!(
+            text,
+            "{:width$}  {:8}  {:>7}  {:>5}  {:>6}  {:>6}  {}",
+            guest.name,
+            guest.boot,
+            format!("{}M", guest.memory_mib),
+            guest.vcpus,
+            seconds(Emulator::Qemu),
+            seconds(Emulator::Bochs),
+            guest.description
+        )
+        .expect("a String takes any text");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_guest_is_found_by_its_name() {
+        for guest in &CATALOGUE {
+            assert_eq!(by_name(guest.name).unwrap().kernel, guest.kernel);
+        }
+        let error = by_name("nonesuch").unwrap_err();
+        assert_eq!(Stop::code_of(&error), Code::Usage);
+        assert!(error.to_string().contains(CATALOGUE[0].name), "{error}");
+    }
+
+    #[test]
+    fn every_guest_is_a_right_configuration_with_a_right_proof() {
+        for guest in &CATALOGUE {
+            let text = guest.configuration(guest.memory_mib.into(), 4);
+            let config = manage::config::parse("x", text.as_bytes());
+            assert!(config.problems.is_empty(), "{}", config.report());
+            assert_eq!(config.vms[0].vcpus, 4);
+            assert_eq!(config.vms[0].memory, u64::from(guest.memory_mib) << 20);
+            assert!(regex::bytes::Regex::new(guest.proof).is_ok());
+        }
+    }
+
+    #[test]
+    fn every_file_of_a_guest_is_known() {
+        let known = super::super::packages::names();
+        for guest in &CATALOGUE {
+            for name in [Some(guest.kernel), guest.initrd].into_iter().flatten() {
+                let name = name.strip_prefix('@').unwrap();
+                let name = name.strip_suffix(super::super::ELF_SUFFIX).unwrap_or(name);
+                assert!(known.contains(&name) || name == "initramfs", "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_table_has_a_line_per_guest() {
+        let table = table();
+        assert_eq!(table.lines().count(), CATALOGUE.len() + 1);
+        assert!(table.contains("memtest86+ "), "{table}");
+    }
+}

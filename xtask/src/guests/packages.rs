@@ -1,0 +1,359 @@
+//! The Debian packages that guests are made of, and the files taken from them.
+//!
+//! A package is downloaded once, with apt's own checks, and its files are kept in the
+//! cache under `guests/PACKAGE/`. Each file has a name of its own, by which a configuration
+//! names it after an `@`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{is_bzimage, write_whole};
+use crate::{
+    apt::{Apt, Archive, Suite, fetch},
+    paths,
+    progress::Step,
+};
+
+/// How often a download is tried, and the pause before the next time: mirrors and proxies
+/// refuse at times.
+const ATTEMPTS: u32 = 3;
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// Which package of a suite to take.
+#[derive(Clone, Copy, Debug)]
+enum Choice {
+    /// The one of this name.
+    Named(&'static str),
+    /// The kernel that this package depends on: always the suite's newest.
+    Kernel(&'static str),
+}
+
+/// What a file has to begin like, so that a package that was rearranged is noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Looks {
+    /// A Linux boot image.
+    BzImage,
+    /// gzip (RFC 1952).
+    Gzip,
+}
+
+impl Looks {
+    fn fit(self, bytes: &[u8]) -> bool {
+        match self {
+            Self::BzImage => is_bzimage(bytes),
+            Self::Gzip => bytes.starts_with(&[0x1f, 0x8b]),
+        }
+    }
+}
+
+/// One file of a package.
+#[derive(Debug)]
+struct Member {
+    /// What a configuration calls it, after the `@`.
+    name: &'static str,
+    /// Its name in the cache.
+    file: &'static str,
+    /// Where it is in the package, a `tar` wildcard.
+    wildcard: &'static str,
+    looks: Looks,
+}
+
+/// A package, and what is taken from it.
+#[derive(Debug)]
+pub struct Package {
+    /// Its folder in the cache.
+    name: &'static str,
+    /// One line for people.
+    description: &'static str,
+    choice: Choice,
+    /// Where to look, best first.
+    suites: &'static [Suite],
+    members: &'static [Member],
+}
+
+/// A suite of the main archive.
+const fn main(name: &'static str) -> Suite {
+    Suite {
+        archive: Archive::Main,
+        name,
+    }
+}
+
+/// A suite of the security archive.
+const fn security(name: &'static str) -> Suite {
+    Suite {
+        archive: Archive::Security,
+        name,
+    }
+}
+
+/// A kernel package has its image in `/boot`, or, since 2026, beside its modules.
+const KERNEL: &str = "./*/vmlinuz*";
+
+/// The packages that are known.
+static PACKAGES: [Package; 8] = [
+    Package {
+        name: "linux-6.1-cloud",
+        description: "Debian 12's kernel 6.1 for virtual machines",
+        choice: Choice::Kernel("linux-image-cloud-amd64"),
+        suites: &[security("bookworm-security"), main("bookworm")],
+        members: &[Member {
+            name: "linux-6.1-cloud",
+            file: "vmlinuz",
+            wildcard: KERNEL,
+            looks: Looks::BzImage,
+        }],
+    },
+    Package {
+        name: "linux-5.10-cloud",
+        description: "Debian 11's kernel 5.10 for virtual machines",
+        choice: Choice::Kernel("linux-image-cloud-amd64"),
+        suites: &[security("bullseye-security"), main("bullseye")],
+        members: &[Member {
+            name: "linux-5.10-cloud",
+            file: "vmlinuz",
+            wildcard: KERNEL,
+            looks: Looks::BzImage,
+        }],
+    },
+    Package {
+        name: "linux-6.1",
+        description: "Debian 12's kernel 6.1 for PCs",
+        choice: Choice::Kernel("linux-image-amd64"),
+        suites: &[security("bookworm-security"), main("bookworm")],
+        members: &[Member {
+            name: "linux-6.1",
+            file: "vmlinuz",
+            wildcard: KERNEL,
+            looks: Looks::BzImage,
+        }],
+    },
+    Package {
+        name: "linux-6.12-cloud",
+        description: "Debian 13's kernel 6.12 for virtual machines",
+        choice: Choice::Kernel("linux-image-cloud-amd64"),
+        suites: &[main("bookworm-backports"), main("trixie")],
+        members: &[Member {
+            name: "linux-6.12-cloud",
+            file: "vmlinuz",
+            wildcard: KERNEL,
+            looks: Looks::BzImage,
+        }],
+    },
+    Package {
+        name: "linux-newest-cloud",
+        description: "the newest kernel in Debian's sid, for virtual machines",
+        choice: Choice::Kernel("linux-image-cloud-amd64"),
+        suites: &[main("sid"), main("testing")],
+        members: &[Member {
+            name: "linux-newest-cloud",
+            file: "vmlinuz",
+            wildcard: KERNEL,
+            looks: Looks::BzImage,
+        }],
+    },
+    Package {
+        name: "memtest86+",
+        description: "Debian 12's memtest86+ 6.10",
+        choice: Choice::Named("memtest86+"),
+        suites: &[main("bookworm")],
+        members: &[Member {
+            name: "memtest86+",
+            file: "memtest86+x64.bin",
+            wildcard: "./boot/memtest86+x64.bin",
+            looks: Looks::BzImage,
+        }],
+    },
+    Package {
+        name: "memtest86+-8",
+        description: "memtest86+ 8 of Debian's sid",
+        choice: Choice::Named("memtest86+"),
+        suites: &[main("sid"), main("testing")],
+        members: &[Member {
+            name: "memtest86+-8",
+            file: "mt86+x64",
+            wildcard: "./boot/mt86+x64",
+            looks: Looks::BzImage,
+        }],
+    },
+    Package {
+        name: "debian-installer",
+        description: "Debian 12's installer for the network",
+        choice: Choice::Named("debian-installer-12-netboot-amd64"),
+        suites: &[main("bookworm")],
+        members: &[
+            Member {
+                name: "debian-installer",
+                file: "linux",
+                wildcard: "*/text/debian-installer/amd64/linux",
+                looks: Looks::BzImage,
+            },
+            Member {
+                name: "debian-installer-initrd",
+                file: "initrd.gz",
+                wildcard: "*/text/debian-installer/amd64/initrd.gz",
+                looks: Looks::Gzip,
+            },
+        ],
+    },
+];
+
+/// A file from a package.
+#[derive(Debug)]
+pub struct File {
+    /// Where it is.
+    pub path: PathBuf,
+    /// One line for people: the package's file name, or what the package is.
+    pub origin: String,
+}
+
+/// All names of files, for messages.
+pub fn names() -> Vec<&'static str> {
+    let members = PACKAGES.iter().flat_map(|package| package.members);
+    members.map(|member| member.name).collect()
+}
+
+/// The file of that name, from the cache or fetched into it.
+///
+/// # Errors
+/// There is none of that name; the error lists them. Or its package is in no suite that this
+/// machine reaches; the error lists what was tried.
+pub fn ensure(cache: &Path, name: &str) -> Result<File> {
+    let found = PACKAGES.iter().find_map(|package| {
+        let member = package.members.iter().find(|member| member.name == name)?;
+        Some((package, member))
+    });
+    let Some((package, member)) = found else {
+        bail!(
+            "no guest's file is called {name}; known are: {}",
+            names().join(", ")
+        );
+    };
+    let directory = cache.join("guests").join(package.name);
+    let path = directory.join(member.file);
+    if !path.is_file() {
+        let _lock = paths::lock(package.name)?;
+        if !path.is_file() {
+            download(cache, package, &directory)?;
+        }
+    }
+    let origin = fs::read_to_string(directory.join("origin"))
+        .unwrap_or_else(|_| package.description.to_owned());
+    Ok(File {
+        path,
+        origin: origin.trim().to_owned(),
+    })
+}
+
+/// Downloads the package and puts its files into `directory`.
+fn download(cache: &Path, package: &Package, directory: &Path) -> Result<()> {
+    let step = Step::start(format!("Fetching {}", package.description));
+    let mut attempt = 1;
+    let fetched = loop {
+        let fetched = fetch(cache, package.suites, |apt| package.choice.name(apt));
+        match fetched {
+            Err(_) if attempt < ATTEMPTS => thread::sleep(PAUSE),
+            other => break other,
+        }
+        attempt += 1;
+    };
+    let fetched = fetched.with_context(|| {
+        format!(
+            "cannot fetch {}, tried {ATTEMPTS} times",
+            package.description
+        )
+    })?;
+    let origin = format!("{}\n", fetched.name);
+    write_whole(&directory.join("origin"), origin.as_bytes())?;
+    for member in package.members {
+        let bytes = fetched.member(member.wildcard)?;
+        ensure!(
+            member.looks.fit(&bytes),
+            "{} in {} is not what it was: {:?} expected",
+            member.wildcard,
+            fetched.name,
+            member.looks
+        );
+        write_whole(&directory.join(member.file), &bytes)?;
+    }
+    step.done();
+    Ok(())
+}
+
+impl Choice {
+    /// The package's name in this suite.
+    fn name(self, apt: &Apt) -> Result<String> {
+        match self {
+            Self::Named(name) => Ok(name.to_owned()),
+            Self::Kernel(metapackage) => {
+                let depends = |name: &str| apt.cache(&["depends", "--important", name]);
+                let image = dependency(&depends(metapackage)?, "linux-image-")
+                    .with_context(|| format!("{metapackage} names no kernel"))?;
+                // Newer packages have the image itself in another one yet.
+                let binary = dependency(&depends(&image)?, "linux-binary-");
+                Ok(binary.unwrap_or(image))
+            }
+        }
+    }
+}
+
+/// The first package beginning with `prefix` that `apt-cache depends` names.
+fn dependency(answer: &str, prefix: &str) -> Option<String> {
+    answer
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("Depends: "))
+        .map(str::trim)
+        .find(|name| name.starts_with(prefix))
+        .map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_is_a_dependency() {
+        let answer = "linux-image-cloud-amd64\n  Depends: linux-base-cloud-amd64\n  \
+                      Depends: linux-image-6.1.0-44-cloud-amd64\n";
+        assert_eq!(
+            dependency(answer, "linux-image-").as_deref(),
+            Some("linux-image-6.1.0-44-cloud-amd64")
+        );
+        assert_eq!(
+            dependency("linux-image-cloud-amd64\n", "linux-image-"),
+            None
+        );
+        assert_eq!(dependency("x\n  Depends: <virtual>\n", "linux-"), None);
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let mut all = names();
+        let mut folders: Vec<_> = PACKAGES.iter().map(|package| package.name).collect();
+        for list in [&mut all, &mut folders] {
+            let count = list.len();
+            list.sort_unstable();
+            list.dedup();
+            assert_eq!(list.len(), count);
+        }
+    }
+
+    #[test]
+    fn an_unknown_name_lists_the_known_ones() {
+        let error = ensure(Path::new("/nonexistent"), "nonesuch").unwrap_err();
+        assert!(error.to_string().contains("memtest86+"), "{error}");
+    }
+
+    #[test]
+    fn files_are_known_by_how_they_begin() {
+        assert!(Looks::Gzip.fit(&[0x1f, 0x8b, 8]));
+        assert!(!Looks::Gzip.fit(b"x"));
+        assert!(!Looks::BzImage.fit(&[0x1f, 0x8b, 8]));
+    }
+}
