@@ -219,6 +219,8 @@ impl Rig {
             .context("this run prepared no Plinth")?
             .write_unchecked(&configuration, &image)?;
         let mut machine = start.place.machine(&image);
+        // A second processor would only wait for its turn where time is instructions.
+        machine.cpus = 1;
         machine.memory_mib = machine.memory_mib.max(guest.host_memory_mib());
         if let Some(shift) = guest.shift {
             machine.time = Time::Instructions { shift };
