@@ -1,6 +1,7 @@
 //! `cargo xtask run`: builds Plinth, boots it in an emulator, puts its console on the terminal.
 
 mod framed;
+mod typist;
 
 use std::{
     fs::{self, File},
@@ -16,6 +17,8 @@ use std::{
 
 use anyhow::Context;
 use manage::config::{self, FileKind};
+
+use typist::Typist;
 
 use crate::{
     emulator::{
@@ -448,7 +451,14 @@ fn run_shown(args: &Args) -> anyhow::Result<Code> {
         let _ = out.write_all(bytes).and_then(|()| out.flush());
     });
     let running = machine.start_watched(Some(watch))?;
-    follow(running, until.as_ref(), deadline, !args.headless)
+    // At the terminal the person types.
+    let keys = awaited.map_or(&[][..], |guest| guest.keys);
+    let awaited = Awaited {
+        until: until.as_ref(),
+        typist: Typist::new(keys),
+        deadline,
+    };
+    follow(running, awaited, !args.headless)
 }
 
 /// A folder for the image of one run, removed after it. What a killed run leaves, a later one removes.
@@ -494,13 +504,17 @@ fn describe(args: &Args, folder: &ImageFolder) -> anyhow::Result<Machine> {
     Ok(machine)
 }
 
-/// Passes keys and output on until there is a reason to end.
-fn follow(
-    mut running: Running,
-    until: Option<&Regex>,
+/// What a run waits for.
+struct Awaited<'a> {
+    /// The output that ends it well.
+    until: Option<&'a Regex>,
+    /// Types what has to be typed before.
+    typist: Typist,
     deadline: Option<Instant>,
-    interactive: bool,
-) -> anyhow::Result<Code> {
+}
+
+/// Passes keys and output on until there is a reason to end.
+fn follow(mut running: Running, awaited: Awaited<'_>, interactive: bool) -> anyhow::Result<Code> {
     let raw = if interactive {
         terminal::Raw::enter()?
     } else {
@@ -510,7 +524,7 @@ fn follow(
     if interactive {
         pass_keys(running.keyboard(), Arc::clone(&quit));
     }
-    let outcome = wait(&mut running, until, deadline, &quit);
+    let outcome = wait(&mut running, awaited, &quit);
     running.kill();
     drop(raw);
     let (code, words) = outcome;
@@ -519,12 +533,12 @@ fn follow(
 }
 
 /// Waits for an end: exit code, and what to say.
-fn wait(
-    running: &mut Running,
-    until: Option<&Regex>,
-    deadline: Option<Instant>,
-    quit: &AtomicBool,
-) -> (Code, String) {
+fn wait(running: &mut Running, awaited: Awaited<'_>, quit: &AtomicBool) -> (Code, String) {
+    let Awaited {
+        until,
+        mut typist,
+        deadline,
+    } = awaited;
     let fault = Regex::new(FAULT).expect("the pattern is well-formed");
     let fault_end = Regex::new(FAULT_END).expect("the pattern is well-formed");
     let nothing = Regex::new(NOTHING_RUNS).expect("the pattern is well-formed");
@@ -543,7 +557,8 @@ fn wait(
                 format!("A fault of Plinth: {}", found.groups[1]),
             );
         }
-        if let Some(until) = until
+        if typist.is_done(running)
+            && let Some(until) = until
             && running.search(until, &mut seen).is_some()
         {
             return (Code::Success, "Seen what was waited for.".into());

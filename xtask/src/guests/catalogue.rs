@@ -22,6 +22,8 @@ pub enum Boot {
     BzImage,
     /// An ELF file with a PVH entry.
     Pvh,
+    /// PC firmware, at the reset vector.
+    Firmware,
 }
 
 impl fmt::Display for Boot {
@@ -29,6 +31,7 @@ impl fmt::Display for Boot {
         f.pad(match self {
             Self::BzImage => "bzImage",
             Self::Pvh => "PVH",
+            Self::Firmware => "firmware",
         })
     }
 }
@@ -52,8 +55,10 @@ pub struct Guest {
     pub description: &'static str,
     /// How it is booted.
     pub boot: Boot,
-    /// Its kernel, as a configuration names it.
+    /// Its kernel, or its firmware, as a configuration names it.
     kernel: &'static str,
+    /// Its disks, as a configuration names them.
+    disks: &'static [&'static str],
     /// Its initrd, as a configuration names it.
     initrd: Option<&'static str>,
     /// For the kernel.
@@ -64,6 +69,8 @@ pub struct Guest {
     pub vcpus: u32,
     /// A regular expression that only its output matches, and only when it is up.
     pub proof: &'static str,
+    /// What to type, each after its regular expression was seen, for it to come up.
+    pub keys: &'static [Keys],
     /// What `uname -r` starts with, for a Linux with the usual shell.
     pub release: Option<&'static str>,
     /// Logarithm of the nanoseconds per instruction, for a guest that mostly waits: an emulated
@@ -71,6 +78,15 @@ pub struct Guest {
     pub shift: Option<u8>,
     /// How long it takes.
     pub seconds: Places,
+}
+
+/// What is typed.
+#[derive(Clone, Copy, Debug)]
+pub struct Keys {
+    /// A regular expression that the guest's output matches first.
+    pub after: &'static str,
+    /// Up to 15 keys: a BIOS remembers no more.
+    pub text: &'static str,
 }
 
 /// What busybox's start script prints, see [`crate::initramfs`].
@@ -92,15 +108,57 @@ const fn linux(
         description,
         boot: Boot::BzImage,
         kernel,
+        disks: &[],
         initrd: Some("@initramfs"),
         command_line: "console=ttyS0",
         memory_mib: 256,
         vcpus: 1,
         proof: SHELL,
+        keys: &[],
         release,
         shift: None,
         seconds,
     }
+}
+
+/// What firmware boots from disks; no disks: the firmware alone.
+const fn firmware(
+    name: &'static str,
+    description: &'static str,
+    firmware: &'static str,
+    disks: &'static [&'static str],
+    proof: &'static str,
+    qemu_s: u32,
+    bochs_s: Option<u32>,
+) -> Guest {
+    Guest {
+        name,
+        description,
+        boot: Boot::Firmware,
+        kernel: firmware,
+        disks,
+        initrd: None,
+        command_line: "",
+        memory_mib: 256,
+        vcpus: 1,
+        proof,
+        keys: &[],
+        release: None,
+        shift: None,
+        seconds: Places { qemu_s, bochs_s },
+    }
+}
+
+/// Leaves the rescue disk's menu.
+const GRUB_MENU: Keys = Keys {
+    after: "executed automatically",
+    text: "c",
+};
+const GRUB_PROMPT: &str = "grub> ";
+
+/// The same guest, after these keys.
+const fn typing(keys: &'static [Keys], guest: Guest) -> Guest {
+    Guest { keys, ..guest }
 }
 
 /// The same guest, booted in another way.
@@ -117,7 +175,7 @@ const fn seconds(qemu_s: u32, bochs_s: u32) -> Places {
 }
 
 /// The guests that can be run by name; the first is what `@linux` means.
-pub static CATALOGUE: [Guest; 12] = [
+pub static CATALOGUE: [Guest; 19] = [
     linux(
         "linux-6.1-cloud",
         "Debian 12's kernel for virtual machines, a busybox shell",
@@ -198,11 +256,13 @@ pub static CATALOGUE: [Guest; 12] = [
         description: "Debian 12's 6.10: a pass of all its tests by two processors, no errors",
         boot: Boot::BzImage,
         kernel: "@memtest86+",
+        disks: &[],
         initrd: None,
         command_line: "console=ttyS0,115200",
         memory_mib: 16,
         vcpus: 2,
         proof: MEMTEST_PASS,
+        keys: &[],
         release: None,
         // Its last test waits for minutes.
         shift: Some(6),
@@ -213,11 +273,13 @@ pub static CATALOGUE: [Guest; 12] = [
         description: "sid's 8.10: a pass of the first four tests by two processors, no errors",
         boot: Boot::BzImage,
         kernel: "@memtest86+-8",
+        disks: &[],
         initrd: None,
         command_line: "console=ttyS0,115200 testlist=0,1,2,3",
         memory_mib: 16,
         vcpus: 2,
         proof: MEMTEST_PASS,
+        keys: &[],
         release: None,
         shift: None,
         seconds: seconds(10, 60),
@@ -227,26 +289,133 @@ pub static CATALOGUE: [Guest; 12] = [
         description: "Debian 12's installer from the network, to its first question",
         boot: Boot::BzImage,
         kernel: "@debian-installer",
+        disks: &[],
         initrd: Some("@debian-installer-initrd"),
         command_line: "console=ttyS0 TERM=vt102",
         memory_mib: 1024,
         vcpus: 1,
         proof: "Select a language",
+        keys: &[],
         release: None,
         shift: None,
         seconds: seconds(50, 400),
     },
+    firmware(
+        "seabios",
+        "Debian 12's SeaBIOS, which finds no disk",
+        "@seabios",
+        &[],
+        "No bootable device",
+        5,
+        Some(10),
+    ),
+    typing(
+        &[GRUB_MENU],
+        firmware(
+            "grub-rescue",
+            "Debian 12's GRUB rescue disk, started by SeaBIOS from virtio-blk",
+            "@seabios",
+            &["@grub-rescue"],
+            GRUB_PROMPT,
+            8,
+            Some(30),
+        ),
+    ),
+    typing(
+        &[
+            GRUB_MENU,
+            Keys {
+                after: GRUB_PROMPT,
+                text: ". (hd1)/g\r",
+            },
+        ],
+        firmware(
+            "grub-linux-bios",
+            "Linux 6.1, loaded from a disk by GRUB under SeaBIOS",
+            "@seabios",
+            &["@grub-rescue", "@boot-disk"],
+            SHELL,
+            30,
+            None,
+        ),
+    ),
+    typing(
+        &[
+            GRUB_MENU,
+            Keys {
+                after: GRUB_PROMPT,
+                text: ". (hd1)/i\r",
+            },
+        ],
+        firmware(
+            "ipxe",
+            "Debian 12's iPXE, started by GRUB under SeaBIOS",
+            "@seabios",
+            &["@grub-rescue", "@boot-disk"],
+            "iPXE initialising devices",
+            10,
+            None,
+        ),
+    ),
+    firmware(
+        "ovmf",
+        "Debian 12's OVMF, to its shell",
+        "@ovmf",
+        &[],
+        "Shell> ",
+        20,
+        None,
+    ),
+    firmware(
+        "grub-linux-uefi",
+        "Linux 6.1, loaded from a disk by GRUB under OVMF",
+        "@ovmf",
+        &["@boot-disk"],
+        SHELL,
+        30,
+        None,
+    ),
+    typing(
+        &[Keys {
+            after: "Hit any key to stop autoboot",
+            text: " ",
+        }],
+        firmware(
+            "u-boot",
+            "Debian 12's U-Boot, to its prompt",
+            "@u-boot",
+            &[],
+            "=> ",
+            8,
+            Some(30),
+        ),
+    ),
 ];
 
 impl Guest {
     /// A configuration with this guest only, its memory in MiB.
     pub fn configuration(&self, memory_mib: u64, vcpus: u32) -> String {
         let mut text = format!(
-            "[[vm]]\nname = \"{}\"\nfocus = true\nvcpus = {vcpus}\nmemory = \"{memory_mib}M\"\n\n\
-             [vm.boot]\nkernel = \"{}\"\n",
+            "[[vm]]\nname = \"{}\"\nfocus = true\nvcpus = {vcpus}\nmemory = \"{memory_mib}M\"\n",
             self.vm_name(),
-            self.kernel,
         );
+        if !self.disks.is_empty() {
+            let disks = self
+                .disks
+                .iter()
+                .map(|disk| format!("{{ image = \"{disk}\", readonly = true }}"));
+            let disks: Vec<_> = disks.collect();
+            writeln!(text, "disks = [{}]", disks.join(", ")).expect("a String takes any text");
+        }
+        text += "\n[vm.boot]\n";
+        if self.boot == Boot::Firmware {
+            writeln!(text, "firmware = \"{}\"", self.kernel).expect("a String takes any text");
+            if self.kernel == "@ovmf" {
+                text += "variables = \"@ovmf-variables\"\n";
+            }
+            return text;
+        }
+        writeln!(text, "kernel = \"{}\"", self.kernel).expect("a String takes any text");
         if let Some(initrd) = self.initrd {
             writeln!(text, "initrd = \"{initrd}\"").expect("a String takes any text");
         }
@@ -348,6 +517,10 @@ mod tests {
             assert_eq!(config.vms[0].vcpus, 4);
             assert_eq!(config.vms[0].memory, u64::from(guest.memory_mib) << 20);
             assert!(regex::bytes::Regex::new(guest.proof).is_ok());
+            for keys in guest.keys {
+                assert!(regex::bytes::Regex::new(keys.after).is_ok());
+                assert!((1..=15).contains(&keys.text.len()), "{}", keys.text);
+            }
         }
     }
 
@@ -355,10 +528,14 @@ mod tests {
     fn every_file_of_a_guest_is_known() {
         let known = super::super::packages::names();
         for guest in &CATALOGUE {
-            for name in [Some(guest.kernel), guest.initrd].into_iter().flatten() {
+            let boot = [Some(guest.kernel), guest.initrd].into_iter().flatten();
+            for name in boot.chain(guest.disks.iter().copied()) {
                 let name = name.strip_prefix('@').unwrap();
                 let name = name.strip_suffix(super::super::ELF_SUFFIX).unwrap_or(name);
-                assert!(known.contains(&name) || name == "initramfs", "{name}");
+                assert!(
+                    known.contains(&name) || ["initramfs", "boot-disk"].contains(&name),
+                    "{name}"
+                );
             }
         }
     }

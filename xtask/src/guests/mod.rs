@@ -7,6 +7,7 @@
 //!
 //! Invariant: a file appears in the cache only when it is whole.
 
+pub mod boot_disk;
 mod catalogue;
 mod packages;
 mod vmlinux;
@@ -19,7 +20,7 @@ use anyhow::{Context, Result, ensure};
 use crate::apt::{Archive, MIRROR_VARIABLE, Suite, fetch};
 use crate::progress::Step;
 
-pub use catalogue::{CATALOGUE, Guest, by_name, table};
+pub use catalogue::{CATALOGUE, Guest, Keys, by_name, table};
 pub use packages::File;
 
 /// Ends the name of a file that is the ELF file inside the bzImage of that name.

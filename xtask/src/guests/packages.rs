@@ -41,6 +41,14 @@ enum Looks {
     BzImage,
     /// gzip (RFC 1952).
     Gzip,
+    /// Firmware: at its end, where a processor starts, is a jump.
+    Firmware,
+    /// The variable store of UEFI firmware.
+    Variables,
+    /// An EFI program.
+    Efi,
+    /// A disk's image with a boot sector.
+    Disk,
 }
 
 impl Looks {
@@ -48,6 +56,14 @@ impl Looks {
         match self {
             Self::BzImage => is_bzimage(bytes),
             Self::Gzip => bytes.starts_with(&[0x1f, 0x8b]),
+            Self::Firmware => {
+                let start = bytes.len().checked_sub(16).and_then(|at| bytes.get(at..));
+                let is_jump = |code: &[u8]| matches!(code, [0xea | 0xe9 | 0xeb | 0x90 | 0x0f, ..]);
+                bytes.len().is_multiple_of(4096) && start.is_some_and(is_jump)
+            }
+            Self::Variables => bytes.get(0x28..0x2c) == Some(b"_FVH"),
+            Self::Efi => bytes.starts_with(b"MZ"),
+            Self::Disk => bytes.get(0x1fe..0x200) == Some(&[0x55, 0xaa]),
         }
     }
 }
@@ -97,7 +113,7 @@ const fn security(name: &'static str) -> Suite {
 const KERNEL: &str = "./*/vmlinuz*";
 
 /// The packages that are known.
-static PACKAGES: [Package; 8] = [
+static PACKAGES: [Package; 14] = [
     Package {
         name: "linux-6.1-cloud",
         description: "Debian 12's kernel 6.1 for virtual machines",
@@ -201,6 +217,86 @@ static PACKAGES: [Package; 8] = [
                 looks: Looks::Gzip,
             },
         ],
+    },
+    Package {
+        name: "seabios",
+        description: "Debian 12's SeaBIOS",
+        choice: Choice::Named("seabios"),
+        suites: &[main("bookworm")],
+        members: &[Member {
+            name: "seabios",
+            file: "bios-256k.bin",
+            wildcard: "./usr/share/seabios/bios-256k.bin",
+            looks: Looks::Firmware,
+        }],
+    },
+    Package {
+        name: "ovmf",
+        description: "Debian 12's OVMF",
+        choice: Choice::Named("ovmf"),
+        suites: &[main("bookworm")],
+        members: &[
+            Member {
+                name: "ovmf",
+                file: "OVMF_CODE_4M.fd",
+                wildcard: "./usr/share/OVMF/OVMF_CODE_4M.fd",
+                looks: Looks::Firmware,
+            },
+            Member {
+                name: "ovmf-variables",
+                file: "OVMF_VARS_4M.fd",
+                wildcard: "./usr/share/OVMF/OVMF_VARS_4M.fd",
+                looks: Looks::Variables,
+            },
+        ],
+    },
+    Package {
+        name: "u-boot",
+        description: "Debian 12's U-Boot for PCs",
+        choice: Choice::Named("u-boot-qemu"),
+        suites: &[main("bookworm")],
+        members: &[Member {
+            name: "u-boot",
+            file: "u-boot.rom",
+            wildcard: "./usr/lib/u-boot/qemu-x86/u-boot.rom",
+            looks: Looks::Firmware,
+        }],
+    },
+    Package {
+        name: "grub-rescue",
+        description: "Debian 12's GRUB rescue disk for BIOS",
+        choice: Choice::Named("grub-rescue-pc"),
+        suites: &[main("bookworm")],
+        members: &[Member {
+            name: "grub-rescue",
+            file: "grub-rescue-cdrom.iso",
+            wildcard: "./usr/lib/grub-rescue/grub-rescue-cdrom.iso",
+            looks: Looks::Disk,
+        }],
+    },
+    Package {
+        name: "grub-efi",
+        description: "Debian 12's GRUB for UEFI",
+        choice: Choice::Named("grub-efi-amd64-bin"),
+        suites: &[main("bookworm")],
+        members: &[Member {
+            name: "grub-efi",
+            file: "gcdx64.efi",
+            wildcard: "./usr/lib/grub/x86_64-efi/monolithic/gcdx64.efi",
+            looks: Looks::Efi,
+        }],
+    },
+    Package {
+        name: "ipxe",
+        description: "Debian 12's iPXE",
+        choice: Choice::Named("ipxe"),
+        suites: &[main("bookworm")],
+        members: &[Member {
+            name: "ipxe",
+            file: "ipxe.lkrn",
+            wildcard: "./boot/ipxe.lkrn",
+            looks: Looks::BzImage,
+        }],
     },
 ];
 

@@ -49,6 +49,12 @@ pub fn catalogued(rig: &Rig, start: &Start, guest: &Guest, vcpus: u32) -> Result
     let mut session = rig.boot_guest(start, guest, vcpus)?;
     let started = session.started();
     let limit = start.place.limits().boot + guest.patience(start.place.emulator());
+    for keys in guest.keys {
+        session
+            .expect(&Regex::new(keys.after)?, limit)
+            .with_context(|| format!("before {:?} is typed", keys.text))?;
+        session.send(keys.text)?;
+    }
     session
         .expect(&Regex::new(guest.proof)?, limit)
         .with_context(|| format!("waiting for {} to be up", guest.name))?;
