@@ -18,6 +18,7 @@ mod running;
 mod scenarios;
 mod session;
 mod terminal;
+mod test_kernels;
 
 use std::{
     fs,

@@ -14,7 +14,7 @@ use super::{
     refusals,
     report::Outcome,
     rig::{Rig, Start},
-    running,
+    running, test_kernels,
 };
 use crate::{
     emulator::Emulator,
@@ -196,6 +196,8 @@ pub fn all() -> Vec<Scenario> {
             running::triple_fault,
         ));
         all.push(Scenario::new(place, "guest-abuse", 30, running::abuse));
+        let body = test_kernels::test_kernels;
+        all.push(Scenario::new(place, "test-kernels", 15, body));
         all.push(Scenario::new(
             place,
             "console-input",
