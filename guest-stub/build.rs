@@ -4,6 +4,7 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=link.ld");
     println!("cargo:rerun-if-changed=src/boot.s");
+    println!("cargo:rerun-if-changed=src/legacy.s");
     println!("cargo:rerun-if-changed=src/traps.s");
     // A `cargo check` for the workstation only looks at types.
     if std::env::var("CARGO_CFG_TARGET_OS").as_deref() != Ok("none") {

@@ -228,6 +228,16 @@ pub fn init() {
     load();
 }
 
+/// Loads the tables once more, after others were in force.
+pub fn reload() {
+    // Busy since it was loaded first, which LTR does not take.
+    const BUSY: u64 = 1 << 41;
+    let gdt = GDT.0.get();
+    // SAFETY: one processor, and no reference to the table is kept; TR is loaded next.
+    unsafe { (*gdt)[usize::from(TASK_STATE) / 8] &= !BUSY };
+    load();
+}
+
 /// Loads the tables into the processor.
 fn load() {
     let gdt = TablePointer {

@@ -30,6 +30,7 @@ mod console;
 mod cpu;
 mod facts;
 mod interrupts;
+mod legacy;
 mod machine;
 mod memory;
 mod options;

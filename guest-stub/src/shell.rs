@@ -16,7 +16,7 @@ const RECEIVED: u8 = 1 << 0;
 
 const HELP: &str = "\
 help              this text
-checks [GROUP,..] run checks: cpuid, msr, exceptions, memory, io, fpu, acpi, interrupts
+checks [GROUP,..] run checks: cpuid, msr, exceptions, processor, memory, io, fpu, acpi, interrupts
 facts             print the facts
 echo TEXT         print the text
 tsc               print the time-stamp counter and its frequency

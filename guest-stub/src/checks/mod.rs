@@ -13,6 +13,7 @@ mod interrupts;
 mod io;
 mod memory;
 mod msr;
+mod processor;
 mod smp;
 mod test_devices;
 
@@ -128,10 +129,11 @@ macro_rules! checks {
 }
 
 /// All groups, in the order in which they run.
-const GROUPS: [(&str, &[Check]); 10] = [
+const GROUPS: [(&str, &[Check]); 11] = [
     ("cpuid", cpuid::CHECKS),
     ("msr", msr::CHECKS),
     ("exceptions", exceptions::CHECKS),
+    ("processor", processor::CHECKS),
     ("memory", memory::CHECKS),
     ("io", io::CHECKS),
     ("fpu", fpu::CHECKS),

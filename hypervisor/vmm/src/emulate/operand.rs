@@ -259,8 +259,10 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     /// Checks that an access will not fault.
     pub(super) fn probe(&self, at: Gva, width: Width, access: Access) -> Result<(), Stop> {
         self.paging.translate(self.memory, at, access)?;
-        let last = Gva(at.0.wrapping_add(width.bytes() as u64 - 1));
-        self.paging.translate(self.memory, last, access)?;
+        if let Some(first) = Self::split(at, width) {
+            let next = Gva(at.0.wrapping_add(first as u64));
+            self.paging.translate(self.memory, next, access)?;
+        }
         Ok(())
     }
 

@@ -151,7 +151,10 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     fn probe_wide(&self, at: Gva, bytes: usize, access: Access) -> Result<(), Stop> {
         let last = Gva(at.0.wrapping_add(bytes as u64 - 1));
         self.probe(at, Width::Byte, access)?;
-        self.probe(last, Width::Byte, access)
+        if last.0 - last.page_offset() != at.0 - at.page_offset() {
+            self.probe(Gva(last.0 - last.page_offset()), Width::Byte, access)?;
+        }
+        Ok(())
     }
 
     fn load_wide(&mut self, at: Gva, to: &mut [u8]) -> Result<(), Stop> {

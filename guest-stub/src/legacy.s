@@ -1,0 +1,249 @@
+# Out of long mode and back: 32-bit protected mode without paging, for what long mode lacks.
+#
+# `legacy_run` calls 32-bit code; the tests that it can call stand below. All is below 4 GiB.
+# Selectors are those of `legacy_gdt`, which Rust completes before.
+
+.set CODE64, 0x08
+.set CODE32, 0x10
+.set DATA32, 0x18
+.set TASK_A, 0x20
+.set TASK_B, 0x28
+.set TASK_C, 0x30
+.set TASK_ABSENT, 0x38
+
+.section .text.legacy, "ax"
+.code64
+# EDI: 32-bit code to call. Returns its EAX. Interrupts are off; GDT, IDT and TR are the caller's to restore.
+.global legacy_run
+legacy_run:
+    push rbx
+    push rbp
+    push r12
+    push r13
+    push r14
+    push r15
+    mov [legacy_saved_rsp], rsp
+    mov rax, cr3
+    mov [legacy_saved_cr3], rax
+    mov [legacy_target], edi
+    lgdt [legacy_gdt_pointer]
+    push CODE32
+    lea rax, [rip + 2f]
+    push rax
+    retfq
+.code32
+2:  mov eax, DATA32
+    mov ds, eax
+    mov es, eax
+    mov ss, eax
+    mov fs, eax
+    mov gs, eax
+    mov eax, cr0
+    and eax, 0x7FFFFFFF                   # paging off, and with it long mode
+    mov cr0, eax
+    mov ecx, 0xC0000080
+    rdmsr
+    and eax, ~0x100                       # EFER.LME
+    wrmsr
+    lidt [legacy_idt_pointer]
+    mov esp, offset legacy_stack_top
+    mov eax, [legacy_target]
+    call eax
+    mov [legacy_result], eax
+    clts
+    mov eax, cr4
+    or eax, 1 << 5                        # PAE
+    mov cr4, eax
+    mov eax, [legacy_saved_cr3]
+    mov cr3, eax
+    mov ecx, 0xC0000080
+    rdmsr
+    or eax, 0x100
+    wrmsr
+    mov eax, cr0
+    or eax, 0x80000000
+    mov cr0, eax
+    .byte 0xEA                            # far jump
+    .long 3f
+    .word CODE64
+.code64
+3:  mov rsp, [legacy_saved_rsp]
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop rbp
+    pop rbx
+    mov eax, [legacy_result]
+    ret
+
+.code32
+# Counts an exception, keeps its error code, and goes on behind an instruction of `legacy_skip` bytes.
+.global legacy_handler
+legacy_handler:
+    pop dword ptr [legacy_error]
+    inc dword ptr [legacy_faults]
+    push eax
+    mov eax, [legacy_skip]
+    add [esp + 4], eax
+    pop eax
+    iretd
+
+# Task switches in all ways. Returns the bits of what went wrong.
+.global legacy_tasks
+legacy_tasks:
+    xor ebx, ebx
+    mov eax, TASK_A
+    ltr ax
+    mov esi, 0x11223344
+    .byte 0xEA                            # JMP
+    .long 0
+    .word TASK_B
+    cmp esi, 0x11223344                   # registers are the task's own
+    je 2f
+    or ebx, 1
+2:  cmp dword ptr [legacy_b_count], 1
+    je 2f
+    or ebx, 2
+2:  test dword ptr [legacy_b_flags], 1 << 14
+    jz 2f                                 # NT is clear after JMP
+    or ebx, 4
+2:  .byte 0x9A                            # CALL
+    .long 0
+    .word TASK_B
+    cmp dword ptr [legacy_b_count], 2
+    je 2f
+    or ebx, 8
+2:  test dword ptr [legacy_b_flags], 1 << 14
+    jnz 2f                                # NT is set after CALL
+    or ebx, 16
+2:  xor edx, edx
+    xor eax, eax
+    div eax                               # a task gate; its task steps over
+    cmp dword ptr [legacy_c_count], 1
+    je 2f
+    or ebx, 32
+2:  str ax
+    cmp ax, TASK_A
+    je 2f
+    or ebx, 64
+2:  mov eax, cr0
+    test eax, 8
+    jnz 2f                                # TS is set
+    or ebx, 128
+2:  mov dword ptr [legacy_skip], 7
+    .byte 0xEA                            # a TSS that is not present: #NP
+    .long 0
+    .word TASK_ABSENT
+    cmp dword ptr [legacy_error], TASK_ABSENT
+    je 2f
+    or ebx, 256
+2:  .byte 0xEA                            # to the task in force: busy, #GP
+    .long 0
+    .word TASK_A
+    cmp dword ptr [legacy_error], TASK_A
+    je 2f
+    or ebx, 512
+2:  cmp dword ptr [legacy_faults], 2
+    je 2f
+    or ebx, 1024
+2:  int 0x20                              # a task gate by an instruction: goes on behind it
+    cmp dword ptr [legacy_c_count], 2
+    je 2f
+    or ebx, 2048
+2:  mov eax, ebx
+    ret
+
+.global legacy_task_b
+legacy_task_b:
+    inc dword ptr [legacy_b_count]
+    pushfd
+    pop dword ptr [legacy_b_flags]
+    .byte 0xEA
+    .long 0
+    .word TASK_A
+    inc dword ptr [legacy_b_count]
+    pushfd
+    pop dword ptr [legacy_b_flags]
+    iretd
+    jmp legacy_task_b
+
+# Steps over the DIV of task A when it is there for an exception.
+.global legacy_task_c
+legacy_task_c:
+    inc dword ptr [legacy_c_count]
+    mov eax, [legacy_task_a + 32]
+    cmp byte ptr [eax], 0xF7
+    jne 2f
+    add dword ptr [legacy_task_a + 32], 2
+2:  iretd
+    jmp legacy_task_c
+
+# Turns PAE paging on with a bad page-directory-pointer table. Returns how many faults came.
+.global legacy_bad_pdptes
+legacy_bad_pdptes:
+    mov dword ptr [legacy_skip], 3
+    mov eax, offset legacy_bad_table
+    mov cr3, eax
+    mov eax, cr0
+    or eax, 0x80000000
+    mov cr0, eax                          # #GP
+    mov eax, [legacy_faults]
+    ret
+
+.section .data.legacy, "aw"
+.balign 32
+legacy_bad_table:
+    .quad 0x7, 0x1E7, 0, 0
+.balign 16
+.global legacy_gdt
+legacy_gdt:
+    .quad 0
+    .quad 0x00AF9B000000FFFF
+    .quad 0x00CF9B000000FFFF
+    .quad 0x00CF93000000FFFF
+    .quad 0, 0, 0, 0, 0                   # tasks
+legacy_gdt_end:
+legacy_gdt_pointer:
+    .word legacy_gdt_end - legacy_gdt - 1
+    .quad legacy_gdt
+legacy_idt_pointer:
+    .word 0x21 * 8 - 1
+    .long legacy_idt
+.balign 16
+.global legacy_idt
+legacy_idt:
+    .fill 0x21, 8, 0
+.balign 16
+.global legacy_task_a
+legacy_task_a:
+    .fill 104, 1, 0
+.global legacy_tss_b
+legacy_tss_b:
+    .fill 104, 1, 0
+.global legacy_tss_c
+legacy_tss_c:
+    .fill 104, 1, 0
+.balign 8
+legacy_saved_rsp: .quad 0
+legacy_saved_cr3: .quad 0
+legacy_target: .long 0
+legacy_result: .long 0
+.global legacy_counters
+legacy_counters:
+legacy_faults: .long 0
+legacy_error: .long 0
+legacy_skip: .long 0
+legacy_b_count: .long 0
+legacy_b_flags: .long 0
+legacy_c_count: .long 0
+.balign 16
+    .fill 1024, 1, 0
+.global legacy_stack_b_top
+legacy_stack_b_top:
+    .fill 1024, 1, 0
+.global legacy_stack_c_top
+legacy_stack_c_top:
+    .fill 4096, 1, 0
+legacy_stack_top:
+.text
