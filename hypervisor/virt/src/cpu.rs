@@ -521,6 +521,8 @@ pub struct GuestSpecCtrl {
     supported: u64,
     guest: u64,
     host: u64,
+    /// Bits that stay set in the register, whatever the guest's value.
+    floor: u64,
 }
 
 impl GuestSpecCtrl {
@@ -528,8 +530,9 @@ impl GuestSpecCtrl {
     const STIBP: u64 = 1 << 1;
     const SSBD: u64 = 1 << 2;
 
-    /// Reads CPUID; the guest's value is 0.
-    pub fn detect() -> Self {
+    /// Reads CPUID; the guest's value is 0. `ibrs_always`: IBRS is enhanced, and protects the host
+    /// from its guests only while it is set.
+    pub fn detect(ibrs_always: bool) -> Self {
         let cpuid = raw_cpuid::CpuId::new();
         let vendor = cpuid.get_vendor_info();
         let amd = vendor
@@ -560,7 +563,13 @@ impl GuestSpecCtrl {
             supported,
             guest: 0,
             host: 0,
+            floor: if ibrs_always { Self::IBRS } else { 0 },
         }
+    }
+
+    /// What the register holds while the guest runs.
+    const fn in_force(&self) -> u64 {
+        self.guest | self.floor
     }
 
     /// The guest's value; `None` where the processor has no such register.
@@ -580,7 +589,7 @@ impl GuestSpecCtrl {
         self.guest = value;
         if loaded {
             // SAFETY: CPUID reports the register, and the value has only bits that it reports.
-            unsafe { wrmsr(msr::SPEC_CTRL, value) };
+            unsafe { wrmsr(msr::SPEC_CTRL, self.in_force()) };
         }
         true
     }
@@ -590,16 +599,16 @@ impl GuestSpecCtrl {
         if self.supported != 0 {
             // SAFETY: CPUID reports the register.
             self.host = unsafe { rdmsr(msr::SPEC_CTRL) };
-            if self.host != self.guest {
+            if self.host != self.in_force() {
                 // SAFETY: CPUID reports the register, and `set` checked the value.
-                unsafe { wrmsr(msr::SPEC_CTRL, self.guest) };
+                unsafe { wrmsr(msr::SPEC_CTRL, self.in_force()) };
             }
         }
     }
 
     /// Writes the host's value back.
     pub fn unload(&self) {
-        if self.supported != 0 && self.host != self.guest {
+        if self.supported != 0 && self.host != self.in_force() {
             // SAFETY: the value was read from this register by `load`.
             unsafe { wrmsr(msr::SPEC_CTRL, self.host) };
         }
@@ -693,13 +702,16 @@ mod tests {
             supported: 0,
             guest: 0,
             host: 0,
+            floor: 0,
         };
         assert!(none.get().is_none() && !none.set(0, false));
         let mut ibrs = GuestSpecCtrl {
             supported: 1,
             guest: 0,
             host: 0,
+            floor: 1,
         };
+        assert_eq!((ibrs.get(), ibrs.in_force()), (Some(0), 1));
         assert!(ibrs.set(1, false) && !ibrs.set(4, false));
         assert_eq!(ibrs.get(), Some(1));
     }

@@ -5,6 +5,7 @@
 //! - [`vcpu`]: one virtual processor.
 //! - [`entry`]: the assembly into the guest and back.
 //! - [`decode`]: exit reasons and qualifications into `Exit`.
+//! - [`mitigation`]: what is done against leaks by speculation.
 //! - [`check`]: the manual's VM-entry checks in software, to explain a refused entry.
 //!
 //! Not used here: TPR shadow and APIC virtualization, PML, TSC scaling, XSAVES (the guest
@@ -16,6 +17,7 @@ pub mod capability;
 pub mod check;
 pub mod decode;
 pub mod entry;
+pub mod mitigation;
 pub mod vcpu;
 pub mod vmcs;
 
@@ -31,6 +33,7 @@ use crate::preflight::{Feature, Need, Preflight, Status};
 use crate::{Backend, VcpuSetup, VirtError};
 
 use capability::{Capabilities, Controls, EptVpid, FeatureControl, Found};
+use mitigation::Mitigations;
 pub use vcpu::VtxVcpu;
 use vmcs::{Scope, invept, invvpid, vmxon};
 
@@ -50,6 +53,7 @@ struct Shared {
     msr_bitmap: Hpa,
     /// The processor has the indirect-branch barrier of IA32_PRED_CMD.
     ibpb: bool,
+    mitigations: Mitigations,
     /// VM of the vCPU that was loaded last on each pCPU; [`NO_VM`] before the first.
     last_vm: [AtomicU32; MAX_CPUS],
 }
@@ -129,6 +133,7 @@ impl Backend for Vtx {
                 fpu,
                 msr_bitmap,
                 ibpb: found.ibpb,
+                mitigations: found.mitigations,
                 last_vm: [const { AtomicU32::new(NO_VM) }; MAX_CPUS],
             }),
             vmxon_regions: [const { AtomicU64::new(0) }; MAX_CPUS],
@@ -139,7 +144,10 @@ impl Backend for Vtx {
         let shared = &*self.shared;
         let found = Found::read();
         let (here, _) = usable(&found)?;
-        if here != shared.capabilities || found.ibpb != shared.ibpb {
+        if here != shared.capabilities
+            || found.ibpb != shared.ibpb
+            || found.mitigations != shared.mitigations
+        {
             return Err(unequal());
         }
         let region = self
@@ -175,6 +183,8 @@ impl Backend for Vtx {
         if !unsafe { vmxon(vmxon_region) } {
             return Err(instruction("VMXON"));
         }
+        // SAFETY: this processor was just found to be like the one that they were chosen on.
+        unsafe { shared.mitigations.enable() };
         // SAFETY: the hypervisor itself never relies on FPU faults.
         unsafe { shared.fpu.prepare() };
         // Firmware or an earlier hypervisor may have left translations under our tags.

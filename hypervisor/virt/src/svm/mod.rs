@@ -40,6 +40,14 @@ const TSC_RATIO: u32 = 0xc000_0104;
 const TSC_RATIO_ONE: u64 = 1 << 32;
 const EFER_NXE: u64 = 1 << 11;
 const EFER_SVME: u64 = 1 << 12;
+/// Automatic IBRS: guests do not steer the host's branch predictions, nor its return predictions.
+const EFER_AIBRSE: u64 = 1 << 21;
+
+/// Whether the processor has automatic IBRS (APM vol. 3, Fn8000_0021_EAX bit 8).
+fn automatic_ibrs() -> bool {
+    core::arch::x86_64::__cpuid(0x8000_0000).eax >= 0x8000_0021
+        && core::arch::x86_64::__cpuid(0x8000_0021).eax & 1 << 8 != 0
+}
 
 /// pCPUs that can be enabled.
 const PCPUS: usize = 256;
@@ -154,6 +162,10 @@ impl Backend for Svm {
         unsafe {
             let efer = rdmsr(msr::EFER);
             wrmsr(msr::EFER, efer | EFER_SVME | EFER_NXE);
+        }
+        if automatic_ibrs() {
+            // SAFETY: the processor reports the bit, which acts on predictions only.
+            unsafe { wrmsr(msr::EFER, rdmsr(msr::EFER) | EFER_AIBRSE) };
         }
         // SAFETY: SVM is on; the page is this pCPU's from now on, whatever becomes of its vCPUs.
         unsafe { wrmsr(VM_HSAVE_PA, host_save.0) };

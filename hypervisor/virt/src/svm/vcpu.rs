@@ -144,7 +144,7 @@ impl SvmVcpu {
             vm: setup.vm,
             fpu: GuestFpu::new(shared.fpu),
             debug: GuestDebug::new(),
-            spec_ctrl: GuestSpecCtrl::detect(),
+            spec_ctrl: GuestSpecCtrl::detect(false),
             tsc_aux: 0,
             shared: shared.clone(),
         };

@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 use bitflags::bitflags;
 use mem::nested::Ept;
 
+use super::mitigation::{self, ArchCapabilities, Leaf7Edx, Mitigations};
 use crate::cpu::{msr, rdmsr};
 use crate::preflight::{Feature, Need, Preflight, Status};
 
@@ -496,6 +497,8 @@ pub struct Found {
     pub xsave: bool,
     /// CPUID reports the indirect-branch barrier of IA32_PRED_CMD.
     pub ibpb: bool,
+    /// What is to be done against leaks by speculation.
+    pub mitigations: Mitigations,
 }
 
 impl Found {
@@ -513,12 +516,21 @@ impl Found {
             let control = FeatureControl::from_bits_truncate(read(msr::FEATURE_CONTROL));
             (control, Capabilities::from_msrs(&read))
         });
+        let features = if core::arch::x86_64::__cpuid(0).eax >= 7 {
+            Leaf7Edx::from_bits_truncate(core::arch::x86_64::__cpuid_count(7, 0).edx)
+        } else {
+            Leaf7Edx::empty()
+        };
+        let arch = if vmx.is_some() && features.contains(Leaf7Edx::ARCH_CAPABILITIES) {
+            ArchCapabilities::from_bits_truncate(read(mitigation::ARCH_CAPABILITIES))
+        } else {
+            ArchCapabilities::empty()
+        };
         Found {
             vmx,
             xsave: info.as_ref().is_some_and(|f| f.has_xsave()),
-            // SDM vol. 2A, CPUID leaf 7, EDX bit 26.
-            ibpb: core::arch::x86_64::__cpuid(0).eax >= 7
-                && core::arch::x86_64::__cpuid_count(7, 0).edx & (1 << 26) != 0,
+            ibpb: features.contains(Leaf7Edx::IBRS),
+            mitigations: Mitigations::choose(features, arch),
         }
     }
 }
@@ -617,6 +629,7 @@ pub(super) mod tests {
             vmx: Some((FeatureControl::empty(), c)),
             xsave: true,
             ibpb: true,
+            mitigations: Mitigations::default(),
         };
         assert!(preflight(&found).passed());
     }
@@ -648,6 +661,7 @@ pub(super) mod tests {
                 vmx: Some((FeatureControl::all(), c)),
                 xsave: true,
                 ibpb: true,
+                mitigations: Mitigations::default(),
             });
             assert!(!report.passed());
             let missing: Vec<_> = report
@@ -678,6 +692,7 @@ pub(super) mod tests {
                 vmx: Some((control, haswell())),
                 xsave: true,
                 ibpb: true,
+                mitigations: Mitigations::default(),
             })
         };
         assert_eq!(
@@ -690,6 +705,7 @@ pub(super) mod tests {
             vmx: None,
             xsave: true,
             ibpb: true,
+            mitigations: Mitigations::default(),
         });
         assert_eq!(none.features.len(), 1);
         assert_eq!(none.features[0].status, Status::Missing);

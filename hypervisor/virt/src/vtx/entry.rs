@@ -189,3 +189,23 @@ pub unsafe extern "sysv64" fn exit_landing() {
         cr2 = const CR2,
     )
 }
+
+/// As [`exit_landing`], after it has filled the predictions of return addresses with harmless ones.
+///
+/// # Safety
+/// As [`exit_landing`].
+#[unsafe(naked)]
+pub unsafe extern "sysv64" fn exit_landing_filling() {
+    naked_asm!(
+        ".rept 32",
+        "call 2f",
+        // Reached by speculation only.
+        "3: pause",
+        "lfence",
+        "jmp 3b",
+        "2: add rsp, 8",
+        ".endr",
+        "jmp {landing}",
+        landing = sym exit_landing,
+    )
+}

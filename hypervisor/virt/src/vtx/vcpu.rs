@@ -30,7 +30,8 @@ use super::decode::{
     ENTRY_FAILED, InterruptionInfo, NMI_UNBLOCKED_BY_IRET, cr_access, dr6_after_debug_exception,
     nested_page_fault, port_io, reason, task_switch,
 };
-use super::entry::{GuestRegisters, Outcome, enter, exit_landing};
+use super::entry::{GuestRegisters, Outcome, enter, exit_landing, exit_landing_filling};
+use super::mitigation;
 use super::vmcs::{Field, SegmentFields, vmclear, vmptrld, vmread, vmread_universal, vmwrite};
 use crate::cpu::{GuestDebug, GuestFpu, GuestSpecCtrl, PAT_RESET, is_canonical, is_pat};
 use crate::cpu::{msr, raise_machine_check, rdmsr, rdtsc, wrmsr};
@@ -135,6 +136,10 @@ bitflags! {
         const FLUSH = 1 << 1;
         /// Read the page-directory-pointer entries of a PAE guest.
         const PDPTES = 1 << 2;
+        /// Clear the processor's data buffers; always due where it is needed at all.
+        const BUFFERS = 1 << 3;
+        /// Flush the level-1 data cache.
+        const L1D = 1 << 4;
     }
 }
 
@@ -213,6 +218,7 @@ impl VtxVcpu {
             .write(vmcs, &shared.capabilities.revision.to_le_bytes());
         let has_vpid = shared.controls.proc2.contains(Proc2::VPID);
         let vpid = u16::try_from(setup.tag).ok().filter(|_| has_vpid);
+        let spec_ctrl = GuestSpecCtrl::detect(shared.mitigations.ibrs_always);
         Ok(VtxVcpu {
             registers: GuestRegisters {
                 gprs: [0; 16],
@@ -236,7 +242,7 @@ impl VtxVcpu {
             refusal: None,
             fpu: GuestFpu::new(shared.fpu),
             debug: GuestDebug::new(),
-            spec_ctrl: GuestSpecCtrl::detect(),
+            spec_ctrl,
             switched: [0; MSRS_SWITCHED.len()],
             setup,
             vmcs,
@@ -386,7 +392,12 @@ impl VtxVcpu {
             // SAFETY: every processor with VT-x in 64-bit mode has these registers.
             self.write(field, unsafe { rdmsr(number) });
         }
-        self.write(Field::HostRip, exit_landing as *const () as u64);
+        let landing = if self.shared.mitigations.fill_returns {
+            exit_landing_filling as *const ()
+        } else {
+            exit_landing as *const ()
+        };
+        self.write(Field::HostRip, landing as u64);
     }
 
     /// Numbers and values of the MSRs that this processor has among [`MSRS_SWITCHED`].
@@ -420,6 +431,10 @@ impl VtxVcpu {
     #[inline(never)]
     fn before_entry(&mut self) {
         let due = core::mem::replace(&mut self.due, Due::empty());
+        if due.contains(Due::L1D) {
+            // SAFETY: `Mitigations::choose` found the register.
+            unsafe { mitigation::flush_l1d() };
+        }
         // Without a VPID each entry drops all translations anyway.
         if due.contains(Due::FLUSH) && self.vpid != 0 {
             // SAFETY: loaded, so in VMX operation, and VPIDs are on.
@@ -432,6 +447,12 @@ impl VtxVcpu {
             && let Some(event) = self.queued.take()
         {
             self.write_injection(event);
+        }
+        if due.contains(Due::BUFFERS) {
+            self.due |= Due::BUFFERS;
+            // Last, for that nothing but the entry itself comes after it.
+            // SAFETY: the kernel's DS is that of its data.
+            unsafe { mitigation::clear_buffers() };
         }
     }
 
@@ -748,6 +769,9 @@ impl VirtualCpu for VtxVcpu {
             self.initialize();
         }
         self.write_host_state();
+        self.due
+            .set(Due::BUFFERS, self.shared.mitigations.clear_buffers);
+        self.due.set(Due::L1D, self.shared.mitigations.flush_l1d);
         if self.last_cpu != Some(cpu) {
             self.last_cpu = Some(cpu);
             self.due |= Due::FLUSH;
