@@ -23,7 +23,7 @@ struct Abuse {
     run: fn(&Machine),
 }
 
-const ABUSES: [Abuse; 15] = [
+const ABUSES: [Abuse; 16] = [
     Abuse {
         name: "triple-fault",
         what: "shutdown by an empty IDT",
@@ -98,6 +98,15 @@ const ABUSES: [Abuse; 15] = [
         name: "bad-ipi",
         what: "interrupt commands that make no sense",
         run: bad_ipi,
+    },
+    Abuse {
+        name: "console-flood",
+        what: "hundreds of numbered lines, faster than any line",
+        run: |_| {
+            for number in 0..500 {
+                println!("flood {number:04} {:-<48}", "");
+            }
+        },
     },
 ];
 

@@ -116,12 +116,7 @@ pub fn require(programs: &[Program]) -> anyhow::Result<()> {
         return Ok(());
     }
     let has_apt = find_program("apt-get").is_some();
-    if !has_apt || !nix::unistd::geteuid().is_root() {
-        return Err(Stop::with(
-            Code::MissingProgram,
-            how_to_install(&packages, has_apt),
-        ));
-    }
+    may_install(&packages, has_apt, nix::unistd::geteuid().is_root())?;
     let step = Step::start(format!("Installing {}", packages.join(", ")));
     let install = || {
         output_of(
@@ -142,6 +137,17 @@ pub fn require(programs: &[Program]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Only root may, and only where there is apt.
+fn may_install(packages: &[&str], has_apt: bool, is_root: bool) -> anyhow::Result<()> {
+    match has_apt && is_root {
+        true => Ok(()),
+        false => Err(Stop::with(
+            Code::MissingProgram,
+            how_to_install(packages, has_apt),
+        )),
+    }
+}
+
 fn how_to_install(packages: &[&str], has_apt: bool) -> String {
     let packages = packages.join(" ");
     if has_apt {
@@ -154,6 +160,16 @@ fn how_to_install(packages: &[&str], has_apt: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_that_may_not_be_installed_is_missing() {
+        assert!(may_install(&["ovmf"], true, true).is_ok());
+        for (has_apt, is_root) in [(true, false), (false, true), (false, false)] {
+            let error = may_install(&["ovmf"], has_apt, is_root).unwrap_err();
+            assert_eq!(Stop::code_of(&error).status(), 3);
+            assert!(error.to_string().contains("ovmf"));
+        }
+    }
 
     #[test]
     fn the_command_to_install_is_exact() {

@@ -8,6 +8,7 @@
 //! each has a time limit of its own; at most as many emulators run at once as there are
 //! processors, the longest first; the last line is the count.
 
+mod consoles;
 mod host;
 mod linux;
 mod place;

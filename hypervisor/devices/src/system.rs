@@ -1,4 +1,6 @@
-//! Requests from a guest's platform to whoever runs the VM: reset, power-off, end of a test.
+//! Requests from a guest's platform to whoever runs the VM: reset, power-off, end of a test; and whether it runs.
+
+use core::sync::atomic::{AtomicU8, Ordering};
 
 /// Which register asked for the reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,4 +28,35 @@ pub enum SystemRequest {
 pub trait SystemControl: Send + Sync {
     /// Notes the request; it takes effect when the VMM next looks, so this returns at once.
     fn request(&self, request: SystemRequest);
+}
+
+/// What keeps all vCPUs of a VM from running on: looked at before each entry, in one read.
+#[derive(Debug, Default)]
+pub struct RunState(AtomicU8);
+
+impl RunState {
+    /// The VM has ended.
+    pub const ENDED: u8 = 1 << 0;
+    /// Output waits for the terminal, of a device that cannot tell the guest to wait.
+    pub const OUTPUT_WAITS: u8 = 1 << 1;
+
+    /// Nothing keeps the vCPUs from running.
+    #[inline]
+    pub fn runs(&self) -> bool {
+        self.0.load(Ordering::Acquire) == 0
+    }
+
+    /// Whether this keeps them.
+    #[inline]
+    pub fn has(&self, what: u8) -> bool {
+        self.0.load(Ordering::Acquire) & what != 0
+    }
+
+    /// Whether this keeps them, from now on.
+    pub fn set(&self, what: u8, on: bool) {
+        match on {
+            true => self.0.fetch_or(what, Ordering::Release),
+            false => self.0.fetch_and(!what, Ordering::Release),
+        };
+    }
 }

@@ -1,9 +1,10 @@
 //! A 16550A UART with FIFOs, as on a PC's COM ports.
 //!
-//! After National's PC16550D data sheet. The line is infinitely fast: a byte written is sent
-//! at once, so the transmitter is always empty again; what the host sends waits in a bounded
-//! queue and enters the receive FIFO as the guest makes room, so the receiver overruns in
-//! loopback only. As on a PC, MCR.OUT2 connects the interrupt to its line.
+//! After National's PC16550D data sheet. The line is as fast as the sink takes bytes. While it
+//! takes none, the guest sees a transmitter at work: what it writes waits in the transmit FIFO, as
+//! on a PC with a slow line, until the sink's owner calls [`Uart::resume`]. What the host sends
+//! waits in a bounded queue and enters the receive FIFO as the guest makes room, so the receiver
+//! overruns in loopback only. As on a PC, MCR.OUT2 connects the interrupt to its line.
 
 use alloc::collections::VecDeque;
 use alloc::sync::Arc;
@@ -25,8 +26,11 @@ const BACKLOG: usize = 4096;
 
 /// Where a UART's output goes.
 pub trait ConsoleSink: Send + Sync {
-    /// Takes output bytes, in order. Called with the UART locked: must not call back into it.
-    fn write(&self, bytes: &[u8]);
+    /// Takes output bytes, in order, without waiting. Returns how many: when not all, the owner of the
+    /// sink has the rest offered again as soon as there is room. Called with the device locked: must
+    /// not call back into it.
+    #[must_use = "what was not taken is to be offered again"]
+    fn write(&self, bytes: &[u8]) -> usize;
 }
 
 bitflags! {
@@ -121,6 +125,8 @@ const IIR_FIFOS: u8 = 0xc0;
 struct State {
     fifo: VecDeque<u8>,
     backlog: VecDeque<u8>,
+    /// The transmit FIFO: what the sink has not taken yet.
+    sending: VecDeque<u8>,
     ier: Ier,
     fcr: Fcr,
     lcr: Lcr,
@@ -149,7 +155,11 @@ impl State {
     }
 
     fn lsr(&self) -> Lsr {
-        let mut lsr = Lsr::HOLDING_EMPTY | Lsr::TRANSMITTER_EMPTY;
+        let mut lsr = Lsr::empty();
+        lsr.set(
+            Lsr::HOLDING_EMPTY | Lsr::TRANSMITTER_EMPTY,
+            self.sending.is_empty(),
+        );
         lsr.set(Lsr::DATA_READY, !self.fifo.is_empty());
         lsr.set(Lsr::OVERRUN, self.overrun);
         lsr
@@ -223,6 +233,7 @@ impl Uart {
             state: Mutex::new(State {
                 fifo: VecDeque::with_capacity(FIFO_DEPTH),
                 backlog: VecDeque::new(),
+                sending: VecDeque::with_capacity(FIFO_DEPTH),
                 ier: Ier::empty(),
                 fcr: Fcr::new(),
                 lcr: Lcr::new(),
@@ -249,6 +260,22 @@ impl Uart {
         taken
     }
 
+    /// The sink may have room again: offers it what waits.
+    pub fn resume(&self) {
+        let mut state = self.state.lock();
+        self.send_waiting(&mut state);
+        self.update_line(&state);
+    }
+
+    fn send_waiting(&self, state: &mut State) {
+        if state.sending.is_empty() {
+            return;
+        }
+        let taken = self.sink.write(state.sending.make_contiguous());
+        state.sending.drain(..taken.min(state.sending.len()));
+        state.empty_pending |= state.sending.is_empty();
+    }
+
     fn update_line(&self, state: &State) {
         // OUT2's pin is inactive in loopback.
         let connected = state.mcr.contains(Mcr::OUT2) && !state.mcr.contains(Mcr::LOOPBACK);
@@ -260,8 +287,18 @@ impl Uart {
         state.empty_pending = false;
         self.update_line(state);
         if !state.mcr.contains(Mcr::LOOPBACK) {
-            self.sink.write(&[byte]);
-        } else if state.fifo.len() < state.depth() {
+            if state.sending.len() == state.depth() {
+                // With FIFOs the new byte is lost, without them the old one.
+                if state.fcr.enable() {
+                    return;
+                }
+                state.sending.clear();
+            }
+            state.sending.push_back(byte);
+            self.send_waiting(state);
+            return;
+        }
+        if state.fifo.len() < state.depth() {
             state.fifo.push_back(byte);
         } else {
             // With FIFOs the new byte is lost, without them the old one.
@@ -300,6 +337,7 @@ impl PortDevice for Uart {
             3 => state.lcr.into_bits(),
             4 => state.mcr.bits(),
             5 => {
+                self.send_waiting(&mut state);
                 let lsr = state.lsr();
                 state.overrun = false;
                 lsr.bits()
@@ -330,13 +368,18 @@ impl PortDevice for Uart {
                 state.ier = Ier::from_bits_truncate(value);
                 if !was && state.ier.contains(Ier::TRANSMITTER_EMPTY) {
                     // Enabling while empty interrupts at once; drivers rely on it to start sending.
-                    state.empty_pending = true;
+                    state.empty_pending = state.sending.is_empty();
                 }
             }
             2 => {
                 let fcr = Fcr::from_bits(value);
-                if fcr.enable() != state.fcr.enable() || fcr.clear_receiver() {
+                let switched = fcr.enable() != state.fcr.enable();
+                if switched || fcr.clear_receiver() {
                     state.fifo.clear();
+                }
+                if (switched || fcr.clear_transmitter()) && !state.sending.is_empty() {
+                    state.sending.clear();
+                    state.empty_pending = true;
                 }
                 // The other bits are writable only together with the enable bit.
                 state.fcr = if fcr.enable() {
@@ -367,14 +410,24 @@ mod tests {
     use super::*;
     use crate::testing::RecordingSink;
     use alloc::vec::Vec;
+    use core::sync::atomic::{AtomicUsize, Ordering};
     use proptest::prelude::*;
 
-    #[derive(Default)]
-    struct Output(Mutex<Vec<u8>>);
+    struct Output(Mutex<Vec<u8>>, AtomicUsize);
+
+    impl Default for Output {
+        fn default() -> Self {
+            Output(Mutex::default(), AtomicUsize::new(usize::MAX))
+        }
+    }
 
     impl ConsoleSink for Output {
-        fn write(&self, bytes: &[u8]) {
-            self.0.lock().extend(bytes);
+        fn write(&self, bytes: &[u8]) -> usize {
+            let room = self.1.load(Ordering::Relaxed);
+            let taken = bytes.len().min(room);
+            self.1.store(room - taken, Ordering::Relaxed);
+            self.0.lock().extend(&bytes[..taken]);
+            taken
         }
     }
 
@@ -496,6 +549,75 @@ mod tests {
         assert_eq!(*s.output.0.lock(), b"ab");
     }
 
+    /// The terminal takes no more: the guest sees a busy transmitter, waits, and loses nothing.
+    #[test]
+    fn a_full_sink_makes_the_transmitter_busy() {
+        let s = setup();
+        s.write(FCR, 0x01);
+        s.write(MCR, 0x08);
+        s.write(IER, 0x02);
+        s.read(IIR);
+        s.output.1.store(1, Ordering::Relaxed);
+        s.write(RBR, b'a');
+        assert_eq!(s.read(LSR) & 0x60, 0x60, "there was room for one");
+        assert_eq!(s.read(IIR) & 0x0f, 0x02);
+        for byte in b"bcd" {
+            s.write(RBR, *byte);
+        }
+        assert_eq!(s.read(LSR) & 0x60, 0);
+        assert!(!s.irq.is_high(4), "nothing is empty");
+        s.output.1.store(1, Ordering::Relaxed);
+        s.uart.resume();
+        assert_eq!(s.read(LSR) & 0x60, 0, "two are left");
+        s.output.1.store(100, Ordering::Relaxed);
+        s.uart.resume();
+        assert!(s.irq.is_high(4));
+        assert_eq!(s.read(IIR) & 0x0f, 0x02);
+        assert_eq!(s.read(LSR) & 0x60, 0x60);
+        assert_eq!(*s.output.0.lock(), b"abcd");
+    }
+
+    #[test]
+    fn who_polls_the_status_needs_no_resume() {
+        let s = setup();
+        s.output.1.store(0, Ordering::Relaxed);
+        s.write(RBR, b'a');
+        assert_eq!(s.read(LSR) & 0x20, 0);
+        s.output.1.store(9, Ordering::Relaxed);
+        assert_eq!(s.read(LSR) & 0x20, 0x20);
+        assert_eq!(*s.output.0.lock(), b"a");
+    }
+
+    #[test]
+    fn the_transmit_fifo_overflows_and_is_cleared_as_the_data_sheet_says() {
+        let s = setup();
+        s.output.1.store(0, Ordering::Relaxed);
+        s.write(RBR, b'a');
+        s.write(RBR, b'b');
+        s.output.1.store(9, Ordering::Relaxed);
+        s.uart.resume();
+        assert_eq!(
+            *s.output.0.lock(),
+            b"b",
+            "without FIFOs the old byte is lost"
+        );
+        s.output.1.store(0, Ordering::Relaxed);
+        s.write(FCR, 0x01);
+        for byte in 0..20 {
+            s.write(RBR, byte);
+        }
+        s.output.1.store(99, Ordering::Relaxed);
+        s.uart.resume();
+        assert_eq!(s.output.0.lock().split_off(1), (0..16).collect::<Vec<u8>>());
+        s.output.1.store(0, Ordering::Relaxed);
+        s.write(RBR, b'x');
+        s.write(FCR, 0x05);
+        assert_eq!(s.read(LSR) & 0x60, 0x60);
+        s.output.1.store(99, Ordering::Relaxed);
+        s.uart.resume();
+        assert_eq!(*s.output.0.lock(), b"b");
+    }
+
     #[test]
     fn receive_interrupts_until_drained() {
         let s = setup();
@@ -610,6 +732,7 @@ mod tests {
         ) {
             let s = setup();
             for (kind, offset, value) in steps {
+                s.output.1.store(usize::from(value & 3), Ordering::Relaxed);
                 match kind {
                     0 => { let _ = s.uart.read(offset, Width::Byte); }
                     1 => { let _ = s.uart.write(offset, Width::Byte, u32::from(value)); }
@@ -617,6 +740,7 @@ mod tests {
                 }
                 let state = s.uart.state.lock();
                 prop_assert!(state.fifo.len() <= state.depth());
+                prop_assert!(state.sending.len() <= state.depth());
             }
         }
     }

@@ -23,6 +23,7 @@ const FLOATING_BUS: u8 = 0xff;
 /// A serial port that answered the probe: 115,200 baud, 8-N-1, FIFO on.
 pub struct Serial {
     uart: Uart16550<PioBackend>,
+    overruns: u64,
 }
 
 impl Serial {
@@ -50,12 +51,29 @@ impl Serial {
             ..Config::DEFAULT
         })
         .ok()?;
-        Some(Serial { uart })
+        Some(Serial { uart, overruns: 0 })
+    }
+
+    /// Reads the line status, which clears its overrun flag: hence the count.
+    fn status(&mut self) -> LSR {
+        let lsr = self.uart.lsr();
+        if lsr.contains(LSR::OVERRUN_ERROR) && lsr.bits() != FLOATING_BUS {
+            self.overruns += 1;
+        }
+        lsr
+    }
+
+    /// How often bytes were lost since the port was not emptied in time; each time one or more.
+    pub fn overruns(&self) -> u64 {
+        self.overruns
     }
 
     /// Hands the transmitter as many bytes as it takes now. Returns how many; never waits.
     pub fn try_send(&mut self, bytes: &[u8]) -> usize {
-        self.uart.send_bytes(bytes)
+        match self.status().contains(LSR::THR_EMPTY) {
+            true => self.uart.send_bytes(bytes),
+            false => 0,
+        }
     }
 
     /// Sends all of `bytes`, waiting for the line, and hands over what arrives meanwhile: the line does not
@@ -64,7 +82,7 @@ impl Serial {
         let mut sent = 0;
         let mut attempts = TRANSMIT_ATTEMPTS;
         while sent < bytes.len() {
-            match self.uart.send_bytes(&bytes[sent..]) {
+            match self.try_send(&bytes[sent..]) {
                 0 if attempts == 0 => break,
                 0 => {
                     attempts -= 1;
@@ -94,7 +112,10 @@ impl Serial {
 
     /// A received byte, if there is one.
     pub fn receive(&mut self) -> Option<u8> {
-        self.uart.try_receive_byte().ok()
+        match self.status().contains(LSR::DATA_READY) {
+            true => self.uart.try_receive_byte().ok(),
+            false => None,
+        }
     }
 
     /// Lets the port raise its interrupt for each received byte.

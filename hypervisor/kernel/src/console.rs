@@ -1,10 +1,17 @@
 //! The host's serial console: the one port that log and guests' consoles share.
 //!
-//! Input waits in a queue of fixed size, filled by the port's interrupt or by [`poll`]. Output goes to
-//! a queue that the port's interrupt drains, so that a slow line does not hold up a
-//! processor; before [`start_interrupts`], and in a fault report, it is sent while the caller waits.
+//! Everything here takes as long as a few register accesses; nobody waits for the line once the VMs run.
+//! Input waits in a queue of fixed size, filled by the port's interrupt, by whoever writes, and by
+//! [`attend`]. Output waits in the queues of the [`ConsoleMux`], one per guest; the port's interrupt takes
+//! from them what the line takes. A guest in focus whose queue is full is told so, and told to go on when
+//! there is room again ([`pop_resumable`]): it is slowed down to the line's speed, and nobody else is.
+//!
+//! The log's lines before the VMs run, and those of [`write_all`], go straight to the line, and the caller waits
+//! where it must. A fault report does so past all queues: [`report`].
+//!
+//! Under this lock no memory is asked for once the VMs run, since an interrupt handler takes it.
 
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use drivers::{
     firmware::Firmware,
@@ -12,10 +19,11 @@ use drivers::{
     queue::ByteQueue,
     serial::{COM1, Serial},
 };
+use manage::console::{ConsoleId, ConsoleMux, DEFAULT_ESCAPE, Input};
 
 use crate::{
     interrupts::{self, vector},
-    power,
+    percpu, power,
     sync::Lock,
     time,
 };
@@ -27,31 +35,53 @@ const INPUT_BYTES: usize = 4096;
 /// How long the port is left alone where it has to be looked at, in microseconds. Its 16 bytes of memory are
 /// full after 1.4 ms at 115,200 baud, in Bochs after 1.1.
 const LOOK_EVERY_US: u64 = 500;
-/// Bytes of output that wait. At 115,200 baud this is a second and a half.
+/// While output waits the port is looked at so often even if no interrupt comes, in microseconds.
+const LOOK_AT_OUTPUT_US: u64 = 10_000;
+/// Bytes of output that wait on their way past the guests' queues. At 115,200 baud this is a second and a half.
 const OUTPUT_BYTES: usize = 16 * 1024;
+/// Bytes moved from the guests' queues at a time: the FIFO of a UART.
+const FIFO_BYTES: usize = 16;
+/// FIFOs filled in one go, where the line takes them. In emulators it is infinitely fast.
+const FIFOS_AT_ONCE: usize = 4;
+/// How often a stuck line is given another chance before the machine stops; each takes about 50 ms.
+const LAST_CHANCES: u32 = 40;
 
 struct Console {
     port: Option<Serial>,
     input: ByteQueue<INPUT_BYTES>,
     output: ByteQueue<OUTPUT_BYTES>,
+    mux: ConsoleMux,
     /// Input that came while the queue was full.
     dropped: u64,
     /// The port's interrupt drains the output.
     interrupts: bool,
     /// The transmitter's interrupt is asked for.
     draining: bool,
+    /// The last byte sent ended a line.
+    fresh: bool,
+    /// A fault report has begun: nothing else is sent any more.
+    reporting: bool,
 }
 
-/// A guest must be made to exit for the port's sake.
-static MUST_LOOK: AtomicBool = AtomicBool::new(true);
+/// In TSC ticks, how long a guest may run before it must be made to exit for the port's sake; 0: as long as it likes.
+static LOOK_TICKS: AtomicU64 = AtomicU64::new(0);
+/// [`LOOK_AT_OUTPUT_US`] in TSC ticks.
+static OUTPUT_TICKS: AtomicU64 = AtomicU64::new(0);
+/// Input has come, or a guest can go on writing.
+static WORK: AtomicBool = AtomicBool::new(false);
+/// Host TSC at which the port has to be looked at though it did not interrupt.
+static NEXT_LOOK: AtomicU64 = AtomicU64::new(u64::MAX);
 
 static CONSOLE: Lock<Console> = Lock::new(Console {
     port: None,
     input: ByteQueue::new(),
     output: ByteQueue::new(),
+    mux: ConsoleMux::new(DEFAULT_ESCAPE),
     dropped: 0,
     interrupts: false,
     draining: false,
+    fresh: true,
+    reporting: false,
 });
 
 /// Finds the serial port. Returns whether there is one.
@@ -64,43 +94,64 @@ pub fn init() -> bool {
     found
 }
 
-/// Lets the port interrupt the calling processor. `false`: it cannot, and [`poll`] must do.
+/// Lets the port interrupt the calling processor, the first one. `false`: it cannot, and is looked at instead.
+/// After the clock's calibration.
 pub fn start_interrupts(firmware: &Firmware) -> bool {
     let mut console = CONSOLE.lock();
+    OUTPUT_TICKS.store(time::us_to_ticks(LOOK_AT_OUTPUT_US), Ordering::Relaxed);
     let Some(port) = console.port.as_mut() else {
         return false;
     };
-    if !interrupts::route_isa(firmware, COM1_IRQ, vector::SERIAL) {
-        return false;
-    }
-    port.enable_receive_interrupt();
-    console.interrupts = true;
+    let routed = interrupts::route_isa(firmware, COM1_IRQ, vector::SERIAL);
     // Bochs 2.7 does not let a host interrupt end a guest's run that was entered with IF = 0 before IF changes.
-    let late = power::emulator() == Some(Emulator::Bochs);
-    MUST_LOOK.store(late, Ordering::Relaxed);
-    true
+    if !routed || power::emulator() == Some(Emulator::Bochs) {
+        LOOK_TICKS.store(time::us_to_ticks(LOOK_EVERY_US), Ordering::Relaxed);
+    }
+    if routed {
+        port.enable_receive_interrupt();
+        console.interrupts = true;
+    }
+    routed
 }
 
-/// Host TSC at which a processor that runs a guest has to look at the port again, `u64::MAX` if the port's
-/// interrupt makes the guest exit.
+/// Host TSC at which the first processor, when it runs a guest, has to [`attend`] again; `u64::MAX` if the
+/// port's interrupt makes the guest exit.
 pub fn look_again_at() -> u64 {
-    match MUST_LOOK.load(Ordering::Relaxed) {
-        true => time::now_tsc().saturating_add(time::us_to_ticks(LOOK_EVERY_US)),
-        false => u64::MAX,
+    match LOOK_TICKS.load(Ordering::Relaxed) {
+        0 => u64::MAX,
+        ticks => time::now_tsc().saturating_add(ticks),
     }
 }
 
-/// Whether there is a port that has to be polled, since it cannot interrupt.
-pub fn is_polled() -> bool {
-    let console = CONSOLE.lock();
-    console.port.is_some() && !console.interrupts
+/// Host TSC at which the first processor, when it has nothing to do, has to [`attend`] again.
+pub fn wake_up_at() -> Option<u64> {
+    if WORK.load(Ordering::Relaxed) {
+        return Some(0);
+    }
+    let next = NEXT_LOOK.load(Ordering::Relaxed);
+    // Where the port has an interrupt, that wakes a halted processor; in Bochs, too.
+    let look = match look_again_at() {
+        u64::MAX => u64::MAX,
+        _ if CONSOLE.lock().interrupts => u64::MAX,
+        look => look,
+    };
+    Some(next.min(look)).filter(|&at| at != u64::MAX)
+}
+
+/// Does what is due without an interrupt. Whether there is input to [`read`], or a guest to resume.
+/// The first processor's business.
+pub fn attend() -> bool {
+    let due = LOOK_TICKS.load(Ordering::Relaxed) != 0
+        || NEXT_LOOK.load(Ordering::Relaxed) <= time::now_tsc();
+    if due {
+        CONSOLE.lock().pump();
+    }
+    WORK.swap(false, Ordering::Relaxed)
 }
 
 impl Console {
-    /// Moves what has arrived into the input queue, and queued output to the port as far as it takes it.
-    fn pump(&mut self) {
+    fn receive(&mut self) {
         let Some(port) = self.port.as_mut() else {
-            self.output = ByteQueue::new();
             return;
         };
         // A port that never runs dry is broken: no more than a queue's worth at a time.
@@ -111,23 +162,87 @@ impl Console {
                 None => break,
             }
         }
-        while !self.output.is_empty() {
-            match port.try_send(self.output.front()) {
-                0 => break,
-                sent => self.output.consume(sent),
-            }
+    }
+
+    /// Moves what goes out next to the output queue, if that is empty.
+    fn fetch(&mut self) {
+        if !self.output.is_empty() || self.reporting {
+            return;
         }
-        let draining = self.interrupts && !self.output.is_empty();
+        let now_us = match self.mux.has_lines() {
+            true => time::ns() / 1000,
+            false => 0,
+        };
+        let mut buffer = [0; FIFO_BYTES];
+        let count = self.mux.pull(&mut buffer, now_us);
+        // An empty queue has room for a FIFO.
+        self.output.extend(&buffer[..count]);
+    }
+
+    /// Hands the port what it takes now.
+    fn transmit(&mut self) {
+        for _ in 0..FIFOS_AT_ONCE {
+            self.fetch();
+            let bytes = self.output.front();
+            let Some(port) = self.port.as_mut().filter(|_| !bytes.is_empty()) else {
+                return;
+            };
+            let sent = port.try_send(bytes);
+            let Some(&last) = bytes[..sent].last() else {
+                return;
+            };
+            self.fresh = last == b'\n';
+            self.output.consume(sent);
+        }
+        self.fetch();
+    }
+
+    /// Moves what has arrived into the input queue, and waiting output to the port as far as it takes it.
+    fn pump(&mut self) {
+        self.receive();
+        self.transmit();
+        let waits = !self.output.is_empty();
+        let draining = self.interrupts && waits;
         if draining != self.draining {
-            port.set_transmit_interrupt(draining);
+            if let Some(port) = self.port.as_mut() {
+                port.set_transmit_interrupt(draining);
+            }
             self.draining = draining;
+        }
+        // Soon enough for a line that waits for a silent guest, too.
+        let look = waits || self.mux.look_again_at().is_some();
+        let next = match look {
+            true => time::now_tsc().saturating_add(OUTPUT_TICKS.load(Ordering::Relaxed)),
+            false => u64::MAX,
+        };
+        let before = NEXT_LOOK.swap(next, Ordering::Relaxed);
+        if !self.input.is_empty() || self.mux.can_resume() {
+            WORK.store(true, Ordering::Relaxed);
+        }
+        // The first processor looks, and may be halted.
+        if before == u64::MAX
+            && next != u64::MAX
+            && !draining
+            && percpu::try_number().is_some_and(|number| number != 0)
+            && let Some(first) = percpu::get(0)
+        {
+            interrupts::kick(first);
         }
     }
 
-    /// Sends queued output while the caller waits, within the driver's bound. Input is taken meanwhile.
-    fn drain(&mut self) {
+    /// As [`Console::pump`], unless the transmitter's interrupt will do it.
+    fn pump_unless_draining(&mut self) {
+        if !self.draining {
+            self.pump();
+        }
+    }
+
+    /// Sends the output queue while the caller waits, within the driver's bound. Input is taken meanwhile.
+    /// `false`: the line is stuck.
+    fn drain(&mut self) -> bool {
         let Some(port) = self.port.as_mut() else {
-            return;
+            self.output = ByteQueue::new();
+            return true;
         };
         let mut taken = |byte| {
             if !self.input.push(byte) {
@@ -135,13 +250,21 @@ impl Console {
             }
         };
         while !self.output.is_empty() {
-            match port.send(self.output.front(), &mut taken) {
-                0 => {
-                    // The line is stuck. Dropping the rest is better than trying again for each byte.
-                    self.output = ByteQueue::new();
-                }
-                sent => self.output.consume(sent),
-            }
+            let bytes = self.output.front();
+            let sent = port.send(bytes, &mut taken);
+            let Some(&last) = bytes[..sent].last() else {
+                return false;
+            };
+            self.fresh = last == b'\n';
+            self.output.consume(sent);
+        }
+        true
+    }
+
+    /// As [`Console::drain`]. What a stuck line does not take is dropped: better than trying again for each byte.
+    fn drain_or_drop(&mut self) {
+        if !self.drain() {
+            self.output = ByteQueue::new();
         }
     }
 
@@ -151,12 +274,12 @@ impl Console {
             bytes = &bytes[taken..];
             self.pump();
             if !self.interrupts {
-                self.drain();
+                self.drain_or_drop();
             }
             if bytes.is_empty() {
                 return;
             }
-            self.drain();
+            self.drain_or_drop();
         }
     }
 }
@@ -170,44 +293,122 @@ pub fn on_interrupt() {
     console.pump();
 }
 
-/// Does the interrupt's work without one. Cheap when there is nothing to do.
-pub fn poll() {
-    CONSOLE.lock().pump();
+/// Sets the byte that the escape key sends. Before consoles are attached.
+pub fn set_escape(escape: u8) {
+    CONSOLE.lock().mux = ConsoleMux::new(escape);
 }
 
-/// The oldest byte that was typed, if any.
-pub fn read() -> Option<u8> {
-    CONSOLE.lock().input.pop()
-}
-
-/// Queues output, as much as fits. Returns how many bytes that were; never waits for the line.
-pub fn write(bytes: &[u8]) -> usize {
+/// Adds a guest's console, and takes its memory. The first one is shown, until another one is to be `shown`.
+pub fn attach(name: &str, shown: bool) -> ConsoleId {
     let mut console = CONSOLE.lock();
-    let taken = console.output.extend(bytes);
-    console.pump();
-    if taken < bytes.len() {
-        // The transmitter may have made room just now.
-        return taken + console.output.extend(&bytes[taken..]);
+    let id = console.mux.attach(name);
+    if shown {
+        console.mux.show_first(id);
     }
+    id
+}
+
+/// What was typed, if anything: the oldest key.
+pub fn read() -> Option<Input> {
+    let mut console = CONSOLE.lock();
+    let byte = console.input.pop()?;
+    let input = console.mux.input(byte);
+    if input == Input::Handled {
+        console.pump_unless_draining();
+    }
+    Some(input)
+}
+
+/// A guest's output. Returns how many bytes were taken; never waits for the line.
+pub fn guest_output(from: ConsoleId, bytes: &[u8]) -> usize {
+    let mut console = CONSOLE.lock();
+    if console.port.is_none() {
+        return bytes.len();
+    }
+    let taken = console.mux.output(from, bytes);
+    console.pump_unless_draining();
     taken
 }
 
-/// Writes all of `bytes` as one piece, waiting for the line, within the driver's bound, when the queue is full.
+/// A guest whose output was not all taken, and that can go on. To be asked until there is none.
+pub fn pop_resumable() -> Option<ConsoleId> {
+    CONSOLE.lock().mux.pop_resumable()
+}
+
+/// A line of the host's among the guests' lines, begun with `[plinth]`; never waits for the line.
+pub fn host_line(text: &[u8]) {
+    let mut console = CONSOLE.lock();
+    if console.port.is_some() {
+        console.mux.host_line(text);
+        console.pump_unless_draining();
+    }
+}
+
+/// What input was lost before it could be read, in bytes: for want of room in the queue, and (a lower
+/// bound) because the port was not emptied in time.
+pub fn lost_input() -> (u64, u64) {
+    let console = CONSOLE.lock();
+    let overruns = console.port.as_ref().map_or(0, Serial::overruns);
+    (console.dropped, overruns)
+}
+
+/// Writes all of `bytes` as one piece past the guests' queues, waiting for the line, within the driver's bound,
+/// when the queue is full.
 pub fn write_all(bytes: &[u8]) {
     CONSOLE.lock().write_waiting(bytes);
 }
 
-/// Writes one line of text and ends it, as one piece.
+/// Writes one line of text and ends it, as [`write_all`].
 pub fn write_line(line: &[u8]) {
     let mut console = CONSOLE.lock();
     console.write_waiting(line);
     console.write_waiting(b"\r\n");
 }
 
-/// Waits, bounded, until everything written is on the line.
+/// A piece of a fault report: on the line when this returns, whatever else waits. The first piece begins a
+/// line. From then on nothing else is sent.
+pub fn report(bytes: &[u8]) {
+    let mut console = CONSOLE.lock();
+    if !console.reporting {
+        console.reporting = true;
+        // A lock that was taken by force may guard a queue that is just being changed.
+        let begun = !console.is_forced() && console.drain();
+        if !(begun && console.fresh) {
+            console.send_now(b"\r\n");
+        }
+    }
+    console.send_now(bytes);
+}
+
+impl Console {
+    fn send_now(&mut self, bytes: &[u8]) {
+        if let Some(port) = self.port.as_mut() {
+            port.send(bytes, |_| {});
+            port.flush();
+        }
+    }
+}
+
+/// Waits, bounded, until everything written is on the line: the shown guest's output and the host's lines, too.
 pub fn flush() {
     let mut console = CONSOLE.lock();
-    console.drain();
+    if !console.reporting {
+        console.mux.hurry();
+        let mut chances = LAST_CHANCES;
+        loop {
+            if console.drain() {
+                console.fetch();
+                if console.output.is_empty() {
+                    break;
+                }
+            } else if chances == 0 {
+                console.output = ByteQueue::new();
+                break;
+            } else {
+                chances -= 1;
+            }
+        }
+    }
     if let Some(port) = console.port.as_mut() {
         port.flush();
     }

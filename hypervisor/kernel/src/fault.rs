@@ -326,9 +326,9 @@ fn follows_call(address: u64) -> bool {
 fn last_lines() {
     report!("last lines of the log:");
     log::last_lines(LOG_LINES, |piece, last| {
-        console::write_all(piece);
+        console::report(piece);
         if last {
-            console::write_all(b"\r\n");
+            console::report(b"\r\n");
         }
     });
     console::flush();
@@ -355,7 +355,7 @@ fn panic(info: &PanicInfo<'_>) -> ! {
 
 /// Shows a line on the screen too; the log's own output for reports.
 pub(crate) fn show(line: &[u8]) {
-    console::write_line(line);
-    console::flush();
+    console::report(line);
+    console::report(b"\r\n");
     screen::write_line(line);
 }

@@ -40,6 +40,13 @@ pub fn end(outcome: Outcome) {
         return;
     }
     let Some(word) = WORD.get() else { return };
+    let write = match outcome {
+        Outcome::HostFault => console::report,
+        _ => {
+            console::flush();
+            console::write_all
+        }
+    };
     // In pieces, since a fault report must not ask for memory. The line's writers are at rest then.
     for piece in [
         b"\r\n",
@@ -47,12 +54,12 @@ pub fn end(outcome: Outcome) {
         b" end ",
         outcome.name().as_bytes(),
     ] {
-        console::write_all(piece);
+        write(piece);
     }
     if let Outcome::TestExit(value) = outcome {
-        console::write_all(format!(" {value}").as_bytes());
+        write(format!(" {value}").as_bytes());
     }
-    console::write_all(b"\r\n");
+    write(b"\r\n");
 }
 
 /// What became of the guest in the frame.

@@ -10,6 +10,7 @@ use core::{
 };
 
 use drivers::ring::LogRing;
+use manage::limit::Limit;
 
 use crate::{console, fault, frame, screen, sync::Lock, time};
 
@@ -17,6 +18,10 @@ use crate::{console, fault, frame, screen, sync::Lock, time};
 const RING_BYTES: usize = 64 * 1024;
 /// Longest line shown in one piece, time stamp included; the rest continues on the next line.
 const LINE_BYTES: usize = 320;
+
+/// Warnings and errors that the serial line shows at once while VMs run, and the time for one more.
+const WARNINGS_AT_ONCE: u32 = 32;
+const WARNING_EVERY_US: u64 = 500_000;
 
 /// How much a line matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,10 +38,13 @@ pub enum Level {
 }
 
 static RING: Lock<LogRing<RING_BYTES>> = Lock::new(LogRing::new());
+/// Warnings on the serial line while VMs run.
+static LIMIT: Lock<Limit> = Lock::new(Limit::new(WARNINGS_AT_ONCE, WARNING_EVERY_US));
 static QUIET_SERIAL: AtomicBool = AtomicBool::new(false);
 static SHOWN: AtomicU8 = AtomicU8::new(Level::Info as u8);
 
-/// Keeps lines below `Warn` off the serial line, once guests' consoles own it. Screen and ring still get all.
+/// Keeps lines below `Warn` off the serial line, once guests' consoles own it, and the others from standing within
+/// a guest's line. Screen and ring still get all.
 pub fn quiet_serial(on: bool) {
     QUIET_SERIAL.store(on, Ordering::Relaxed);
 }
@@ -161,11 +169,53 @@ fn show(level: Level, line: &[u8]) {
     if level as u8 > SHOWN.load(Ordering::Relaxed) {
         return;
     }
-    let quiet = QUIET_SERIAL.load(Ordering::Relaxed);
-    if (level <= Level::Warn || !quiet) && !frame::is_open() {
-        console::write_line(line);
+    if !frame::is_open() {
+        if !QUIET_SERIAL.load(Ordering::Relaxed) {
+            console::write_line(line);
+        } else if level <= Level::Warn {
+            show_among_guests(line);
+        }
     }
     screen::write_line(line);
+}
+
+/// Shows a line on the serial line while VMs run: between lines of the guest, and not more than a few.
+fn show_among_guests(line: &[u8]) {
+    let Some(left_out) = LIMIT.lock().admit(time::ns() / 1000) else {
+        return;
+    };
+    if left_out > 0 {
+        let mut note = Text {
+            bytes: [0; 64],
+            length: 0,
+        };
+        // It is cut, should it not fit.
+        let _ = write!(note, "{left_out} warnings were left out here");
+        console::host_line(note.as_bytes());
+    }
+    console::host_line(line);
+}
+
+/// A short text without the heap.
+struct Text {
+    bytes: [u8; 64],
+    length: usize,
+}
+
+impl Text {
+    fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+}
+
+impl fmt::Write for Text {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let room = &mut self.bytes[self.length..];
+        let taken = text.len().min(room.len());
+        room[..taken].copy_from_slice(&text.as_bytes()[..taken]);
+        self.length += taken;
+        Ok(())
+    }
 }
 
 /// Logs an error.

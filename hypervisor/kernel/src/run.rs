@@ -5,7 +5,7 @@
 //! until it pauses, and halts when there is none. The vendor is chosen once, here.
 //!
 //! Lock order: one vCPU, then `slots`, then `entities`, then a device's, then `sched` (a kick comes
-//! from under a device's lock), then `consoles` (guest output comes from under the serial port's). All
+//! from under a device's lock), then the console's (guest output comes from under the serial port's). All
 //! locks of the host are in one table in docs/ARCHITECTURE.md. No lock is held while a guest runs, but for
 //! the vCPU's own, which nobody else waits for.
 
@@ -21,8 +21,9 @@ use devices::{VcpuId, lapic::VcpuKick, uart::ConsoleSink};
 use drivers::wall_clock;
 use manage::{
     bundle::{self, Bundle, BundleEnvironment},
-    config::{self, AfterLastVm, Config, DiskConfig, Restart, VmConfig},
-    console::{ConsoleId, ConsoleMux, Input},
+    config::{self, AfterLastVm, Config, DiskConfig, VmConfig},
+    console::{ConsoleId, Input},
+    restart::{Decision, Ending, MAX_QUICK_FAILURES, Restarts},
 };
 use mem::Owner;
 use sched::{EntityId, RunQueue, Wake};
@@ -53,15 +54,11 @@ use crate::{
 /// Length of a time slice, in microseconds.
 const SLICE_US: u64 = 10_000;
 const NS_PER_SECOND: u64 = 1_000_000_000;
-/// A VM that fails sooner than this after its start has failed quickly.
-const QUICK_FAILURE_NS: u64 = 60 * NS_PER_SECOND;
-/// Quick failures in a row after which a VM is not restarted any more.
-const MAX_QUICK_FAILURES: u32 = 5;
+const NS_PER_MS: u64 = 1_000_000;
 
 /// What the parts of the kernel that don't know the vendor see of the world.
 trait Runner: Sync {
     fn wake(&self, entity: EntityId);
-    fn guest_output(&self, from: ConsoleId, bytes: &[u8]);
     fn run(&'static self, cpu: &'static PerCpu) -> !;
 }
 
@@ -111,6 +108,8 @@ struct Plan {
     disks: Vec<Arc<dyn Disk>>,
     /// Its console on the terminal, if it is configured to have one.
     console: Option<ConsoleId>,
+    /// Bytes typed that it had no room for.
+    lost_input: AtomicU64,
 }
 
 /// What there is of a VM of the configuration.
@@ -119,6 +118,8 @@ enum Phase<B: Backend> {
     Off,
     /// One processor makes it or takes it down.
     Changing,
+    /// Nothing; it starts again at this host TSC.
+    Waiting(u64),
     Live(Live<B>),
 }
 
@@ -127,15 +128,14 @@ struct Slot<B: Backend> {
     phase: Phase<B>,
     /// Host time of its last start, in nanoseconds.
     started_ns: u64,
-    /// How often in a row it has failed soon after its start.
-    quick_failures: u32,
+    restarts: Restarts,
 }
 
 impl<B: Backend> Slot<B> {
     fn live(&self) -> Option<&Live<B>> {
         match &self.phase {
             Phase::Live(live) => Some(live),
-            Phase::Off | Phase::Changing => None,
+            Phase::Off | Phase::Changing | Phase::Waiting(_) => None,
         }
     }
 
@@ -150,33 +150,17 @@ impl<B: Backend> Slot<B> {
         }
         match core::mem::replace(&mut self.phase, Phase::Changing) {
             Phase::Live(live) => Some(live),
-            Phase::Off | Phase::Changing => None,
+            Phase::Off | Phase::Changing | Phase::Waiting(_) => None,
         }
     }
+}
 
-    /// Whether the VM is made anew after it ended so. Counts its failures.
-    fn restarts(&mut self, config: &VmConfig, reason: Option<&EndReason>) -> Result<bool, String> {
-        let wanted = match reason {
-            Some(EndReason::Reset) => return Ok(true),
-            Some(EndReason::PowerOff | EndReason::TestExit(_)) | None => {
-                return Ok(config.restart == Restart::Always);
-            }
-            Some(EndReason::TripleFault(_) | EndReason::Failure { .. }) => {
-                config.restart != Restart::Never
-            }
-        };
-        if time::ns().saturating_sub(self.started_ns) < QUICK_FAILURE_NS {
-            self.quick_failures += 1;
-        } else {
-            self.quick_failures = 1;
-        }
-        if wanted && self.quick_failures >= MAX_QUICK_FAILURES {
-            let name = &config.name;
-            return Err(format!(
-                "{name}: failed {MAX_QUICK_FAILURES} times soon after its start: not restarted any more"
-            ));
-        }
-        Ok(wanted)
+/// What kind of end this is.
+fn ending(reason: Option<&EndReason>) -> Ending {
+    match reason {
+        Some(EndReason::Reset) => Ending::Reset,
+        Some(EndReason::PowerOff | EndReason::TestExit(_)) | None => Ending::Done,
+        Some(EndReason::TripleFault(_) | EndReason::Failure { .. }) => Ending::Failed,
     }
 }
 
@@ -201,7 +185,10 @@ struct World<B: Backend> {
     plans: Vec<Plan>,
     /// One for each plan.
     slots: Lock<Vec<Slot<B>>>,
-    consoles: Lock<ConsoleMux>,
+    /// Host TSC at which the first of the VMs that wait starts again; `u64::MAX` if none waits.
+    next_start: AtomicU64,
+    /// Losses of input by the host's port that were told.
+    told_lost_input: AtomicU64,
     /// A bit per pCPU that halts for want of work.
     idle: AtomicU64,
 }
@@ -224,10 +211,8 @@ impl VcpuKick for Kick {
 struct GuestConsole(ConsoleId);
 
 impl ConsoleSink for GuestConsole {
-    fn write(&self, bytes: &[u8]) {
-        if let Some(world) = WORLD.get() {
-            world.guest_output(self.0, bytes);
-        }
+    fn write(&self, bytes: &[u8]) -> usize {
+        console::guest_output(self.0, bytes)
     }
 }
 
@@ -235,7 +220,9 @@ impl ConsoleSink for GuestConsole {
 struct NoConsole;
 
 impl ConsoleSink for NoConsole {
-    fn write(&self, _bytes: &[u8]) {}
+    fn write(&self, bytes: &[u8]) -> usize {
+        bytes.len()
+    }
 }
 
 /// Runs the VMs of the boot image, on this machine. The first processor calls it when the host is up.
@@ -269,7 +256,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
     let bundle = &machine.bundle;
     let config = read_config(bundle)?;
 
-    let mut consoles = ConsoleMux::new(config.host.console_escape);
+    console::set_escape(config.host.console_escape);
     let mut plans = Vec::new();
     for vm in config.vms {
         let file = |path: &Option<String>| path.as_deref().and_then(|path| bundle.guest_file(path));
@@ -288,10 +275,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
             .chain(named.map(|m| module(m.path(), &m.text)))
             .collect();
         let disks = disks(&vm, vm_number(plans.len()), bundle);
-        let console = vm.console.then(|| consoles.attach(&vm.name));
-        if let Some(console) = console.filter(|_| vm.focus) {
-            consoles.show_first(console);
-        }
+        let console = vm.console.then(|| console::attach(&vm.name, vm.focus));
         plans.push(Plan {
             config: vm,
             kernel,
@@ -299,6 +283,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
             firmware,
             disks,
             console,
+            lost_input: AtomicU64::new(0),
         });
     }
     let now = wall_clock::read_epoch().unwrap_or_else(|| {
@@ -310,7 +295,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         // So that none that ends at once is taken for the last.
         phase: Phase::Changing,
         started_ns: 0,
-        quick_failures: 0,
+        restarts: Restarts::default(),
     });
     let world: &'static World<B> = Box::leak(Box::new(World {
         backend,
@@ -321,7 +306,8 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         entities: Lock::new(Vec::new()),
         slots: Lock::new(slots.collect()),
         plans,
-        consoles: Lock::new(consoles),
+        next_start: AtomicU64::new(u64::MAX),
+        told_lost_input: AtomicU64::new(0),
         idle: AtomicU64::new(0),
     }));
     vmm::emulate::warm_up();
@@ -329,11 +315,15 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         frame::begin(word);
     }
     WORLD.call_once(|| world);
-    let started = (0..count).filter(|&slot| world.start_vm(slot)).count();
-    if started == 0 {
+    let made: Vec<_> = (0..count).filter_map(|slot| world.ready_vm(slot)).collect();
+    if made.is_empty() {
         return Err(String::from("no VM could be started"));
     }
+    // From here on the serial line is the guests'.
     log::quiet_serial(true);
+    for boot in made {
+        world.wake(boot);
+    }
     // Those that started may have ended while the others were made.
     world.finish_if_none_is_left();
     for number in 0..percpu::count() {
@@ -432,26 +422,18 @@ fn processor_model(cpu: &config::CpuConfig) -> vmm::cpuid::CpuModel {
     }
 }
 
-/// Writes guest output to the serial line: what the queue takes at once, the rest when the line has taken some.
-fn write_terminal(bytes: &[u8]) {
-    let taken = console::write(bytes);
-    if taken < bytes.len() {
-        console::write_all(&bytes[taken..]);
-    }
-}
-
 impl<B: Backend> World<B> {
     /// A line about the VMs, for the person at the terminal and the log.
     fn say(&self, text: &str) {
         if !frame::is_open() {
-            self.consoles.lock().host_line(text, &mut write_terminal);
+            console::host_line(text.as_bytes());
         }
         info!("{text}");
     }
 
-    /// Makes the VM of a slot that is `Changing`, and readies its boot vCPU. Says so, or why not; then the
-    /// slot is `Off`.
-    fn start_vm(&self, index: usize) -> bool {
+    /// Makes the VM of a slot that is `Changing`. Returns its boot vCPU, which is to be woken. Says so, or why not;
+    /// then the slot is `Off`.
+    fn ready_vm(&self, index: usize) -> Option<EntityId> {
         let plan = &self.plans[index];
         let name = &plan.config.name;
         match self.make_vm(index, plan) {
@@ -460,14 +442,47 @@ impl<B: Backend> World<B> {
                 slot.phase = Phase::Live(live);
                 slot.started_ns = time::ns();
                 info!("{name}: starting");
-                self.wake(boot);
-                true
+                Some(boot)
             }
             Err(why) => {
                 self.say(&format!("{name}: cannot start: {why}"));
                 self.slots.lock()[index].phase = Phase::Off;
-                false
+                None
             }
+        }
+    }
+
+    /// As [`World::ready_vm`], and wakes it; the host's work may end with it.
+    fn start_again(&self, index: usize) {
+        match self.ready_vm(index) {
+            Some(boot) => self.wake(boot),
+            None => self.finish_if_none_is_left(),
+        }
+    }
+
+    /// Starts the VMs whose wait is over. The first processor's business.
+    fn start_waiting(&self) {
+        let now = time::now_tsc();
+        if now < self.next_start.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut next = u64::MAX;
+        let mut due = Vec::new();
+        let mut slots = self.slots.lock();
+        for (index, slot) in slots.iter_mut().enumerate() {
+            match slot.phase {
+                Phase::Waiting(at) if at <= now => {
+                    slot.phase = Phase::Changing;
+                    due.push(index);
+                }
+                Phase::Waiting(at) => next = next.min(at),
+                Phase::Off | Phase::Changing | Phase::Live(_) => {}
+            }
+        }
+        self.next_start.store(next, Ordering::Relaxed);
+        drop(slots);
+        for index in due {
+            self.start_again(index);
         }
     }
 
@@ -634,6 +649,11 @@ impl<B: Backend> World<B> {
         let ended = self.slots.lock()[index].vcpu_at_rest();
         let Some(live) = ended else { return };
         let reason = live.vm.take_end_reason();
+        // What its devices still hold: a FIFO at most, or as much as goes out while a reader waits for it.
+        if frame::is_used() {
+            console::flush();
+        }
+        live.vm.resume_output();
         frame::end(frame::Outcome::of(reason.as_ref()));
         let name = live.vm.name.clone();
         self.log_exits(&name, &live.entities);
@@ -656,18 +676,47 @@ impl<B: Backend> World<B> {
                 self.say(line);
             }
         }
-        let again = !frame::is_used()
-            && self.slots.lock()[index]
-                .restarts(&self.plans[index].config, reason.as_ref())
-                .unwrap_or_else(|why| {
-                    self.say(&why);
-                    false
-                });
-        if again && self.start_vm(index) {
-            return;
+        if frame::is_used() {
+            self.slots.lock()[index].phase = Phase::Off;
+        } else {
+            self.after_end(index, ending(reason.as_ref()));
+        }
+        self.finish_if_none_is_left();
+    }
+
+    /// Starts a VM that was taken down again, now or later, or leaves it at that.
+    fn after_end(&self, index: usize, ending: Ending) {
+        let config = &self.plans[index].config;
+        let name = &config.name;
+        let decision = {
+            let slot = &mut self.slots.lock()[index];
+            let ran_ms = time::ns().saturating_sub(slot.started_ns) / NS_PER_MS;
+            slot.restarts.decide(config.restart, ending, ran_ms)
+        };
+        match decision {
+            Decision::Again { wait_ms: 0 } => return self.start_again(index),
+            Decision::Again { wait_ms } => {
+                self.say(&format!(
+                    "{name}: ended soon after its start, again: starts in {} s",
+                    wait_ms / 1000
+                ));
+                let at = time::now_tsc() + time::us_to_ticks(wait_ms * 1000);
+                let mut slots = self.slots.lock();
+                slots[index].phase = Phase::Waiting(at);
+                self.next_start.fetch_min(at, Ordering::Relaxed);
+                drop(slots);
+                // The first processor starts it, and may be halted.
+                if let Some(first) = percpu::get(0) {
+                    interrupts::kick(first);
+                }
+                return;
+            }
+            Decision::GiveUp => self.say(&format!(
+                "{name}: failed {MAX_QUICK_FAILURES} times soon after its start: not restarted any more"
+            )),
+            Decision::Stay => {}
         }
         self.slots.lock()[index].phase = Phase::Off;
-        self.finish_if_none_is_left();
     }
 
     fn log_exits(&self, name: &str, entities: &[EntityId]) {
@@ -733,20 +782,33 @@ impl<B: Backend> World<B> {
         }
     }
 
-    /// Gives typed bytes to whom they are for.
+    /// The VM behind a console, if it exists, and what it is made of.
+    fn vm_of(&self, console: ConsoleId) -> Option<(&Plan, Arc<Vm>)> {
+        let index = self
+            .plans
+            .iter()
+            .position(|plan| plan.console == Some(console))?;
+        let slots = self.slots.lock();
+        let vm = slots[index].live()?.vm.clone();
+        Some((&self.plans[index], vm))
+    }
+
+    /// Gives what was typed to whom it is for.
     fn take_input(&self) {
-        while let Some(byte) = console::read() {
-            let input = self.consoles.lock().input(byte, &mut write_terminal);
+        while let Some(input) = console::read() {
             match input {
                 Input::Handled => {}
                 Input::Guest(to, byte) => {
-                    let index = self.plans.iter().position(|plan| plan.console == Some(to));
-                    let vm = index.and_then(|index| {
-                        let slots = self.slots.lock();
-                        slots[index].live().map(|live| live.vm.clone())
-                    });
-                    if let Some(vm) = vm {
-                        vm.receive(&[byte]);
+                    let Some((plan, vm)) = self.vm_of(to) else {
+                        continue;
+                    };
+                    if vm.receive(&[byte]) == 0 {
+                        let lost = plan.lost_input.fetch_add(1, Ordering::Relaxed) + 1;
+                        // So that the note does not become a flood.
+                        if lost.is_power_of_two() {
+                            let name = &plan.config.name;
+                            warn!("{name}: reads no input: {lost} typed bytes are lost");
+                        }
                     }
                 }
                 Input::PowerOff => {
@@ -755,14 +817,31 @@ impl<B: Backend> World<B> {
                 }
             }
         }
+        self.note_lost_input();
+    }
+
+    /// Says when the host itself has lost input.
+    fn note_lost_input(&self) {
+        let (dropped, overruns) = console::lost_input();
+        let lost = dropped + overruns;
+        // So that the note does not become a flood.
+        if lost == 0 || lost < 2 * self.told_lost_input.load(Ordering::Relaxed) {
+            return;
+        }
+        self.told_lost_input.store(lost, Ordering::Relaxed);
+        warn!("the serial port lost input: {dropped} bytes for want of room, {overruns} overruns");
     }
 
     /// Host work between vCPUs and after each host interrupt.
     fn host_work(&self, cpu: &PerCpu) {
         interrupts::window();
-        if cpu.number == 0 {
-            console::poll();
+        if cpu.number == 0 && console::attend() {
             self.take_input();
+            while let Some(console) = console::pop_resumable() {
+                if let Some((_, vm)) = self.vm_of(console) {
+                    vm.resume_output();
+                }
+            }
         }
     }
 
@@ -774,10 +853,14 @@ impl<B: Backend> World<B> {
             let sched = self.sched.lock();
             (sched.has_work(cpu.number), sched.next_deadline(cpu.number))
         };
-        // A serial port without an interrupt has to be looked at.
-        let polled = cpu.number == 0 && console::is_polled();
-        let next_look = polled.then(|| time::now_tsc() + time::us_to_ticks(SLICE_US));
-        let deadline = deadline.into_iter().chain(next_look).min();
+        let first = cpu.number == 0;
+        let console = first.then(console::wake_up_at).flatten();
+        let start = first.then(|| self.next_start.load(Ordering::Relaxed));
+        let deadline = deadline
+            .into_iter()
+            .chain(console)
+            .chain(start.filter(|&at| at != u64::MAX))
+            .min();
         if !work {
             match deadline {
                 Some(at) => interrupts::arm_timer(at),
@@ -813,12 +896,6 @@ impl<B: Backend> Runner for World<B> {
         }
     }
 
-    fn guest_output(&self, from: ConsoleId, bytes: &[u8]) {
-        self.consoles
-            .lock()
-            .output(from, bytes, &mut write_terminal);
-    }
-
     fn run(&'static self, cpu: &'static PerCpu) -> ! {
         // The first pCPU turned virtualization on in `start`, to make the vCPUs.
         if cpu.number != 0
@@ -829,6 +906,9 @@ impl<B: Backend> Runner for World<B> {
         }
         loop {
             self.host_work(cpu);
+            if cpu.number == 0 {
+                self.start_waiting();
+            }
             let next = {
                 let mut sched = self.sched.lock();
                 sched.expire(time::now_tsc());

@@ -4,7 +4,7 @@
 //!
 //! The file holds one word. `backend` runs the checks of the virtualization backend. `page-fault`,
 //! `stack-overflow`, `write-code`, `execute-data`, `invalid-opcode` and `panic` make the host fail; the report
-//! must name what was done. `interrupts` tries timer, kicks and serial line (it waits for a byte),
+//! must name what was done. `panic-halt` and `panic-reset` do as `on-fault` says then. `interrupts` tries timer, kicks and serial line (it waits for a byte),
 //! `absent-processor` starts one that is not there, `reset` restarts the machine: one line each,
 //! `selftest ok NAME` or `selftest FAILED NAME: REASON`.
 
@@ -14,7 +14,7 @@ use alloc::{format, string::String, vec};
 use core::{arch::asm, hint::black_box, sync::atomic::Ordering};
 
 use drivers::firmware::Processor;
-use manage::bundle;
+use manage::{bundle, console::Input};
 
 use crate::{
     boot::Machine,
@@ -44,6 +44,14 @@ pub fn run(machine: Machine) -> Machine {
         b"execute-data" => execute_data(),
         b"invalid-opcode" => invalid_opcode(),
         b"panic" => panic!("on purpose"),
+        b"panic-halt" => {
+            fault::set_on_fault(fault::OnFault::Halt);
+            panic!("on purpose")
+        }
+        b"panic-reset" => {
+            fault::set_on_fault(fault::OnFault::Restart);
+            panic!("on purpose")
+        }
         b"interrupts" => {
             test("timer", timer());
             test("early timer", early_timer());
@@ -160,12 +168,14 @@ fn kick() -> Result<String, String> {
 
 /// More output than the queue holds, taken as the line drains it.
 fn output() -> Result<String, String> {
+    let console = console::attach("selftest", true);
     let text = vec![b'.'; 20_000];
     let mut sent = 0;
     let in_time = idle_until(10_000_000, |_| {
-        sent += console::write(&text[sent..]);
+        sent += console::guest_output(console, &text[sent..]);
         sent == text.len()
     });
+    console::flush();
     console::write_all(b"\r\n");
     match in_time {
         true => Ok(format!("{sent} bytes")),
@@ -181,8 +191,8 @@ fn input() -> Result<String, String> {
         byte.is_some()
     });
     match byte {
-        Some(byte) => Ok(format!("{byte:#04x}")),
-        None => Err("no byte came by interrupt".into()),
+        Some(Input::Guest(_, byte)) => Ok(format!("{byte:#04x}")),
+        _ => Err("no byte came by interrupt".into()),
     }
 }
 

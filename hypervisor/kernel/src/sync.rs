@@ -59,6 +59,7 @@ impl<T> Lock<T> {
                         return Guard {
                             lock: self,
                             interrupts,
+                            forced: true,
                         };
                     }
                 }
@@ -67,6 +68,7 @@ impl<T> Lock<T> {
         Guard {
             lock: self,
             interrupts,
+            forced: false,
         }
     }
 }
@@ -75,6 +77,14 @@ impl<T> Lock<T> {
 pub struct Guard<'a, T> {
     lock: &'a Lock<T>,
     interrupts: bool,
+    forced: bool,
+}
+
+impl<T> Guard<'_, T> {
+    /// Whether the lock was taken from a holder that was stopped: the value may be half changed.
+    pub fn is_forced(&self) -> bool {
+        self.forced
+    }
 }
 
 impl<T> Deref for Guard<'_, T> {

@@ -7,3 +7,5 @@ extern crate alloc;
 pub mod bundle;
 pub mod config;
 pub mod console;
+pub mod limit;
+pub mod restart;

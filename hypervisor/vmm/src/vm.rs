@@ -7,7 +7,7 @@
 use alloc::{boxed::Box, string::String, sync::Arc, vec::Vec};
 use core::{
     fmt,
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use devices::{
@@ -29,7 +29,7 @@ use devices::{
     platform,
     pm::{PM_PORTS, PowerManagement, RESET_PORT, ResetControl},
     rtc::{Rtc, RtcConfig},
-    system::{SystemControl, SystemRequest},
+    system::{RunState, SystemControl, SystemRequest},
     test_device,
     time::{Clock, earliest},
     uart::{ConsoleSink, UART_PORTS, Uart},
@@ -225,7 +225,7 @@ impl fmt::Display for EndReason {
 
 /// Set once, by whoever ends the VM first.
 struct EndCell {
-    ended: AtomicBool,
+    state: Arc<RunState>,
     reason: Mutex<Option<EndReason>>,
     kick: Arc<dyn VcpuKick>,
     vcpus: u32,
@@ -240,7 +240,7 @@ impl EndCell {
             }
             *cell = Some(reason);
         }
-        self.ended.store(true, Ordering::Release);
+        self.state.set(RunState::ENDED, true);
         for vcpu in 0..self.vcpus {
             self.kick.kick(VcpuId(vcpu));
         }
@@ -277,6 +277,7 @@ pub struct Vm {
     uart: Arc<Uart>,
     /// What there is beside RAM, in a VM with firmware.
     pub(crate) special: Option<Arc<SpecialMemory>>,
+    debug_port: Option<Arc<DebugPort>>,
     timers: Timers,
     /// Earliest deadline of `timers`, in ticks of `clock`; [`NEVER`] if none is armed.
     timer_deadline: AtomicU64,
@@ -450,7 +451,7 @@ impl Vm {
             .then(|| SpecialMemory::new(memory.clone(), host.kick.clone(), spec.vcpus));
         let cpuid = CpuidPolicy::new(host.cpuid, spec.vcpus, &spec.cpu, host.time.stable)?;
         let end = Arc::new(EndCell {
-            ended: AtomicBool::new(false),
+            state: Arc::default(),
             reason: Mutex::new(None),
             kick: host.kick.clone(),
             vcpus: u32::from(spec.vcpus),
@@ -516,12 +517,14 @@ impl Vm {
             let fw_cfg = FwCfg::new(items, memory.clone());
             ports.insert("fw_cfg", FW_CFG_PORT, FW_CFG_PORTS, fw_cfg)?;
         }
+        let mut debug_port = None;
         if spec.test_devices {
             let exit = DebugExit::new(system);
             ports.insert("debug-exit", DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, exit)?;
-            let debug = DebugPort::new(host.console);
+            let debug = DebugPort::new(host.console, end.state.clone());
             ports.insert("debug", DEBUG_PORT, 1, debug.clone())?;
-            ports.insert("firmware-debug", FIRMWARE_DEBUG_PORT, 1, debug)?;
+            ports.insert("firmware-debug", FIRMWARE_DEBUG_PORT, 1, debug.clone())?;
+            debug_port = Some(debug);
             test_device::attach(&mut ports, &mut mmio, &router)?;
         }
         let mut pci = PciBus::new();
@@ -582,6 +585,7 @@ impl Vm {
             pic,
             uart,
             special,
+            debug_port,
             timers,
             timer_deadline,
             noting_deadline: Mutex::new(()),
@@ -619,7 +623,20 @@ impl Vm {
 
     /// Whether it has ended: its vCPUs come to rest.
     pub fn is_ended(&self) -> bool {
-        self.end.ended.load(Ordering::Acquire)
+        self.end.state.has(RunState::ENDED)
+    }
+
+    /// The terminal may have room again: offers it the output that waits.
+    pub fn resume_output(&self) {
+        self.uart.resume();
+        if let Some(port) = &self.debug_port {
+            port.resume();
+        }
+    }
+
+    /// What keeps its vCPUs from running.
+    pub(crate) fn run_state(&self) -> &RunState {
+        &self.end.state
     }
 
     /// Takes the reason for which it ended.

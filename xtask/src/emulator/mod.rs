@@ -20,6 +20,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -230,11 +231,16 @@ impl fmt::Display for Missed {
 
 impl std::error::Error for Missed {}
 
+/// How long to wait for what an emulator that has ended said last.
+const LAST_WORDS: Duration = Duration::from_secs(10);
+
 /// Where an emulator says why it ended.
 enum EndSource {
     /// QEMU's monitor: the reason it gave, once it did.
     Monitor {
         reason: Arc<Mutex<Option<String>>>,
+        /// Reads the monitor, to its end.
+        follower: JoinHandle<()>,
         errors: PathBuf,
     },
     /// Bochs' log, and its screen.
@@ -244,7 +250,16 @@ enum EndSource {
 impl EndSource {
     fn read(&self, status: std::process::ExitStatus) -> End {
         match self {
-            EndSource::Monitor { reason, errors } => {
+            EndSource::Monitor {
+                reason,
+                follower,
+                errors,
+            } => {
+                // QEMU is gone; what it said last may not have been read yet.
+                let deadline = Instant::now() + LAST_WORDS;
+                while !follower.is_finished() && Instant::now() < deadline {
+                    thread::sleep(Duration::from_millis(1));
+                }
                 let reason = reason
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)

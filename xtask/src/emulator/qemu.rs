@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
     process::{ChildStdin, ChildStdout, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
-    thread,
+    thread::{self, JoinHandle},
 };
 
 use anyhow::Context;
@@ -49,8 +49,13 @@ pub fn start(
     let to = child.child().stdin.take().expect("stdin is piped");
     let from = child.child().stdout.take().expect("stdout is piped");
     let reason = Arc::new(Mutex::new(None));
-    follow_monitor(to, from, Arc::clone(&reason));
-    Ok((child, EndSource::Monitor { reason, errors }))
+    let follower = follow_monitor(to, from, Arc::clone(&reason));
+    let source = EndSource::Monitor {
+        reason,
+        follower,
+        errors,
+    };
+    Ok((child, source))
 }
 
 /// QEMU's arguments for a machine. `firmware`: code and variables of the UEFI firmware.
@@ -125,7 +130,11 @@ fn escaped(path: &Path) -> String {
 
 /// Speaks to QEMU's monitor: notes why the machine ended, and ends QEMU when it would only
 /// stand still after an error of its own.
-fn follow_monitor(mut to: ChildStdin, from: ChildStdout, reason: Arc<Mutex<Option<String>>>) {
+fn follow_monitor(
+    mut to: ChildStdin,
+    from: ChildStdout,
+    reason: Arc<Mutex<Option<String>>>,
+) -> JoinHandle<()> {
     thread::spawn(move || {
         // Should QEMU be gone already, its error text tells why.
         let _ = to.write_all(b"{\"execute\":\"qmp_capabilities\"}\n");
@@ -149,7 +158,7 @@ fn follow_monitor(mut to: ChildStdin, from: ChildStdout, reason: Arc<Mutex<Optio
                     .get_or_insert(found);
             }
         }
-    });
+    })
 }
 
 /// The value of a string field in a line of the monitor, which writes `"name": "value"`.

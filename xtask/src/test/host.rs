@@ -3,6 +3,8 @@
 //! They boot a kernel with the feature `selftest`; see the kernel's `selftest.rs` for what it
 //! prints.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, ensure};
 use regex::Regex;
 
@@ -10,7 +12,7 @@ use super::{
     rig::{Rig, Start},
     terminal::Terminal,
 };
-use crate::emulator::{End, Machine, Time};
+use crate::emulator::{End, Machine, Missed, Time};
 
 /// A failure of the host, and what its report has to name.
 pub struct Fault {
@@ -120,6 +122,28 @@ pub fn fault(rig: &Rig, start: &Start, fault: &Fault) -> Result<String> {
     for pattern in fault.shows.into_iter().chain(["processors online"]) {
         let shown = Regex::new(pattern)?.is_match(report);
         ensure!(shown, "the report does not show /{pattern}/");
+    }
+    Ok(String::new())
+}
+
+/// After a fault the machine stands still, with the report on its screen, or restarts.
+pub fn after_fault(rig: &Rig, start: &Start, reset: bool) -> Result<String> {
+    let limits = start.place.limits();
+    let (word, last) = match reset {
+        true => ("panic-reset", r"Plinth stopped: restarting in \d+ seconds"),
+        false => ("panic-halt", "Plinth stopped: the machine is halted"),
+    };
+    let mut session = rig.boot_selftest(start, word, |machine| {
+        // The time to read the report passes sooner.
+        machine.time = Time::Instructions { shift: 6 };
+    })?;
+    session.expect(&Regex::new(last)?, limits.boot)?;
+    if reset {
+        session.wait_for(&End::Reset, limits.command)?;
+    } else {
+        let end = session.wait_for(&End::PoweredOff, Duration::from_secs(2));
+        let end = end.expect_err("a machine that halts does not power off");
+        ensure!(end.root_cause().is::<Missed>(), "{end:#}");
     }
     Ok(String::new())
 }

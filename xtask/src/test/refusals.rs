@@ -1,8 +1,15 @@
 //! Scenarios in which Plinth has to refuse something, in words that help.
 
-use std::{fmt::Write, fs, path::Path, process::Command};
+use std::{
+    fmt::Write,
+    fs,
+    io::Read,
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
 use regex::Regex;
 
 use super::{
@@ -192,6 +199,50 @@ pub fn check_config(rig: &Rig, log: &Path) -> Result<String> {
         "the VM without a mistake is lost"
     );
     Ok(format!("{} mistakes", MISTAKES.len()))
+}
+
+/// The exit codes of a run that takes too long, and of one that is interrupted; nothing runs on after them.
+pub fn exit_codes(rig: &Rig, log: &Path) -> Result<String> {
+    let run = |last: [&str; 4]| {
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .args(["run", "--headless", "--accel", "tcg", "--firmware", "bios"])
+            .args(["--append", "checks=none facts=off end=halt"])
+            .arg("--kernel")
+            .arg(rig.files.join("stub"))
+            .args(last)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        Ok::<_, anyhow::Error>(command)
+    };
+    let late = run(["--until", "no such words", "--timeout", "1"])?.output()?;
+    ensure!(
+        late.status.code() == Some(124),
+        "the time limit passed, and it ended with {}",
+        late.status
+    );
+    let mut child = run(["--until", "no such words", "--timeout", "300"])?.spawn()?;
+    let mut output = child.stdout.take().context("it is piped")?;
+    let mut said = Vec::new();
+    let mut buffer = [0; 4096];
+    // The machine runs once anything is on its serial line.
+    while !String::from_utf8_lossy(&said).contains("Plinth") {
+        match output.read(&mut buffer)? {
+            0 => break,
+            count => said.extend_from_slice(&buffer[..count]),
+        }
+    }
+    let id = i32::try_from(child.id()).context("a process number")?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), Signal::SIGINT)?;
+    // Its end closes the pipe only if the emulator has ended, too.
+    output.read_to_end(&mut said)?;
+    let status = child.wait()?;
+    fs::write(log, [late.stdout, said].concat())?;
+    ensure!(
+        status.code() == Some(130),
+        "interrupted, it ended with {status}"
+    );
+    Ok(String::new())
 }
 
 #[cfg(test)]

@@ -244,30 +244,8 @@ pub fn triple_fault(rig: &Rig, start: &Start) -> Result<String> {
     Ok(String::new())
 }
 
-/// What is typed while a guest takes no interrupts and reads nothing waits for it, all of it.
-pub fn console_input(rig: &Rig, start: &Start) -> Result<String> {
-    const BYTES: usize = 2000;
-    let limits = start.place.limits();
-    let mut session = rig.boot(
-        start,
-        &[Vm::stub("stub", "checks=none facts=off end=shell")],
-    )?;
-    session.expect(&Regex::new("stub> ")?, limits.boot)?;
-    let typed: String = ('0'..='9').cycle().take(BYTES).collect();
-    let answer = Regex::new(r"deaf: .*\n")?;
-    for _ in 0..3 {
-        session.send(&format!("deaf\r{typed}\r"))?;
-        let said = session.expect(&answer, limits.command)?;
-        let wanted = format!("deaf: {BYTES} bytes waited, 0 of them out of order");
-        ensure!(said.contains(&wanted), "the guest says: {}", said.trim());
-    }
-    session.send("poweroff\r")?;
-    session.wait_for_power_off(limits.command)?;
-    Ok(format!("3 times {BYTES} bytes"))
-}
-
 /// The stub's ways to misbehave, and what is to be said of the end of such a guest.
-const ABUSES: [(&str, &str); 15] = [
+const ABUSES: [(&str, &str); 16] = [
     ("triple-fault", "triple fault"),
     ("jump-nowhere", "powered off"),
     ("stack-nowhere", "stack or tables are outside RAM"),
@@ -283,6 +261,7 @@ const ABUSES: [(&str, &str); 15] = [
     ("control-storm", "powered off"),
     ("timer-flood", "powered off"),
     ("bad-ipi", "powered off"),
+    ("console-flood", "powered off"),
 ];
 
 /// Guests that misbehave, each in its own way, end or power off; another beside them finds

@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::{
-    host,
+    consoles, host,
     place::Place,
     refusals,
     report::Outcome,
@@ -198,21 +198,30 @@ pub fn all() -> Vec<Scenario> {
         all.push(Scenario::new(place, "guest-abuse", 30, running::abuse));
         let body = test_kernels::test_kernels;
         all.push(Scenario::new(place, "test-kernels", 15, body));
-        all.push(Scenario::new(
-            place,
-            "console-input",
-            6,
-            running::console_input,
-        ));
+        all.push(Scenario::new(place, "console-flood", 8, consoles::flood));
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
         all.push(Scenario::new(place, "host-backend", 5, host::backend).selftest());
         all.push(Scenario::new(place, "host-interrupts", 5, host::interrupts).selftest());
     }
     all.extend(catalogued());
+    // QEMU's serial port waits until it is read; Bochs' forgets, as a PC's does.
+    all.push(Scenario::new(
+        Place::Bochs,
+        "console-input",
+        6,
+        consoles::input,
+    ));
     let place = Place::QEMU_BIOS;
+    all.push(Scenario::new(place, "restarts", 15, consoles::restarts));
+    all.push(Scenario::new(place, "host-keys", 8, consoles::host_keys));
     all.push(Scenario::new(place, "host-absent-processor", 3, host::absent_processor).selftest());
     all.push(Scenario::new(place, "host-reset", 3, host::reset).selftest());
+    for (what, reset) in [("halt", false), ("reset", true)] {
+        let body = move |rig: &Rig, start: &Start| host::after_fault(rig, start, reset);
+        let what = format!("host-fault/then-{what}");
+        all.push(Scenario::new(place, &what, 3, body).selftest());
+    }
     for fault in &host::FAULTS {
         let what = format!("host-fault/{}", fault.word);
         let body = move |rig: &Rig, start: &Start| host::fault(rig, start, fault);
@@ -231,6 +240,13 @@ pub fn all() -> Vec<Scenario> {
             quick: true,
             slow: false,
             body: Body::Workstation(refusals::check_config),
+        },
+        Scenario {
+            name: "workstation/exit-codes".to_owned(),
+            cost_s: 8,
+            quick: false,
+            slow: false,
+            body: Body::Workstation(refusals::exit_codes),
         },
         Scenario {
             name: "both-backends/same-facts".to_owned(),

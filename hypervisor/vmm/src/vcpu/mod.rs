@@ -16,6 +16,7 @@ use alloc::{boxed::Box, sync::Arc};
 use devices::{
     VcpuId,
     lapic::{LocalApic, LocalApicConfig},
+    system::RunState,
     time::{Clock, earliest},
 };
 use mem::{Direction, Width, guest::Access};
@@ -208,8 +209,10 @@ impl<V: VirtualCpu> Vcpu<V> {
     pub fn run<H: Host>(&mut self, host: &mut H, slice_end: u64) -> Pause {
         let mut next = Next::Check;
         loop {
-            if self.rest.vm.is_ended() {
-                return Pause::Ended;
+            if !self.rest.vm.run_state().runs()
+                && let Some(pause) = self.held_up()
+            {
+                return pause;
             }
             if next == Next::Yield {
                 return Pause::SliceOver;
@@ -223,6 +226,19 @@ impl<V: VirtualCpu> Vcpu<V> {
             self.counters[exit.index()] += 1;
             next = self.dispatch(exit, host);
         }
+    }
+
+    /// The VM has ended, or its output has to go out first.
+    #[cold]
+    fn held_up(&self) -> Option<Pause> {
+        let vm = &self.rest.vm;
+        if vm.is_ended() {
+            return Some(Pause::Ended);
+        }
+        vm.resume_output();
+        vm.run_state()
+            .has(RunState::OUTPUT_WAITS)
+            .then_some(Pause::SliceOver)
     }
 
     /// Everything that may have become due: timers, signals, interrupts. Says when to pause.

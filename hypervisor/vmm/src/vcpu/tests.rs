@@ -74,8 +74,9 @@ impl Host for FakeHost {
 struct Terminal(Mutex<Vec<u8>>);
 
 impl ConsoleSink for Terminal {
-    fn write(&self, bytes: &[u8]) {
+    fn write(&self, bytes: &[u8]) -> usize {
         self.0.lock().extend_from_slice(bytes);
+        bytes.len()
     }
 }
 
@@ -439,6 +440,18 @@ fn what_cannot_be_handled_ends_the_vm_by_name() {
         let text = alloc::format!("{}", b.vcpu.vm().take_end_reason().expect("a reason"));
         assert!(text.contains(words) && text.contains("RIP"), "{text}");
     }
+}
+
+/// Output that no device register can hold back holds the vCPU back.
+#[test]
+fn a_vcpu_waits_while_output_does() {
+    let mut b = Bench::new();
+    b.vcpu.vm().run_state().set(RunState::OUTPUT_WAITS, true);
+    assert_eq!(b.vcpu.run(&mut b.host, u64::MAX), Pause::SliceOver);
+    assert_eq!(b.vcpu.hw.entries, 0);
+    b.vcpu.vm().run_state().set(RunState::OUTPUT_WAITS, false);
+    b.execute(&[Exit::Cpuid]);
+    assert_eq!(b.vcpu.hw.entries, 2);
 }
 
 /// Where a host interrupt does not end a guest's run, the guest is made to exit in time for it.
