@@ -492,3 +492,7 @@ impl VirtioDevice for Block {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "block_tests.rs"]
+mod tests;

@@ -306,7 +306,7 @@ impl VirtioPci {
     fn write_status(&self, value: u8) {
         let mut common = self.common.lock();
         let wanted = Status::from_bits_retain(value) & !Status::NEEDS_RESET;
-        if wanted.is_empty() {
+        if value == 0 {
             self.reset(&mut common);
             return;
         }
@@ -804,3 +804,7 @@ impl Worker for VirtioPci {
         outcome
     }
 }
+
+#[cfg(test)]
+#[path = "pci_tests.rs"]
+mod tests;

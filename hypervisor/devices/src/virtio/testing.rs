@@ -1,11 +1,16 @@
-//! A driver's side of a virtqueue, for tests.
+//! A driver's side of a virtqueue, and a disk, for tests.
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::ops::Range;
+use core::sync::atomic::{AtomicU32, Ordering};
 
 use mem::fake::FakeMemory;
 use mem::guest::pc_layout;
 use mem::{Gpa, GuestMemory};
+use spin::Mutex;
+use storage::{Disk, DiskError, SECTOR};
 
 use super::queue::QueueLayout;
 
@@ -99,5 +104,68 @@ impl Driver {
         self.seen = self.seen.wrapping_add(1);
         let head = self.memory.read_u32(at).unwrap();
         Some((head, self.memory.read_u32(at + 4).unwrap()))
+    }
+}
+
+/// A disk in a vector that fails where it is told to.
+pub(crate) struct FakeDisk {
+    pub bytes: Mutex<Vec<u8>>,
+    pub read_only: bool,
+    /// Sector at which everything fails.
+    pub bad: Option<u64>,
+    pub flushes: AtomicU32,
+}
+
+impl FakeDisk {
+    pub fn new(sectors: u64) -> Self {
+        let bytes = (0..sectors * SECTOR).map(|i| (i / 3) as u8).collect();
+        FakeDisk {
+            bytes: Mutex::new(bytes),
+            read_only: false,
+            bad: None,
+            flushes: AtomicU32::new(0),
+        }
+    }
+
+    fn range(&self, offset: u64, bytes: u64) -> Result<Range<usize>, DiskError> {
+        let hit = |bad: u64| (offset..offset + bytes).contains(&(bad * SECTOR));
+        if self.bad.is_some_and(hit) {
+            return Err(DiskError::NoSpace);
+        }
+        // The device checks before: a test that leaves the disk fails here.
+        Ok(offset as usize..(offset + bytes) as usize)
+    }
+}
+
+impl Disk for FakeDisk {
+    fn sectors(&self) -> u64 {
+        self.bytes.lock().len() as u64 / SECTOR
+    }
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+    fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), DiskError> {
+        let range = self.range(offset, to.len() as u64)?;
+        to.copy_from_slice(&self.bytes.lock()[range]);
+        Ok(())
+    }
+    fn write(&self, offset: u64, from: &[u8]) -> Result<(), DiskError> {
+        let range = self.range(offset, from.len() as u64)?;
+        self.bytes.lock()[range].copy_from_slice(from);
+        Ok(())
+    }
+    fn flush(&self) -> Result<(), DiskError> {
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+    fn write_zeroes(&self, offset: u64, bytes: u64) -> Result<(), DiskError> {
+        let range = self.range(offset, bytes)?;
+        self.bytes.lock()[range].fill(0);
+        Ok(())
+    }
+    fn discard(&self, offset: u64, bytes: u64) -> Result<(), DiskError> {
+        let range = self.range(offset, bytes)?;
+        self.bytes.lock()[range].fill(0xdd);
+        Ok(())
     }
 }
