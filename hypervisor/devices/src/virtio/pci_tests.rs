@@ -435,7 +435,7 @@ proptest! {
                 0 => s.write(small & !(width.bytes() as u64 - 1), width, value),
                 1 => s.write(u64::from(at) % BAR_LEN, width, value),
                 2 => { let _ = s.function.bar_read(0, u64::from(at) % BAR_LEN, width); }
-                3 => s.function.config_write(at % 0x100 & !3, Width::Dword, value as u32),
+                3 => s.function.config_write((at % 0x100) & !3, Width::Dword, value as u32),
                 4 => s.notify(u64::from(at % 3)),
                 5 => driver.set(at % QUEUE_SIZE, (value % 0x30_0000, (value >> 32) as u32 % 0x2000, at % 8, value as u16 % QUEUE_SIZE)),
                 6 => s.offer_read(&mut driver),
