@@ -80,6 +80,11 @@ const ABUSES: [Abuse; 16] = [
         run: pci_storm,
     },
     Abuse {
+        name: "disk-storm",
+        what: "a disk driver gone mad: registers, rings and notifications at random",
+        run: disk_storm,
+    },
+    Abuse {
         name: "hypercall-storm",
         what: "hypercalls with any arguments",
         run: hypercall_storm,
@@ -384,6 +389,40 @@ fn pci_storm(_: &Machine) {
         }
         port::read32(0xCFC);
     }
+}
+
+fn disk_storm(machine: &Machine) {
+    let Some(scratch) = machine.scratch else {
+        return;
+    };
+    let mut noise = Noise(0x0F1E_2D3C_4B5A_6978);
+    let mut resets = 0;
+    for turn in 0..4000 {
+        let Some(mut disk) = Disk::find(scratch) else {
+            return;
+        };
+        if turn % 16 == 0 || disk.status() & status::NEEDS_RESET != 0 {
+            disk.start(NO_VECTOR);
+            resets += 1;
+        }
+        // Mostly within the queue and RAM, or every request would fail at its first number.
+        for index in 0..virtio::QUEUE_SIZE {
+            let word = noise.next();
+            let address = disk.data() + (word & 0xF_FFFF) + if word >> 60 == 0 { 1 << 40 } else { 0 };
+            let bytes = (word >> 20 & 0x1_FFFF) as u32;
+            let flags = (word >> 40) as u16 & if word >> 56 == 1 { 7 } else { 3 };
+            disk.describe(index, address, bytes, flags, (word >> 44) as u16 % 17);
+        }
+        let word = noise.next();
+        disk.prepare((word & 15) as u32, word >> 52);
+        disk.offer(word as u16 >> 8 & 15);
+        disk.notify();
+        let common = disk.address(disk.structures.common, noise.next() & 0x3C);
+        if turn % 8 == 7 {
+            memory::write32(common, noise.next() as u32);
+        }
+    }
+    println!("abuse disk-storm: {resets} resets");
 }
 
 fn hypercall_storm(_: &Machine) {

@@ -35,11 +35,13 @@ mod machine;
 mod memory;
 mod options;
 mod paging;
+mod pci;
 mod power;
 mod shell;
 mod smp;
 mod time;
 mod user;
+mod virtio;
 
 use core::panic::PanicInfo;
 

@@ -142,7 +142,7 @@ macro_rules! physical {
     };
 }
 physical!(u8, "{0}", reg_byte, read read8, write write8);
-physical!(u16, "{0:x}", reg, read read16);
+physical!(u16, "{0:x}", reg, read read16, write write16);
 physical!(u32, "{0:e}", reg, read read32, write write32);
 physical!(u64, "{0}", reg, read read64, write write64);
 

@@ -7,6 +7,7 @@
 
 mod acpi;
 mod cpuid;
+mod disk;
 mod exceptions;
 mod fpu;
 mod interrupts;
@@ -141,6 +142,7 @@ const GROUPS: [(&str, &[Check]); 11] = [
     ("interrupts", interrupts::CHECKS),
     ("smp", smp::CHECKS),
     ("test", test_devices::CHECKS),
+    ("disk", disk::CHECKS),
 ];
 
 /// Whether a selection (comma-separated groups and `group.check`s, empty for all) holds a check.
