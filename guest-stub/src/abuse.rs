@@ -11,9 +11,10 @@ use crate::interrupts::{
     self, Frame, count, end_at_apic, guarded, hook, only_count, probe_rdmsr, probe_wrmsr, vector,
 };
 use crate::machine::Machine;
-use crate::memory::{PAGE, physical_bits};
+use crate::memory::{self, PAGE, physical_bits};
 use crate::options::Value;
 use crate::paging::{self, Entry};
+use crate::virtio::{self, Disk, NO_VECTOR, status};
 use crate::{console, power, println, probe, time};
 
 /// One way to misbehave.
@@ -408,7 +409,8 @@ fn disk_storm(machine: &Machine) {
         // Mostly within the queue and RAM, or every request would fail at its first number.
         for index in 0..virtio::QUEUE_SIZE {
             let word = noise.next();
-            let address = disk.data() + (word & 0xF_FFFF) + if word >> 60 == 0 { 1 << 40 } else { 0 };
+            let address =
+                disk.data() + (word & 0xF_FFFF) + if word >> 60 == 0 { 1 << 40 } else { 0 };
             let bytes = (word >> 20 & 0x1_FFFF) as u32;
             let flags = (word >> 40) as u16 & if word >> 56 == 1 { 7 } else { 3 };
             disk.describe(index, address, bytes, flags, (word >> 44) as u16 % 17);

@@ -224,6 +224,33 @@ pub fn program(path: &str, bytes: &[u8]) -> Result<Vec<u8>> {
     archive.finish()
 }
 
+/// Modules of `linux-6.1-cloud` with which it finds a virtio disk, in the order in which they are to be loaded.
+pub const DISK_MODULES: [&str; 6] = [
+    "virtio_ring.ko",
+    "virtio.ko",
+    "virtio_pci_legacy_dev.ko",
+    "virtio_pci_modern_dev.ko",
+    "virtio_pci.ko",
+    "virtio_blk.ko",
+];
+
+/// The guests' initramfs with files added in `/lib`: the kernel unpacks one archive after the other.
+///
+/// # Errors
+/// As [`ensure`], or a file is 4 GiB or larger.
+pub fn with_files(cache: &Path, files: &[(&str, Vec<u8>)]) -> Result<Vec<u8>> {
+    let base = ensure(cache)?;
+    let mut bytes =
+        std::fs::read(&base).with_context(|| format!("cannot read {}", base.display()))?;
+    let mut archive = Archive::new();
+    archive.add("lib", &Node::Directory)?;
+    for (name, content) in files {
+        archive.add(&format!("lib/{name}"), &Node::File(content))?;
+    }
+    bytes.extend(archive.finish()?);
+    Ok(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

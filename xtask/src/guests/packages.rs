@@ -49,6 +49,8 @@ enum Looks {
     Efi,
     /// A disk's image with a boot sector.
     Disk,
+    /// An ELF file: a kernel's module.
+    Elf,
 }
 
 impl Looks {
@@ -64,6 +66,7 @@ impl Looks {
             Self::Variables => bytes.get(0x28..0x2c) == Some(b"_FVH"),
             Self::Efi => bytes.starts_with(b"MZ"),
             Self::Disk => bytes.get(0x1fe..0x200) == Some(&[0x55, 0xaa]),
+            Self::Elf => bytes.starts_with(b"\x7fELF"),
         }
     }
 }
@@ -112,6 +115,16 @@ const fn security(name: &'static str) -> Suite {
 /// A kernel package has its image in `/boot`, or, since 2026, beside its modules.
 const KERNEL: &str = "./*/vmlinuz*";
 
+/// A module of a kernel.
+const fn module(name: &'static str, wildcard: &'static str) -> Member {
+    Member {
+        name,
+        file: name,
+        wildcard,
+        looks: Looks::Elf,
+    }
+}
+
 /// The packages that are known.
 static PACKAGES: [Package; 14] = [
     Package {
@@ -119,12 +132,26 @@ static PACKAGES: [Package; 14] = [
         description: "Debian 12's kernel 6.1 for virtual machines",
         choice: Choice::Kernel("linux-image-cloud-amd64"),
         suites: &[security("bookworm-security"), main("bookworm")],
-        members: &[Member {
-            name: "linux-6.1-cloud",
-            file: "vmlinuz",
-            wildcard: KERNEL,
-            looks: Looks::BzImage,
-        }],
+        members: &[
+            Member {
+                name: "linux-6.1-cloud",
+                file: "vmlinuz",
+                wildcard: KERNEL,
+                looks: Looks::BzImage,
+            },
+            module("virtio_ring.ko", "*/drivers/virtio/virtio_ring.ko"),
+            module("virtio.ko", "*/drivers/virtio/virtio.ko"),
+            module(
+                "virtio_pci_legacy_dev.ko",
+                "*/drivers/virtio/virtio_pci_legacy_dev.ko",
+            ),
+            module(
+                "virtio_pci_modern_dev.ko",
+                "*/drivers/virtio/virtio_pci_modern_dev.ko",
+            ),
+            module("virtio_pci.ko", "*/drivers/virtio/virtio_pci.ko"),
+            module("virtio_blk.ko", "*/drivers/block/virtio_blk.ko"),
+        ],
     },
     Package {
         name: "linux-5.10-cloud",

@@ -27,6 +27,7 @@ const SOUND: Vm<'static> = Vm {
     kernel: "stub",
     initrd: None,
     command_line: "checks=cpuid end=poweroff",
+    disks: &[],
 };
 
 /// A processor of AMD's without AMD-V.

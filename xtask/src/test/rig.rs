@@ -25,6 +25,30 @@ const EMPTY_DISK: &str = "empty.img";
 /// The kernels that most scenarios boot.
 const KERNELS: [&str; 2] = ["linux-6.1-cloud", "linux-5.10-cloud"];
 
+/// The image of the guests' disks, in [`Rig::files`]: 1 MiB in which every 64-bit number depends on its place, as
+/// the stub's checks of a disk know it.
+pub const DISK_IMAGE: &str = "pattern.img";
+
+/// An initramfs with the modules for a disk and a copy of [`DISK_IMAGE`], in [`Rig::files`].
+pub const DISK_INITRAMFS: &str = "initramfs-disk";
+
+/// The content of [`DISK_IMAGE`].
+fn disk_image() -> Vec<u8> {
+    let numbers = (0u64..(1 << 20) / 8).map(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    numbers.flat_map(u64::to_le_bytes).collect()
+}
+
+/// The content of [`DISK_INITRAMFS`].
+fn disk_initramfs(cache: &Path) -> Result<Vec<u8>> {
+    let mut files = vec![(DISK_IMAGE, disk_image())];
+    for name in initramfs::DISK_MODULES {
+        let path = guests::file(cache, name)?.path;
+        let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        files.push((name, bytes));
+    }
+    initramfs::with_files(cache, &files)
+}
+
 /// What one run of a scenario uses.
 pub struct Start {
     /// For the names of files.
@@ -49,6 +73,17 @@ pub struct Vm<'t> {
     pub initrd: Option<&'static str>,
     /// For the kernel.
     pub command_line: &'t str,
+    /// Its disks, not on the bare emulator.
+    pub disks: &'static [Disk],
+}
+
+/// A disk of a guest.
+#[derive(Clone, Copy, Debug)]
+pub enum Disk {
+    /// [`DISK_IMAGE`], to be written to.
+    Writable,
+    /// The same, read-only.
+    ReadOnly,
 }
 
 impl<'t> Vm<'t> {
@@ -61,6 +96,7 @@ impl<'t> Vm<'t> {
             kernel: guest.name,
             initrd: Some("initramfs"),
             command_line: "console=ttyS0",
+            disks: &[],
         }
     }
 
@@ -73,15 +109,27 @@ impl<'t> Vm<'t> {
             kernel: "stub",
             initrd: None,
             command_line,
+            disks: &[],
         }
     }
 
     /// Its section of a configuration.
     pub fn section(&self) -> String {
         let mut text = format!(
-            "[[vm]]\nname = \"{}\"\nvcpus = {}\nmemory = \"{}M\"\n[vm.boot]\nkernel = \"{}\"\n",
-            self.name, self.vcpus, self.memory_mib, self.kernel
+            "[[vm]]\nname = \"{}\"\nvcpus = {}\nmemory = \"{}M\"\n",
+            self.name, self.vcpus, self.memory_mib
         );
+        let disks = self.disks.iter().map(|disk| {
+            let readonly = matches!(disk, Disk::ReadOnly);
+            format!("{{ image = \"{DISK_IMAGE}\", readonly = {readonly} }}")
+        });
+        let disks = disks.collect::<Vec<_>>().join(", ");
+        write!(
+            text,
+            "disks = [{disks}]\n[vm.boot]\nkernel = \"{}\"\n",
+            self.kernel
+        )
+        .expect("a String takes any text");
         if let Some(initrd) = self.initrd {
             writeln!(text, "initrd = \"{initrd}\"").expect("a String takes any text");
         }
@@ -293,6 +341,12 @@ fn make_files(folder: &Path) -> Result<Vec<(String, String)>> {
     }
     provide("initramfs", initramfs::ensure(&cache));
     provide("stub", stub::ensure());
+    let written = disk_initramfs(&cache)
+        .and_then(|bytes| guests::write_whole(&folder.join(DISK_INITRAMFS), &bytes));
+    if let Err(error) = written {
+        missing.push((DISK_INITRAMFS.to_owned(), format!("{error:#}")));
+    }
+    guests::write_whole(&folder.join(DISK_IMAGE), &disk_image())?;
     guests::write_whole(&folder.join(EMPTY_DISK), &[0; 1 << 20])?;
     guests::write_whole(&folder.join("letter"), b"Dear kernel, ...\n")?;
     // The beginning of a real kernel.

@@ -8,14 +8,14 @@ use regex::Regex;
 use super::{
     linux::{self, Given, Limits, Shell},
     place::Place,
-    rig::{Rig, Start, Vm},
+    rig::{DISK_IMAGE, DISK_INITRAMFS, Disk, Rig, Start, Vm},
     scenarios::CannotTell,
     session::Session,
     terminal::{Terminal, plain},
 };
 use crate::{
     guests::{self, Guest},
-    paths,
+    initramfs, paths,
 };
 
 /// The stub's first line.
@@ -61,9 +61,49 @@ pub fn catalogued(rig: &Rig, start: &Start, guest: &Guest, vcpus: u32) -> Result
     Ok(format!("up after {:.1} s", started.elapsed().as_secs_f64()))
 }
 
+/// Linux finds two disks by virtio, reads both, makes a file system on one and finds its files again.
+pub fn linux_disks(rig: &Rig, start: &Start) -> Result<String> {
+    let limits = start.place.limits();
+    let vm = Vm {
+        vcpus: 2,
+        initrd: Some(DISK_INITRAMFS),
+        disks: &[Disk::Writable, Disk::ReadOnly],
+        ..Vm::linux(&guests::CATALOGUE[0])
+    };
+    let mut session = rig.boot(start, &[vm])?;
+    let (mut shell, _) = Shell::wait_for(&mut session, limits)?;
+    for module in initramfs::DISK_MODULES {
+        shell.ask(&format!("insmod /lib/{module}"))?;
+    }
+    for (disk, readonly) in [("vda", "0"), ("vdb", "1")] {
+        shell.ask(&format!("cmp /dev/{disk} /lib/{DISK_IMAGE}"))?;
+        let ro = shell.ask(&format!("cat /sys/block/{disk}/ro"))?;
+        ensure!(ro == readonly, "{disk}: read-only is {ro}");
+    }
+    shell.ask("mke2fs /dev/vda && mkdir /mnt && mount /dev/vda /mnt")?;
+    shell.ask("head -c 700000 /dev/vdb > /mnt/file && sync && umount /mnt")?;
+    shell.ask("echo 3 > /proc/sys/vm/drop_caches")?;
+    shell.ask("mount -o ro /dev/vda /mnt")?;
+    shell.ask("head -c 700000 /dev/vdb | cmp /mnt/file -")?;
+    shell.ask("umount /mnt")?;
+    let interrupts = shell.ask("grep 'PCI-MSI.*virtio0-req' /proc/interrupts")?;
+    let errors = shell.run("dmesg | grep -iE 'I/O error|vd[ab].*error|nobody cared'")?;
+    ensure!(errors.text.is_empty(), "the log says: {}", errors.text);
+    shell.say("poweroff")?;
+    session.wait_for_power_off(limits.command)?;
+    Ok(format!(
+        "{} interrupt sources of a disk",
+        interrupts.lines().count()
+    ))
+}
+
 /// The stub's checks, each `ok` or skipped.
 pub fn stub(rig: &Rig, start: &Start) -> Result<String> {
-    let mut session = rig.boot(start, &[Vm::stub("stub", "end=poweroff")])?;
+    let vm = Vm {
+        disks: &[Disk::Writable],
+        ..Vm::stub("stub", "end=poweroff")
+    };
+    let mut session = rig.boot(start, &[vm])?;
     let report = stub_to_power_off(&mut session, start.place.limits())?;
     let mut facts = rig
         .stub_facts
@@ -257,6 +297,7 @@ const ABUSES: [(&str, &str); 16] = [
     ("msr-storm", "powered off"),
     ("mmio-storm", "powered off"),
     ("pci-storm", "powered off"),
+    ("disk-storm", "powered off"),
     ("hypercall-storm", "powered off"),
     ("control-storm", "powered off"),
     ("timer-flood", "powered off"),
@@ -273,7 +314,11 @@ pub fn abuse(rig: &Rig, start: &Start) -> Result<String> {
     let mut text = Vm::stub("sound", sound).section();
     for (name, _) in ABUSES {
         let line = format!("checks=none facts=off abuse={name} end=poweroff");
-        text += &Vm::stub(name, &line).section();
+        let vm = Vm {
+            disks: &[Disk::Writable],
+            ..Vm::stub(name, &line)
+        };
+        text += &vm.section();
     }
     let mut session = rig.boot_text(start, &text, |_| {})?;
     stub_report(&mut session, limits)?;

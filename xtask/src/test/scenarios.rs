@@ -184,6 +184,12 @@ pub fn all() -> Vec<Scenario> {
         all.push(linux(place, newer, 4));
         all.push(Scenario::new(
             place,
+            "linux-disks",
+            25,
+            running::linux_disks,
+        ));
+        all.push(Scenario::new(
+            place,
             "stub-16-vcpus",
             12,
             running::many_vcpus,
