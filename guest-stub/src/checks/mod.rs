@@ -130,7 +130,7 @@ macro_rules! checks {
 }
 
 /// All groups, in the order in which they run.
-const GROUPS: [(&str, &[Check]); 11] = [
+const GROUPS: [(&str, &[Check]); 12] = [
     ("cpuid", cpuid::CHECKS),
     ("msr", msr::CHECKS),
     ("exceptions", exceptions::CHECKS),
