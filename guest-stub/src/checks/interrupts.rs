@@ -351,6 +351,26 @@ fn cr8(_: &Machine) -> Verdict {
     // SAFETY: the handler only counts.
     unsafe { asm!("sti", "nop", "mov cr8, {}", "nop", "cli", in(reg) 5_u64) };
     ensure_eq!(count(MIDDLE), 1, "interrupts after lowering CR8");
+    // Lowered while nothing can be taken, and raised again: it waits on.
+    local.write(Register::TaskPriority, 0x65);
+    local.send_self(MIDDLE);
+    // SAFETY: only holds interrupts back, or not.
+    unsafe { cpu::set_cr8(6) };
+    ensure_eq!(
+        local.read(Register::TaskPriority),
+        0x60,
+        "TPR after CR8 = 6"
+    );
+    // SAFETY: as above.
+    unsafe {
+        cpu::set_cr8(5);
+        cpu::set_cr8(9);
+    };
+    cpu::take_interrupts();
+    ensure_eq!(count(MIDDLE), 1, "interrupts after raising CR8 again");
+    // SAFETY: the handler only counts.
+    unsafe { asm!("sti", "nop", "mov cr8, {}", "nop", "cli", in(reg) 0_u64) };
+    ensure_eq!(count(MIDDLE), 2, "interrupts after lowering CR8 again");
     // SAFETY: its value before.
     unsafe { cpu::set_cr8(0) };
     Ok(())

@@ -137,7 +137,8 @@ pub enum Exit {
     ExternalInterrupt,
     /// A host NMI arrived: the kernel handles it.
     Nmi,
-    /// The guest can take an interrupt now (asked for by `request_interrupt_window`).
+    /// The guest can take an interrupt now (asked for by `request_interrupt_window`), or has lowered its
+    /// task priority below the threshold of `set_task_priority`.
     InterruptWindow,
     /// The guest can take an NMI now (asked for by `request_nmi_window`).
     NmiWindow,

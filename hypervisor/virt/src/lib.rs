@@ -236,6 +236,14 @@ pub trait VirtualCpu: Send + 'static {
     fn cancel_injection(&mut self);
     /// Asks for `Exit::InterruptWindow` as soon as an interrupt could be taken. One-shot: that exit takes the request back.
     fn request_interrupt_window(&mut self, on: bool);
+    /// The guest's task-priority register, which it may have changed by CR8 without an exit; `None` where
+    /// every access to CR8 exits.
+    fn task_priority(&self) -> Option<u8>;
+    /// Sets the task-priority register that CR8 shows, and asks for an exit when the guest writes a class
+    /// below `threshold`, which is not above the class of `tpr`; 0: never. That exit is
+    /// `Exit::InterruptWindow` behind the write, and takes the threshold back, or `Exit::CrAccess`
+    /// before it. Does nothing where every access to CR8 exits.
+    fn set_task_priority(&mut self, tpr: u8, threshold: u8);
     /// Asks for `Exit::NmiWindow` as soon as an NMI could be taken. One-shot, like the interrupt window.
     fn request_nmi_window(&mut self, on: bool);
 

@@ -317,7 +317,13 @@ guest_code!(
     "vmxoff",
 );
 
-guest_code!(priority_code, ".code64", "mov cr8, rbx", "hlt",);
+guest_code!(
+    priority_code,
+    ".code64",
+    "mov cr8, rbx",
+    "mov rdx, cr8",
+    "hlt",
+);
 
 guest_code!(jump_code, ".code64", "jmp rsi",);
 
@@ -1122,6 +1128,9 @@ fn other_instructions<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
 fn task_priority<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
     const MOV_CR8_BYTES: u8 = 4;
     g.start(&long_state(), priority_code);
+    if g.vcpu.task_priority().is_some() {
+        return virtual_task_priority(g);
+    }
     let wanted = CrAccess::MovTo {
         cr: 8,
         gpr: Gpr::Rbx,
@@ -1132,6 +1141,35 @@ fn task_priority<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
     }
     g.vcpu.skip_instruction(Some(MOV_CR8_BYTES));
     g.expect(Exit::Halt)
+}
+
+/// CR8 without exits; one when an interrupt of class 5 waits for the class to be lower.
+fn virtual_task_priority<B: Backend>(g: &mut Guest<B>) -> Check {
+    const MOV_CR8_BYTES: u8 = 4;
+    g.vcpu.set_task_priority(0x35, 0);
+    equal("task priority", g.vcpu.task_priority(), Some(0x35))?;
+    g.vcpu.set_task_priority(0x30, 0);
+    g.vcpu.set_gpr(Gpr::Rbx, 9);
+    g.expect(Exit::Halt)?;
+    equal("CR8 as read", g.vcpu.gpr(Gpr::Rdx), 9)?;
+    equal("task priority", g.vcpu.task_priority(), Some(0x90))?;
+    g.start(&long_state(), priority_code);
+    g.vcpu.set_task_priority(0x90, 5);
+    g.vcpu.set_gpr(Gpr::Rbx, 4);
+    match g.vcpu.enter() {
+        // Behind the write.
+        Exit::InterruptWindow => equal("task priority", g.vcpu.task_priority(), Some(0x40))?,
+        // Before it.
+        Exit::CrAccess(_) => {
+            g.vcpu.skip_instruction(Some(MOV_CR8_BYTES));
+            g.vcpu.set_task_priority(0x40, 0);
+        }
+        other => return Err(format!("{other:x?}, not a lower task priority")),
+    }
+    g.expect(Exit::Halt)?;
+    equal("CR8 as read", g.vcpu.gpr(Gpr::Rdx), 4)?;
+    g.vcpu.set_task_priority(0, 0);
+    Ok(())
 }
 
 /// Fetching from a page without execute rights, and a walk of page tables that are not there.

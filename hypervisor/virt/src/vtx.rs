@@ -8,7 +8,7 @@
 //! - [`mitigation`]: what is done against leaks by speculation.
 //! - [`check`]: the manual's VM-entry checks in software, to explain a refused entry.
 //!
-//! Not used here: TPR shadow and APIC virtualization, PML, TSC scaling, XSAVES (the guest
+//! Not used here: APIC virtualization beyond the TPR shadow, PML, TSC scaling, XSAVES (the guest
 //! gets #UD), VMCS shadowing.
 //!
 //! Unsafe: writes control registers and MSRs, and runs VMX instructions.

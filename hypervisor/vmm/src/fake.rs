@@ -15,6 +15,8 @@ pub(crate) struct FakeCpu {
     pub injected: Vec<Event>,
     pub queued: Option<Event>,
     pub window: bool,
+    /// Task priority and threshold, if CR8 is virtualized.
+    pub priority: Option<(u8, u8)>,
     pub tsc_offset: u64,
     pub shadow: bool,
     /// Host TSC of the deadline.
@@ -33,6 +35,7 @@ impl FakeCpu {
             injected: Vec::new(),
             queued: None,
             window: false,
+            priority: None,
             tsc_offset: 0,
             shadow: false,
             deadline: 0,
@@ -210,6 +213,12 @@ impl VirtualCpu for FakeCpu {
     }
     fn cancel_injection(&mut self) {
         self.queued = None;
+    }
+    fn task_priority(&self) -> Option<u8> {
+        self.priority.map(|(tpr, _)| tpr)
+    }
+    fn set_task_priority(&mut self, tpr: u8, threshold: u8) {
+        self.priority = self.priority.and(Some((tpr, threshold)));
     }
     fn request_interrupt_window(&mut self, on: bool) {
         self.window = on;

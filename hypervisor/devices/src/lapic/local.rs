@@ -366,6 +366,16 @@ impl LocalApic {
         }
     }
 
+    /// The priority class of the highest request that the task priority holds back; 0 if it holds none back.
+    pub fn withheld(&self) -> u8 {
+        let class = self.tpr >> 4;
+        if class == 0 {
+            return 0;
+        }
+        let request = self.irr.highest().unwrap_or(0) >> 4;
+        if request <= class { request } else { 0 }
+    }
+
     /// Task priority.
     pub fn tpr(&self) -> u8 {
         self.tpr

@@ -90,6 +90,8 @@ pub struct SvmVcpu {
     /// Unique among all vCPUs ever made.
     serial: u64,
     asid_is_shared: bool,
+    /// Low half of the task priority, which V_TPR lacks: 0, or writes to CR8 exit.
+    sub_priority: u8,
     vm: u16,
     fpu: GuestFpu,
     debug: GuestDebug,
@@ -141,6 +143,7 @@ impl SvmVcpu {
             last_cpu: None,
             serial,
             asid_is_shared,
+            sub_priority: 0,
             vm: setup.vm,
             fpu: GuestFpu::new(shared.fpu),
             debug: GuestDebug::new(),
@@ -166,8 +169,7 @@ impl SvmVcpu {
         let shared = self.shared.clone();
         let has = |feature| shared.capabilities.svm.contains(feature);
         let control = self.control_mut();
-        control.cr_reads = CrIntercepts::CR8;
-        control.cr_writes = CrIntercepts::CR4 | CrIntercepts::CR8;
+        control.cr_writes = CrIntercepts::CR4;
         control.exceptions = ExceptionIntercepts::all();
         control.intercepts1 =
             Intercepts1::all() - Intercepts1::VINTR - Intercepts1::IRET - Intercepts1::PAUSE;
@@ -1130,6 +1132,21 @@ impl VirtualCpu for SvmVcpu {
             .with_priority(if on { 0xf } else { 0 });
         self.intercept1(Intercepts1::VINTR, on);
         self.changed(Clean::INTERRUPTS);
+    }
+
+    #[inline]
+    fn task_priority(&self) -> Option<u8> {
+        Some(self.control().interrupts.tpr() << 4 | self.sub_priority)
+    }
+
+    #[inline]
+    fn set_task_priority(&mut self, tpr: u8, threshold: u8) {
+        self.sub_priority = tpr & 0xf;
+        let intercept = threshold != 0 || self.sub_priority != 0;
+        let control = self.control_mut();
+        control.interrupts.set_tpr(tpr >> 4);
+        control.cr_writes.set(CrIntercepts::CR8, intercept);
+        self.changed(Clean::INTERRUPTS | Clean::INTERCEPTS);
     }
 
     fn request_nmi_window(&mut self, on: bool) {

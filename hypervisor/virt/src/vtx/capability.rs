@@ -52,6 +52,8 @@ bitflags! {
         const CR8_LOAD = 1 << 19;
         /// MOV from CR8 exits.
         const CR8_STORE = 1 << 20;
+        /// CR8 is the task priority in the virtual-APIC page.
+        const TPR_SHADOW = 1 << 21;
         /// Exit as soon as an NMI could be taken.
         const NMI_WINDOW = 1 << 22;
         /// MOV DR exits.
@@ -372,13 +374,18 @@ impl Controls {
         }
         let mut pin = PIN_REQUIRED.bits() | c.pin.must;
         pin |= Pin::PREEMPTION_TIMER.bits() & c.pin.may;
+        let mut proc = PROC_REQUIRED;
+        if c.proc.offers(Proc::TPR_SHADOW.bits()) {
+            proc.insert(Proc::TPR_SHADOW);
+            proc.remove(Proc::CR8_LOAD | Proc::CR8_STORE);
+        }
         let mut proc2 = PROC2_REQUIRED.bits() | c.proc2.must | (PROC2_USED.bits() & c.proc2.may);
         if c.has_vpid() {
             proc2 |= Proc2::VPID.bits();
         }
         Some(Controls {
             pin: Pin::from_bits_retain(pin),
-            proc: Proc::from_bits_retain(PROC_REQUIRED.bits() | c.proc.must),
+            proc: Proc::from_bits_retain(proc.bits() | c.proc.must),
             proc2: Proc2::from_bits_retain(proc2),
             exit: ExitControls::from_bits_retain(EXIT_REQUIRED.bits() | c.exit.must),
             entry: EntryControls::from_bits_retain(ENTRY_REQUIRED.bits() | c.entry.must),
@@ -465,6 +472,7 @@ fn preflight_controls(c: &Capabilities) -> impl Iterator<Item = Feature> + use<>
             Used,
             c.pin.offers(Pin::PREEMPTION_TIMER.bits()),
         ),
+        line("TPR shadow", Used, c.proc.offers(Proc::TPR_SHADOW.bits())),
         line("RDTSCP", Used, c.proc2.offers(Proc2::RDTSCP.bits())),
         line("INVPCID", Used, c.proc2.offers(Proc2::INVPCID.bits())),
         line("WBINVD exiting", Used, c.proc2.offers(Proc2::WBINVD.bits())),
@@ -680,9 +688,15 @@ pub(super) mod tests {
         c.pin.may &= !Pin::PREEMPTION_TIMER.bits();
         c.ept_vpid.remove(EptVpid::INVVPID);
         c.proc2.may &= !PROC2_USED.bits();
+        c.proc.may &= !Proc::TPR_SHADOW.bits();
         let chosen = Controls::choose(&c).expect("nothing required is gone");
         assert!(!chosen.pin.contains(Pin::PREEMPTION_TIMER));
         assert!(!chosen.proc2.intersects(PROC2_USED | Proc2::VPID));
+        // CR8 exits unless it has a shadow.
+        let cr8_exits = Proc::CR8_LOAD | Proc::CR8_STORE;
+        assert!(chosen.proc.contains(cr8_exits) && !chosen.proc.contains(Proc::TPR_SHADOW));
+        let chosen = Controls::choose(&haswell()).expect("a Haswell has all that is required");
+        assert!(!chosen.proc.intersects(cr8_exits) && chosen.proc.contains(Proc::TPR_SHADOW));
     }
 
     #[test]

@@ -174,6 +174,16 @@ impl Report<'_> {
             !proc.contains(Proc::MSR_BITMAPS) || (bitmap & 0xfff == 0 && self.is_physical(bitmap)),
             "MSR bitmap at {bitmap:#x}: not a physical page"
         );
+        let (page, threshold) = (
+            self.get(Field::VirtualApicAddress),
+            self.get(Field::TprThreshold),
+        );
+        require!(
+            self,
+            !proc.contains(Proc::TPR_SHADOW)
+                || (page & 0xfff == 0 && self.is_physical(page) && threshold < 16),
+            "TPR shadow in {page:#x} with threshold {threshold}: no physical page, or above 15"
+        );
         require!(
             self,
             pin.contains(Pin::NMI) || !pin.contains(Pin::VIRTUAL_NMIS),

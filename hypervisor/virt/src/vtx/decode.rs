@@ -32,6 +32,7 @@ pub mod reason {
     pub const INVALID_GUEST_STATE: u16 = 33;
     pub const MWAIT: u16 = 36;
     pub const MONITOR: u16 = 39;
+    pub const TPR_BELOW_THRESHOLD: u16 = 43;
     pub const PAUSE: u16 = 40;
     pub const EPT_VIOLATION: u16 = 48;
     pub const EPT_MISCONFIGURATION: u16 = 49;

@@ -15,6 +15,7 @@
 use alloc::{format, string::String, sync::Arc};
 use core::arch::asm;
 use core::cell::Cell;
+use core::ptr::NonNull;
 
 use bitflags::bitflags;
 use mem::nested::EntryFormat;
@@ -109,6 +110,8 @@ const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_IF: u64 = 1 << 9;
 /// The one bit of IA32_DEBUGCTL that a guest may set. Branch records would show it the host's.
 const DEBUGCTL_BTF: u64 = 1 << 1;
+/// Offset of the task priority in the virtual-APIC page.
+const VIRTUAL_TPR: u64 = 0x80;
 const DR7_GD: u64 = 1 << 13;
 const PENDING_DEBUG_BS: u64 = 1 << 14;
 
@@ -197,8 +200,14 @@ pub struct VtxVcpu {
     switched: [u64; MSRS_SWITCHED.len()],
     setup: VcpuSetup,
     vmcs: Hpa,
+    /// The virtual-APIC page, and the TPR shadow in it.
+    virtual_apic: Option<(Hpa, NonNull<u8>)>,
     shared: Arc<Shared>,
 }
+
+// SAFETY: the pointer is into a frame that only this value uses, so it may move with the value to
+// another thread; the rest is `Send`.
+unsafe impl Send for VtxVcpu {}
 
 /// How the last entry was refused.
 #[derive(Clone, Copy, Debug)]
@@ -216,6 +225,17 @@ impl VtxVcpu {
         shared
             .memory
             .write(vmcs, &shared.capabilities.revision.to_le_bytes());
+        let shadow = shared.controls.proc.contains(Proc::TPR_SHADOW);
+        let virtual_apic = match shadow.then(|| shared.memory.allocate(1, PAGE_SIZE, owner)) {
+            Some(Ok(page)) => {
+                NonNull::new(shared.memory.pointer(page + VIRTUAL_TPR)).map(|tpr| (page, tpr))
+            }
+            None => None,
+            Some(Err(none_left)) => {
+                shared.memory.free(vmcs, 1, owner);
+                return Err(none_left.into());
+            }
+        };
         let has_vpid = shared.controls.proc2.contains(Proc2::VPID);
         let vpid = u16::try_from(setup.tag).ok().filter(|_| has_vpid);
         let spec_ctrl = GuestSpecCtrl::detect(shared.mitigations.ibrs_always);
@@ -246,6 +266,7 @@ impl VtxVcpu {
             switched: [0; MSRS_SWITCHED.len()],
             setup,
             vmcs,
+            virtual_apic,
             shared,
         })
     }
@@ -320,6 +341,10 @@ impl VtxVcpu {
         self.write(Field::EntryControls, self.entry.bits().into());
         if self.vpid != 0 {
             self.write(Field::Vpid, self.vpid.into());
+        }
+        if let Some((page, _)) = self.virtual_apic {
+            self.write(Field::VirtualApicAddress, page.as_u64());
+            self.write(Field::TprThreshold, 0);
         }
         if proc2.contains(Proc2::PAUSE_LOOP) {
             self.write(Field::PleGap, PLE_GAP);
@@ -580,6 +605,11 @@ impl VtxVcpu {
             reason::EPT_MISCONFIGURATION => {
                 self.interrupted_delivery(false);
                 Exit::NestedMisconfiguration(Gpa(self.read(Field::GuestPhysicalAddress)))
+            }
+            reason::TPR_BELOW_THRESHOLD => {
+                // Above the priority as it is now, it would make the next entry fail.
+                self.write(Field::TprThreshold, 0);
+                Exit::InterruptWindow
             }
             reason::INTERRUPT_WINDOW => {
                 self.set_proc(self.proc - Proc::INTERRUPT_WINDOW);
@@ -1209,6 +1239,22 @@ impl VirtualCpu for VtxVcpu {
         self.set_proc(proc);
     }
 
+    #[inline]
+    fn task_priority(&self) -> Option<u8> {
+        let (_, tpr) = self.virtual_apic?;
+        // SAFETY: the page is this vCPU's from `new` to `drop`; the processor writes it only during an entry.
+        Some(unsafe { tpr.read_volatile() })
+    }
+
+    fn set_task_priority(&mut self, tpr: u8, threshold: u8) {
+        if let Some((_, shadow)) = self.virtual_apic {
+            // SAFETY: as in `task_priority`.
+            unsafe { shadow.write_volatile(tpr) };
+            // Above the class that it has, an entry would be refused (SDM vol. 3C, section 27.2.1.1).
+            self.write(Field::TprThreshold, threshold.min(tpr >> 4).into());
+        }
+    }
+
     fn request_nmi_window(&mut self, on: bool) {
         let mut proc = self.proc;
         proc.set(Proc::NMI_WINDOW, on);
@@ -1304,9 +1350,11 @@ fn instruction_error(error: u32) -> &'static str {
 impl Drop for VtxVcpu {
     fn drop(&mut self) {
         self.unload();
-        self.shared
-            .memory
-            .free(self.vmcs, 1, Owner::VmTables(self.setup.vm));
+        let owner = Owner::VmTables(self.setup.vm);
+        self.shared.memory.free(self.vmcs, 1, owner);
+        if let Some((page, _)) = self.virtual_apic {
+            self.shared.memory.free(page, 1, owner);
+        }
     }
 }
 

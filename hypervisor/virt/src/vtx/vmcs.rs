@@ -51,6 +51,7 @@ fields! {
     // 64-bit
     MsrBitmap = control::MSR_BITMAPS_ADDR_FULL,
     TscOffset = control::TSC_OFFSET_FULL,
+    VirtualApicAddress = control::VIRT_APIC_ADDR_FULL,
     EptPointer = control::EPTP_FULL,
     GuestPhysicalAddress = ro::GUEST_PHYSICAL_ADDR_FULL,
     VmcsLinkPointer = guest::LINK_PTR_FULL,
@@ -78,6 +79,7 @@ fields! {
     EntryInterruptionInfo = control::VMENTRY_INTERRUPTION_INFO_FIELD,
     EntryExceptionErrorCode = control::VMENTRY_EXCEPTION_ERR_CODE,
     EntryInstructionLength = control::VMENTRY_INSTRUCTION_LEN,
+    TprThreshold = control::TPR_THRESHOLD,
     SecondaryControls = control::SECONDARY_PROCBASED_EXEC_CONTROLS,
     PleGap = control::PLE_GAP,
     PleWindow = control::PLE_WINDOW,

@@ -115,6 +115,8 @@ struct Rest {
     apic: LocalApic,
     msrs: Msrs,
     nmi_pending: bool,
+    /// Task priority and threshold as the vCPU's hardware was last given them.
+    shown_priority: (u8, u8),
     /// What the instruction that is being emulated has reached.
     reach: Reach,
     /// The change of ROM or flash up to which cached translations were dropped.
@@ -168,6 +170,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             apic,
             msrs: Msrs::default(),
             nmi_pending: false,
+            shown_priority: (0, 0),
             reach: Reach::default(),
             special_seen: 0,
         };
@@ -251,8 +254,9 @@ impl<V: VirtualCpu> Vcpu<V> {
             special.drop_stale(&mut self.rest.special_seen);
         }
         let now = vm.clock.now();
+        self.rest.fetch_task_priority(&self.hw);
         self.rest.apic.poll(now);
-        vm.poll_timers(self.rest.id, now);
+        self.rest.vm.poll_timers(self.rest.id, now);
         self.take_signals();
         if self.activity != Activity::WaitForStartup {
             self.deliver();
@@ -327,6 +331,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             }
         }
         let vector = rest.apic.interrupt();
+        rest.show_task_priority(&mut self.hw);
         let external = rest.apic.wants_extint(|| rest.vm.pic.pending());
         if vector.is_none() && !external {
             return;

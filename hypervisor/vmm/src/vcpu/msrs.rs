@@ -88,6 +88,7 @@ impl<V: VirtualCpu> Vcpu<V> {
     fn read_msr(&mut self, msr: u32) -> Option<u64> {
         let Vcpu { hw, rest, .. } = self;
         if LocalApic::owns_msr(msr) {
+            rest.fetch_task_priority(hw);
             return rest.apic.read_msr(msr).ok();
         }
         match msr {
@@ -110,6 +111,7 @@ impl<V: VirtualCpu> Vcpu<V> {
         const GP: Exception = Exception::GENERAL_PROTECTION;
         let Vcpu { hw, rest, .. } = self;
         if LocalApic::owns_msr(msr) {
+            rest.fetch_task_priority(hw);
             let effect = rest.apic.write_msr(msr, value).map_err(|_| GP)?;
             rest.apic_effect(effect);
             let unchanged = msr == number::APIC_BASE && effect == ApicEffect::None;

@@ -11,6 +11,9 @@ use crate::{
     vm::Vm,
 };
 
+/// A threshold that no priority class is: what the hardware has is not known.
+const UNKNOWN_THRESHOLD: u8 = u8::MAX;
+
 impl Rest {
     pub(super) fn apic_effect(&mut self, effect: ApicEffect) {
         match effect {
@@ -18,6 +21,29 @@ impl Rest {
             ApicEffect::EoiBroadcast(vector) => self.vm.ioapic.eoi(vector),
             // The APIC page is never mapped, so every mode change takes effect by itself.
             ApicEffect::BaseChanged => {}
+        }
+    }
+
+    /// Takes over what the guest has done to its task priority without an exit. Before anything that reads or
+    /// writes the local APIC's, and before interrupts are looked at.
+    #[inline]
+    pub(super) fn fetch_task_priority<V: VirtualCpu>(&mut self, cpu: &V) {
+        if let Some(tpr) = cpu.task_priority()
+            && tpr != self.shown_priority.0
+        {
+            // The change may have been the one that takes the threshold back.
+            self.shown_priority = (tpr, UNKNOWN_THRESHOLD);
+            self.apic.set_tpr(tpr);
+        }
+    }
+
+    /// Gives the task priority to the vCPU, with the class below which an interrupt waits.
+    #[inline]
+    pub(super) fn show_task_priority<V: VirtualCpu>(&mut self, cpu: &mut V) {
+        let now = (self.apic.tpr(), self.apic.withheld());
+        if now != self.shown_priority {
+            self.shown_priority = now;
+            cpu.set_task_priority(now.0, now.1);
         }
     }
 
@@ -29,9 +55,10 @@ impl Rest {
 }
 
 impl<V: VirtualCpu> Platform<V> for Rest {
-    fn mmio_read(&mut self, _cpu: &mut V, gpa: Gpa, width: Width) -> u64 {
+    fn mmio_read(&mut self, cpu: &mut V, gpa: Gpa, width: Width) -> u64 {
         match self.xapic_offset(gpa) {
             Some(offset) => {
+                self.fetch_task_priority(cpu);
                 let value = self.apic.read_mmio(offset, width);
                 // A reserved register raises an APIC error.
                 self.reach.interrupts |= self.apic.has_new_errors();
@@ -41,9 +68,10 @@ impl<V: VirtualCpu> Platform<V> for Rest {
         }
     }
 
-    fn mmio_write(&mut self, _cpu: &mut V, gpa: Gpa, width: Width, value: u64) {
+    fn mmio_write(&mut self, cpu: &mut V, gpa: Gpa, width: Width, value: u64) {
         match self.xapic_offset(gpa) {
             Some(offset) => {
+                self.fetch_task_priority(cpu);
                 self.reach.interrupts = true;
                 if let Ok(effect) = self.apic.write_mmio(offset, width, value as u32) {
                     self.apic_effect(effect);
@@ -71,7 +99,10 @@ impl<V: VirtualCpu> Platform<V> for Rest {
             2 => cpu.cr2(),
             3 => cpu.cr3(),
             4 => cpu.cr4(),
-            _ => self.apic.cr8(),
+            _ => {
+                self.fetch_task_priority(cpu);
+                self.apic.cr8()
+            }
         }
     }
 
@@ -85,10 +116,12 @@ impl<V: VirtualCpu> Platform<V> for Rest {
             }
             3 => control::write_cr3(cpu, self.vm.control_context(), value),
             4 => control::write_cr4(cpu, self.vm.control_context(), value),
-            8 => self
-                .apic
-                .set_cr8(value)
-                .map_err(|_| Exception::GENERAL_PROTECTION),
+            8 => {
+                self.fetch_task_priority(cpu);
+                self.apic
+                    .set_cr8(value)
+                    .map_err(|_| Exception::GENERAL_PROTECTION)
+            }
             _ => Err(Exception::UNDEFINED_OPCODE),
         }
     }

@@ -387,6 +387,50 @@ fn an_interrupt_waits_for_its_window() {
 }
 
 #[test]
+fn task_priority_without_exits_holds_interrupts_back() {
+    let mut b = Bench::new();
+    b.vcpu.hw.priority = Some((0, 0));
+    b.vcpu.hw.state.rflags |= RFLAGS_IF;
+    let effect = b.vcpu.rest.apic.write_mmio(0xf0, Width::Dword, 0x1ff);
+    assert!(effect.is_ok());
+    // The guest writes CR8, and nobody is told.
+    b.vcpu.hw.priority = Some((0x90, 0));
+    let inbox = b.vcpu.rest.apic.inbox().clone();
+    let _kick = inbox.post_interrupt(0x51, devices::lapic::Trigger::Edge);
+    b.run([]);
+    assert!(b.vcpu.hw.injected.is_empty() && !b.vcpu.hw.window);
+    // It is to be told when the priority falls below that of what waits.
+    assert_eq!(b.vcpu.hw.priority, Some((0x90, 5)));
+    let tpr = b
+        .vcpu
+        .rest
+        .mmio_read(&mut b.vcpu.hw, Gpa(0xfee0_0080), Width::Dword);
+    assert_eq!(tpr, 0x90);
+    // An exit of another kind with the priority still high, then the one that was asked for.
+    b.run([Exit::Wbinvd]);
+    assert!(b.vcpu.hw.injected.is_empty());
+    // It cannot be taken yet, and the priority rises again: the threshold is asked for once more.
+    b.vcpu.hw.state.rflags &= !RFLAGS_IF;
+    b.vcpu.hw.priority = Some((0x40, 0));
+    b.run([Exit::InterruptWindow]);
+    assert!(b.vcpu.hw.window && b.vcpu.hw.injected.is_empty());
+    b.vcpu.hw.priority = Some((0x90, 0));
+    b.run([]);
+    assert_eq!(b.vcpu.hw.priority, Some((0x90, 5)));
+    b.vcpu.hw.state.rflags |= RFLAGS_IF;
+    b.vcpu.hw.priority = Some((0x40, 0));
+    b.run([Exit::InterruptWindow]);
+    assert_eq!(b.vcpu.hw.injected, [Event::Interrupt(0x51)]);
+    assert_eq!(b.vcpu.hw.priority.map(|(tpr, _)| tpr), Some(0x40));
+    // Written by MMIO, it is CR8's too.
+    b.vcpu
+        .rest
+        .mmio_write(&mut b.vcpu.hw, Gpa(0xfee0_0080), Width::Dword, 0x70);
+    b.run([]);
+    assert_eq!(b.vcpu.hw.priority, Some((0x70, 0)));
+}
+
+#[test]
 fn application_processors_wait_for_their_start() {
     let mut b = Bench::with_vcpus(2, 1);
     assert_eq!(b.run([]), Pause::Idle { until: None });
