@@ -92,6 +92,8 @@ pub struct SvmVcpu {
     asid_is_shared: bool,
     /// Low half of the task priority, which V_TPR lacks: 0, or writes to CR8 exit.
     sub_priority: u8,
+    /// An interrupt waits for a lower task priority: writes to CR8 exit.
+    priority_wanted: bool,
     vm: u16,
     fpu: GuestFpu,
     debug: GuestDebug,
@@ -144,6 +146,7 @@ impl SvmVcpu {
             serial,
             asid_is_shared,
             sub_priority: 0,
+            priority_wanted: false,
             vm: setup.vm,
             fpu: GuestFpu::new(shared.fpu),
             debug: GuestDebug::new(),
@@ -238,6 +241,16 @@ impl SvmVcpu {
 
     fn intercept1(&mut self, intercept: Intercepts1, on: bool) {
         self.control_mut().intercepts1.set(intercept, on);
+        self.changed(Clean::INTERCEPTS);
+    }
+
+    /// Whether writes to CR8 exit. QEMU TCG (seen in 7.2) aborts when a guest writes CR8 while a virtual
+    /// interrupt is pending, be it for the window only: there such a write exits.
+    fn update_cr8_intercept(&mut self) {
+        let aborts = self.shared.capabilities.repeats_injection && self.control().interrupts.irq();
+        let intercept = self.priority_wanted || self.sub_priority != 0 || aborts;
+        let control = self.control_mut();
+        control.cr_writes.set(CrIntercepts::CR8, intercept);
         self.changed(Clean::INTERCEPTS);
     }
 
@@ -1131,6 +1144,7 @@ impl VirtualCpu for SvmVcpu {
             .with_ignore_tpr(on)
             .with_priority(if on { 0xf } else { 0 });
         self.intercept1(Intercepts1::VINTR, on);
+        self.update_cr8_intercept();
         self.changed(Clean::INTERRUPTS);
     }
 
@@ -1142,11 +1156,10 @@ impl VirtualCpu for SvmVcpu {
     #[inline]
     fn set_task_priority(&mut self, tpr: u8, threshold: u8) {
         self.sub_priority = tpr & 0xf;
-        let intercept = threshold != 0 || self.sub_priority != 0;
-        let control = self.control_mut();
-        control.interrupts.set_tpr(tpr >> 4);
-        control.cr_writes.set(CrIntercepts::CR8, intercept);
-        self.changed(Clean::INTERRUPTS | Clean::INTERCEPTS);
+        self.priority_wanted = threshold != 0;
+        self.control_mut().interrupts.set_tpr(tpr >> 4);
+        self.changed(Clean::INTERRUPTS);
+        self.update_cr8_intercept();
     }
 
     fn request_nmi_window(&mut self, on: bool) {
