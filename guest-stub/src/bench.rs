@@ -16,7 +16,7 @@ use crate::interrupts::{self, guarded};
 use crate::machine::{Machine, SCRATCH_BYTES};
 use crate::memory::{PAGE, read32, write64};
 use crate::options::Options;
-use crate::{print, println, probe, time};
+use crate::{print, println, probe, smp, time};
 
 /// Most samples of one operation.
 const CAPACITY: usize = 4096;
@@ -47,11 +47,15 @@ struct Bench<'machine> {
     machine: &'machine Machine,
     iterations: u64,
     mmio: Option<u64>,
-    /// The only operation wanted; empty is all.
+    /// The only operations wanted, separated by commas; empty is all.
     only: &'machine str,
 }
 
 impl Bench<'_> {
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.split(',').any(|only| only == name)
+    }
+
     /// Measures an operation by the time between before and after.
     #[inline(always)]
     fn measure(&self, name: &str, mut operation: impl FnMut()) {
@@ -65,7 +69,7 @@ impl Bench<'_> {
     /// Takes samples that the operation measures itself, and prints the line.
     #[inline(always)]
     fn sample(&self, name: &str, iterations: u64, mut operation: impl FnMut() -> u64) {
-        if !self.only.is_empty() && self.only != name {
+        if !self.wants(name) {
             return;
         }
         print!("bench {name} ");
@@ -118,6 +122,7 @@ pub fn run(machine: &Machine, options: &Options, tsc_at_entry: u64) {
     self_ipi(&bench);
     halt_to_timer(&bench);
     fresh_pages(&bench);
+    two_processors(&bench);
     println!("bench: done");
 }
 
@@ -396,6 +401,78 @@ fn halt_to_timer(bench: &Bench) {
     }
     local.quiet();
     interrupts::restore_handler(BENCH_VECTOR);
+}
+
+/// The TSC when another processor's handler had been woken.
+static WOKEN: AtomicU64 = AtomicU64::new(0);
+/// APIC id of this processor, which the other answers.
+static SENDER: AtomicU64 = AtomicU64::new(0);
+
+/// Another processor's answer to [`smp::HOOKED`].
+fn answer(_: usize) {
+    WOKEN.store(now(), Relaxed);
+    let command = apic::ASSERT | u32::from(BENCH_VECTOR);
+    apic::local().command(command, SENDER.load(Relaxed) as u32);
+}
+
+/// An IPI to a processor in HLT, of which this one then waits for an answer in HLT: ticks to the
+/// other's handler from before the IPI, and from before this processor's HLT, which on a single physical
+/// processor is what it takes to put one virtual processor in the place of another.
+fn two_processors(bench: &Bench) {
+    const ITERATIONS: u64 = 200;
+    const NAMES: [&str; 2] = ["vcpu-wake", "vcpu-switch"];
+    if !NAMES.iter().any(|name| bench.wants(name)) {
+        return;
+    }
+    let skip = |why: &str| {
+        for name in NAMES {
+            println!("bench {name} skipped: {why}");
+        }
+    };
+    if !bench.machine.x2apic() {
+        return skip("no x2APIC");
+    }
+    let others = match smp::others(bench.machine) {
+        Ok(others) => others,
+        Err(why) => return skip(why.text().as_str()),
+    };
+    let Some(other) = others.numbers().next() else {
+        return skip("one processor");
+    };
+    if let Err(why) = others.switch_apics(true) {
+        return skip(why.text().as_str());
+    }
+    SENDER.store(others.first as u64, Relaxed);
+    END_REGISTER.store(0, Relaxed);
+    interrupts::set_raw_handler(BENCH_VECTOR, note_time);
+    smp::set_hook(answer);
+    let send = || {
+        WOKEN.store(0, Relaxed);
+        let command = apic::ASSERT | u32::from(smp::HOOKED);
+        let before = now();
+        apic::local().command(command, other as u32);
+        before
+    };
+    let wait = || {
+        while WOKEN.load(Relaxed) == 0 {
+            cpu::wait_for_interrupt();
+        }
+        WOKEN.load(Relaxed)
+    };
+    let iterations = bench.iterations.min(ITERATIONS);
+    bench.sample(NAMES[0], iterations, || {
+        let before = send();
+        wait().saturating_sub(before)
+    });
+    bench.sample(NAMES[1], iterations, || {
+        send();
+        let before = now();
+        wait().saturating_sub(before)
+    });
+    interrupts::restore_handler(BENCH_VECTOR);
+    if let Err(why) = others.switch_apics(false) {
+        println!("bench: {}", why.text().as_str());
+    }
 }
 
 /// First writes to pages of RAM that nobody has touched.

@@ -27,7 +27,7 @@ pub struct Options {
     pub iterations: Option<u64>,
     /// Address of the emulated device register that the measurements touch.
     pub mmio: Option<u64>,
-    /// The only operation to measure; empty is all.
+    /// The only operations to measure, separated by commas; empty is all.
     pub only: Value,
     /// The measurements wait for a key.
     pub wait_for_key: bool,

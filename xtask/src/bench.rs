@@ -194,21 +194,39 @@ impl Guests {
 /// What runs in the measured VM.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Guest {
+    /// The measuring guest.
     Stub,
+    /// It, with two processors, for what one processor does to another.
+    Pair,
     Linux,
 }
 
 impl Guest {
     fn memory_mib(self) -> u32 {
         match self {
-            Self::Stub => 64,
+            Self::Stub | Self::Pair => 64,
             Self::Linux => 256,
+        }
+    }
+
+    fn vcpus(self) -> u32 {
+        match self {
+            Self::Stub | Self::Linux => 1,
+            Self::Pair => 2,
+        }
+    }
+
+    /// Part of the image's file name.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Pair => "pair",
+            Self::Stub | Self::Linux => self.kernel(),
         }
     }
 
     fn kernel(self) -> &'static str {
         match self {
-            Self::Stub => Guests::STUB,
+            Self::Stub | Self::Pair => Guests::STUB,
             Self::Linux => Guests::LINUX,
         }
     }
@@ -220,6 +238,7 @@ impl Guest {
     fn command_line(self) -> String {
         match self {
             Self::Stub => "mode=bench end=poweroff".into(),
+            Self::Pair => "mode=bench only=vcpu-wake,vcpu-switch end=poweroff".into(),
             // Nothing random, so that runs repeat: Bochs' RDRAND differs from run to run.
             Self::Linux => format!(
                 "console=ttyS0 nokaslr norandmaps random.trust_cpu=off clearcpuid=rdrand rdinit=/{}",
@@ -231,9 +250,10 @@ impl Guest {
     /// The configuration with this guest only.
     fn configuration(self, guests: &Guests) -> Configuration {
         let mut text = format!(
-            "[host]\nfigures = true\n\n[[vm]]\nname = \"{VM}\"\nfocus = true\nmemory = \"{}M\"\n\n\
-             [vm.boot]\nkernel = \"{}\"\ncmdline = \"{}\"\n",
+            "[host]\nfigures = true\n\n[[vm]]\nname = \"{VM}\"\nfocus = true\nmemory = \"{}M\"\n\
+             vcpus = {}\n\n[vm.boot]\nkernel = \"{}\"\ncmdline = \"{}\"\n",
             self.memory_mib(),
+            self.vcpus(),
             self.kernel(),
             self.command_line()
         );
@@ -283,17 +303,19 @@ fn measure(
         ..Results::default()
     };
     let image = |guest: Guest| {
-        let path = paths::target().join(format!("bench-{}.img", guest.kernel()));
+        let path = paths::target().join(format!("bench-{}.img", guest.name()));
         let written = builder.write_unchecked(&guest.configuration(guests), &path)?;
         anyhow::Ok((path, written))
     };
     let (stub_image, written) = image(Guest::Stub)?;
+    let (pair_image, _) = image(Guest::Pair)?;
     let (linux_image, _) = image(Guest::Linux)?;
     for &place in places {
         let mut first: Option<Figures> = None;
         for run in 1..=runs {
             let step = Step::start(format!("Measuring on {}, run {run}", place.name()));
             let mut found = measure_operations(&machine(place, &stub_image))?;
+            found.extend(measure_pair(&machine(place, &pair_image))?);
             found.extend(measure_boot(&machine(place, &linux_image))?);
             let image_bytes = Figure::once(written.kernel_bytes, Unit::Bytes);
             found.insert("image-bytes".into(), image_bytes);
@@ -331,6 +353,12 @@ fn measure_operations(machine: &Machine) -> anyhow::Result<Figures> {
         }
     }
     Ok(found)
+}
+
+/// What one virtual processor does to another, by the measuring guest.
+fn measure_pair(machine: &Machine) -> anyhow::Result<Figures> {
+    let log = console_of(machine).context("the measuring guest with two processors")?;
+    figures::parse_stub(&log).with_context(|| log.clone())
 }
 
 /// Linux' boot under Plinth.

@@ -36,6 +36,16 @@ pub enum Why {
     Failed,
 }
 
+impl Why {
+    /// In words.
+    pub fn text(&self) -> Text<240> {
+        match self {
+            Why::Skipped(why) => Text::format(format_args!("{why}")),
+            Why::Failed => reason(),
+        }
+    }
+}
+
 /// Text of the last failure. Apart from [`Why`], to keep that small.
 struct Reason(UnsafeCell<Text<240>>);
 
