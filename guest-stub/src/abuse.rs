@@ -24,7 +24,7 @@ struct Abuse {
     run: fn(&Machine),
 }
 
-const ABUSES: [Abuse; 16] = [
+const ABUSES: [Abuse; 17] = [
     Abuse {
         name: "triple-fault",
         what: "shutdown by an empty IDT",

@@ -285,7 +285,7 @@ pub fn triple_fault(rig: &Rig, start: &Start) -> Result<String> {
 }
 
 /// The stub's ways to misbehave, and what is to be said of the end of such a guest.
-const ABUSES: [(&str, &str); 16] = [
+const ABUSES: [(&str, &str); 17] = [
     ("triple-fault", "triple fault"),
     ("jump-nowhere", "powered off"),
     ("stack-nowhere", "stack or tables are outside RAM"),
