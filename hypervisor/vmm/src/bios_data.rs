@@ -2,7 +2,9 @@
 //!
 //! The BIOS data area at 0x400 (IBM PC technical reference) tells where the first serial port is, how
 //! much conventional memory there is, and where it ends for the extended data area, in which systems look for
-//! ACPI's root pointer, too. A firmware of the guest's own writes its own.
+//! ACPI's root pointer, too. The vectors of real mode lead to code that does nothing, or says that it
+//! cannot do what is asked of it: a system that calls the firmware from there goes on without. A firmware of the
+//! guest's own writes its own.
 
 use mem::{Gpa, GuestMemory, GuestRange, NotRam};
 
@@ -21,21 +23,90 @@ const EQUIPMENT: Gpa = Gpa(0x410);
 /// KiB of conventional memory, a word.
 const CONVENTIONAL_KIB: Gpa = Gpa(0x413);
 
-/// Equipment: a floating-point unit.
-const HAS_FPU: u16 = 1 << 1;
-/// Equipment: the number of serial ports begins at this bit.
-const SERIAL_PORTS_SHIFT: u16 = 9;
+/// Equipment: a floating-point unit, and one serial port (bits 9 to 11).
+const EQUIPPED: u16 = 1 << 1 | 1 << 9;
+/// Conventional memory: what is below the extended area.
+const KIB: u16 = (EXTENDED_AREA.start.0 >> 10) as u16;
+
+/// Where the code of the real-mode vectors is, in segment 0xF000.
+const CODE: Gpa = Gpa(0xf_ff40);
+/// The segment of the code.
+const CODE_SEGMENT: u16 = 0xf000;
+/// Vectors of real mode.
+const VECTORS: u16 = 256;
+
+/// Code for interrupts that want nothing but a return.
+const RETURN: [u8; 1] = [0xcf]; // iret
+
+/// Code for calls that fail: carry in the caller's flags, and 86h, "not there", in AH.
+const FAIL: [u8; 11] = [
+    0x55, // push bp
+    0x89, 0xe5, // mov bp, sp
+    0x80, 0x4e, 0x06, 0x01, // or byte [bp + 6], 1
+    0xb4, 0x86, // mov ah, 0x86
+    0x5d, // pop bp
+    0xcf, // iret
+];
+
+/// Code for a call that gives AX.
+const fn answer(ax: u16) -> [u8; 4] {
+    let [low, high] = ax.to_le_bytes();
+    [0xb8, low, high, 0xcf] // mov ax, imm16; iret
+}
+
+/// Which code a vector leads to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Service {
+    Return,
+    Fail,
+    Equipment,
+    MemorySize,
+}
+
+impl Service {
+    const fn of(vector: u16) -> Self {
+        match vector {
+            0x11 => Service::Equipment,
+            0x12 => Service::MemorySize,
+            // Exceptions, and the hardware's interrupts where firmware puts them.
+            0x00..=0x0f | 0x1b..=0x1f | 0x70..=0x77 => Service::Return,
+            _ => Service::Fail,
+        }
+    }
+
+    /// Its code's place behind [`CODE`].
+    const fn offset(self) -> u16 {
+        self as u16 * 16
+    }
+}
+
+/// Writes the vectors of real mode, and their code.
+fn write_vectors(memory: &GuestMemory) -> Result<(), NotRam> {
+    let place = |service: Service| CODE + u64::from(service.offset());
+    memory.write(place(Service::Return), &RETURN)?;
+    memory.write(place(Service::Fail), &FAIL)?;
+    memory.write(place(Service::Equipment), &answer(EQUIPPED))?;
+    memory.write(place(Service::MemorySize), &answer(KIB))?;
+    for vector in 0..VECTORS {
+        let entry = Gpa(u64::from(vector) * 4);
+        let offset = (CODE.0 & 0xffff) as u16 + Service::of(vector).offset();
+        memory.write_u16(entry, offset)?;
+        memory.write_u16(entry + 2, CODE_SEGMENT)?;
+    }
+    Ok(())
+}
 
 /// Writes it. `com1`: port of the first serial port, the only one.
 ///
 /// # Errors
 /// The VM has no RAM there.
 pub fn write(memory: &GuestMemory, com1: u16) -> Result<(), NotRam> {
+    write_vectors(memory)?;
     let extended = EXTENDED_AREA.start;
     memory.write_u16(SERIAL_PORT, com1)?;
     memory.write_u16(EXTENDED_SEGMENT, (extended.0 >> 4) as u16)?;
-    memory.write_u16(EQUIPMENT, HAS_FPU | 1 << SERIAL_PORTS_SHIFT)?;
-    memory.write_u16(CONVENTIONAL_KIB, (extended.0 >> 10) as u16)?;
+    memory.write_u16(EQUIPMENT, EQUIPPED)?;
+    memory.write_u16(CONVENTIONAL_KIB, KIB)?;
     // Its first byte is its length in KiB.
     memory.write_u8(extended, (EXTENDED_AREA.bytes >> 10) as u8)
 }
@@ -56,5 +127,16 @@ mod tests {
         assert_eq!((word(0x400), word(0x413)), (0x3f8, 639));
         assert_eq!(u64::from(word(0x40e)) << 4, EXTENDED_AREA.start.0);
         assert_eq!(memory.read_u8(EXTENDED_AREA.start), Ok(1));
+        let code = |vector: u64| {
+            let (offset, segment) = (word(vector * 4), word(vector * 4 + 2));
+            let mut bytes = [0; 4];
+            let at = Gpa(u64::from(segment) * 16 + u64::from(offset));
+            memory.read(at, &mut bytes).unwrap();
+            bytes
+        };
+        assert_eq!(code(8)[0], 0xcf);
+        assert_eq!(code(0x12), [0xb8, 0x7f, 0x02, 0xcf]);
+        assert_eq!(code(0x15), FAIL[..4]);
+        assert_eq!(code(0xff), code(0x10));
     }
 }
