@@ -42,6 +42,8 @@ pub mod number {
     pub const EFER: u32 = 0xc000_0080;
     pub const TSC_AUX: u32 = 0xc000_0103;
     pub const SMI_COUNT: u32 = 0x34;
+    pub const AMD_PERF_FIRST: u32 = 0xc001_0000;
+    pub const AMD_PERF_LAST: u32 = 0xc001_0007;
     pub const AMD_SYSCFG: u32 = 0xc001_0010;
     pub const AMD_HWCR: u32 = 0xc001_0015;
     pub const AMD_TOP_MEM2: u32 = 0xc001_001d;
@@ -178,6 +180,8 @@ pub fn constant(vendor: Vendor, msr: u32) -> Option<u64> {
             AMD_SYSCFG | AMD_HWCR | AMD_NB_CFG | AMD_TOP_MEM2 | AMD_INT_PENDING | AMD_TSEG_ADDR
             | AMD_TSEG_MASK | AMD_BU_CFG,
         ) => Some(0),
+        // Event selectors and counters, which no CPUID bit announces: nothing is counted.
+        (Vendor::Amd, AMD_PERF_FIRST..=AMD_PERF_LAST) => Some(0),
         // LFENCE is serializing.
         (Vendor::Amd, AMD_DE_CFG) => Some(1 << 1),
         _ => None,
@@ -191,7 +195,14 @@ pub fn write_ignored(vendor: Vendor, msr: u32) -> bool {
         (_, MCG_STATUS | BIOS_SIGN_ID)
             | (
                 Vendor::Amd,
-                AMD_SYSCFG | AMD_HWCR | AMD_NB_CFG | AMD_PATCH_LOADER | AMD_BU_CFG | AMD_DE_CFG,
+                AMD_PERF_FIRST
+                    ..=AMD_PERF_LAST
+                        | AMD_SYSCFG
+                        | AMD_HWCR
+                        | AMD_NB_CFG
+                        | AMD_PATCH_LOADER
+                        | AMD_BU_CFG
+                        | AMD_DE_CFG,
             )
     )
 }
@@ -222,5 +233,7 @@ mod tests {
         assert_eq!(constant(Vendor::Intel, AMD_HWCR), None);
         assert_eq!(constant(Vendor::Amd, FEATURE_CONTROL), None);
         assert!(!write_ignored(Vendor::Intel, FEATURE_CONTROL));
+        assert_eq!(constant(Vendor::Amd, AMD_PERF_FIRST + 4), Some(0));
+        assert_eq!(constant(Vendor::Intel, AMD_PERF_FIRST), None);
     }
 }
