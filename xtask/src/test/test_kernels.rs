@@ -20,7 +20,8 @@ use crate::{emulator::Emulator, exit::Code};
 /// Longest time of one run, in seconds, but for those that are to last longer than they may.
 const LIMIT_S: u64 = 300;
 
-/// One run of the stub.
+/// How to run the stub.
+#[derive(Clone, Copy)]
 struct Run<'r> {
     kernel: &'r Path,
     emulator: Emulator,
@@ -29,7 +30,7 @@ struct Run<'r> {
 
 impl Run<'_> {
     /// Runs it with this command line and these further arguments.
-    fn with(&self, append: &str, limit_s: u64, arguments: &[&str]) -> Result<Output> {
+    fn with(self, append: &str, limit_s: u64, arguments: &[&str]) -> Result<Output> {
         let emulator = match self.emulator {
             Emulator::Qemu => "qemu",
             Emulator::Bochs => "bochs",
@@ -51,7 +52,7 @@ impl Run<'_> {
     }
 
     /// Runs it to this exit status; its console.
-    fn to_status(&self, status: u8, append: &str, arguments: &[&str]) -> Result<String> {
+    fn to_status(self, status: u8, append: &str, arguments: &[&str]) -> Result<String> {
         let output = self.with(append, LIMIT_S, arguments)?;
         let code = output.status.code();
         ensure!(
@@ -70,7 +71,8 @@ fn module_fact(content: &[u8], text: &str) -> String {
     format!(" = {} bytes, sum {sum:#x}, \"{text}\"\r\n", content.len())
 }
 
-/// The console to the byte, the devices, modules in order; then the ends that a test kernel can have.
+/// The console to the byte, the devices, modules in order, both ways to enter; then the ends that a test kernel
+/// can have.
 pub fn test_kernels(rig: &Rig, start: &Start) -> Result<String> {
     let _ = fs::remove_file(&start.log);
     let kernel = rig.files.join("stub");
@@ -122,6 +124,21 @@ pub fn test_kernels(rig: &Rig, start: &Start) -> Result<String> {
         rest = &rest[at..];
     }
 
+    let pvh = folder.join("pvh");
+    fs::write(&pvh, without_multiboot(fs::read(&kernel)?)?)?;
+    let by_pvh = Run {
+        kernel: &pvh,
+        ..run
+    };
+    let initrd = first.display().to_string();
+    let console = by_pvh.to_status(5, "checks=acpi exit=2", &["--initrd", &initrd])?;
+    ensure!(
+        console.contains("fact entry.protocol = Pvh\r\n"),
+        "the kernel without a multiboot header was not entered by PVH"
+    );
+    let fact = module_fact(&contents[0], &shown(&initrd));
+    ensure!(console.contains(&fact), "by PVH there is no module{fact}");
+
     let quiet = "checks=none facts=off ";
     run.to_status(1, &format!("{quiet}exit=0"), &[])?;
     run.to_status(0, &format!("{quiet}end=triple-fault"), &[])?;
@@ -137,6 +154,15 @@ pub fn test_kernels(rig: &Rig, start: &Start) -> Result<String> {
     }
     fs::remove_dir_all(&folder)?;
     Ok(String::new())
+}
+
+/// A kernel with both headers, robbed of its multiboot header.
+fn without_multiboot(mut kernel: Vec<u8>) -> Result<Vec<u8>> {
+    let magic = 0x1bad_b002u32.to_le_bytes();
+    let at = kernel.windows(4).take(8192).position(|word| word == magic);
+    let at = at.context("the stub has no multiboot header")?;
+    kernel[at..at + 4].fill(0);
+    Ok(kernel)
 }
 
 /// As much of a text as the stub keeps.
