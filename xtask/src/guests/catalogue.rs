@@ -144,7 +144,8 @@ const fn firmware(
         proof,
         keys: &[],
         release: None,
-        shift: None,
+        // Firmware waits for time by asking for it again and again.
+        shift: Some(5),
         seconds: Places { qemu_s, bochs_s },
     }
 }

@@ -287,7 +287,7 @@ fn catalogued() -> Vec<Scenario> {
         (Place::QEMU_BIOS, "memtest86+-quick", 2, false),
         (Place::Bochs, "memtest86+-quick", 2, false),
         (Place::QEMU_BIOS, "grub-linux-bios", 1, false),
-        (Place::QEMU_BIOS, "grub-linux-uefi", 2, false),
+        (Place::QEMU_BIOS, "grub-linux-uefi", 1, false),
         (Place::QEMU_BIOS, "ovmf", 1, true),
         (Place::QEMU_BIOS, "ipxe", 1, false),
         (Place::QEMU_BIOS, "u-boot", 1, true),
