@@ -10,6 +10,7 @@ use crate::cpu::{self, port};
 use crate::interrupts::{
     self, Frame, count, end_at_apic, guarded, hook, only_count, probe_rdmsr, probe_wrmsr, vector,
 };
+use crate::legacy;
 use crate::machine::Machine;
 use crate::memory::{self, PAGE, physical_bits};
 use crate::options::Value;
@@ -24,7 +25,7 @@ struct Abuse {
     run: fn(&Machine),
 }
 
-const ABUSES: [Abuse; 17] = [
+const ABUSES: [Abuse; 18] = [
     Abuse {
         name: "triple-fault",
         what: "shutdown by an empty IDT",
@@ -112,6 +113,13 @@ const ABUSES: [Abuse; 17] = [
             for number in 0..500 {
                 println!("flood {number:04} {:-<48}", "");
             }
+        },
+    },
+    Abuse {
+        name: "task-loop",
+        what: "hardware task switches without end",
+        run: |_| {
+            legacy::run(legacy::Code::TaskLoop);
         },
     },
 ];

@@ -16,6 +16,8 @@ unsafe extern "C" {
     static legacy_bad_pdptes: Label;
     static legacy_task_b: Label;
     static legacy_task_c: Label;
+    static legacy_task_loop: Label;
+    static legacy_task_back: Label;
     static legacy_stack_b_top: Label;
     static legacy_stack_c_top: Label;
     static mut legacy_gdt: [u64; 9];
@@ -36,6 +38,8 @@ pub enum Code {
     Tasks,
     /// Turns PAE paging on with reserved bits in the page-directory-pointer table; the result counts faults.
     BadPdptes,
+    /// Switches between two tasks ten thousand times.
+    TaskLoop,
 }
 
 /// Descriptor of an available 32-bit TSS.
@@ -74,10 +78,11 @@ pub fn run(code: Code) -> u32 {
     // tables and TR are loaded again after it.
     unsafe {
         (&raw mut legacy_task_a).write([0; 26]);
-        (&raw mut legacy_tss_b).write(tss(
-            &raw const legacy_task_b as u64,
-            &raw const legacy_stack_b_top as u64,
-        ));
+        let task_b = match code {
+            Code::TaskLoop => &raw const legacy_task_back,
+            Code::Tasks | Code::BadPdptes => &raw const legacy_task_b,
+        };
+        (&raw mut legacy_tss_b).write(tss(task_b as u64, &raw const legacy_stack_b_top as u64));
         (&raw mut legacy_tss_c).write(tss(
             &raw const legacy_task_c as u64,
             &raw const legacy_stack_c_top as u64,
@@ -100,6 +105,7 @@ pub fn run(code: Code) -> u32 {
         let entry = match code {
             Code::Tasks => &raw const legacy_tasks,
             Code::BadPdptes => &raw const legacy_bad_pdptes,
+            Code::TaskLoop => &raw const legacy_task_loop,
         };
         let result = legacy_run(entry as u32);
         interrupts::reload();

@@ -168,6 +168,27 @@ legacy_task_b:
     iretd
     jmp legacy_task_b
 
+# Switches between two tasks, on and on.
+.global legacy_task_loop
+legacy_task_loop:
+    mov eax, TASK_A
+    ltr ax
+    mov esi, 5000
+2:  .byte 0xEA
+    .long 0
+    .word TASK_B
+    dec esi
+    jnz 2b
+    xor eax, eax
+    ret
+
+.global legacy_task_back
+legacy_task_back:
+    .byte 0xEA
+    .long 0
+    .word TASK_A
+    jmp legacy_task_back
+
 # Steps over the DIV of task A when it is there for an exception.
 .global legacy_task_c
 legacy_task_c:

@@ -285,7 +285,7 @@ pub fn triple_fault(rig: &Rig, start: &Start) -> Result<String> {
 }
 
 /// The stub's ways to misbehave, and what is to be said of the end of such a guest.
-const ABUSES: [(&str, &str); 17] = [
+const ABUSES: [(&str, &str); 18] = [
     ("triple-fault", "triple fault"),
     ("jump-nowhere", "powered off"),
     ("stack-nowhere", "stack or tables are outside RAM"),
@@ -303,6 +303,7 @@ const ABUSES: [(&str, &str); 17] = [
     ("timer-flood", "powered off"),
     ("bad-ipi", "powered off"),
     ("console-flood", "powered off"),
+    ("task-loop", "powered off"),
 ];
 
 /// Guests that misbehave, each in its own way, end or power off; another beside them finds

@@ -2,7 +2,7 @@
 //!
 //! Device memory is an operand here, or the code itself is in it: then every instruction comes this way.
 
-use iced_x86::{ConditionCode, Mnemonic, OpKind, Register};
+use iced_x86::{Code, ConditionCode, Mnemonic, OpKind, Register};
 use mem::Width;
 use virt::{CpuMode, Gpr, SegmentName, VirtualCpu};
 
@@ -22,6 +22,8 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
                 self.push(value)?;
             }
             Mnemonic::Pop => self.pop_operand()?,
+            Mnemonic::Enter => self.enter()?,
+            Mnemonic::Leave => self.leave()?,
             Mnemonic::Call if !self.is_far() => {
                 let target = self.branch_target()?;
                 let back = self.instruction.next_ip();
@@ -149,6 +151,10 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
 
     fn push(&mut self, value: u64) -> Result<(), Stop> {
         let width = self.stack_item()?;
+        self.push_item(value, width)
+    }
+
+    fn push_item(&mut self, value: u64, width: Width) -> Result<(), Stop> {
         let pointer = self.cpu.gpr(Gpr::Rsp).wrapping_sub(width.bytes() as u64);
         let offset = pointer & self.stack_mask();
         let at = self.address(SegmentName::Ss, offset, width.bytes() as u64, Access::Write)?;
@@ -167,6 +173,47 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         self.target = None;
         let value = self.load(at, width)?;
         Ok((value, pointer.wrapping_add(width.bytes() as u64)))
+    }
+
+    /// ENTER without nesting: levels of it hardly exist, and none has a frame in device memory.
+    fn enter(&mut self) -> Result<(), Stop> {
+        let width = match self.instruction.code() {
+            Code::Enterw_imm16_imm8 => Width::Word,
+            Code::Enterd_imm16_imm8 => Width::Dword,
+            _ => Width::Qword,
+        };
+        if self.instruction.immediate8_2nd() & 0x1f != 0 {
+            return Err(Stop::Unsupported);
+        }
+        let frame = self.cpu.gpr(Gpr::Rbp) & width.mask();
+        self.push_item(frame, width)?;
+        let pointer = self.cpu.gpr(Gpr::Rsp);
+        self.write_gpr(Gpr::Rbp, width, pointer);
+        let size = u64::from(self.instruction.immediate16());
+        self.set_stack_pointer(pointer.wrapping_sub(size));
+        Ok(())
+    }
+
+    fn leave(&mut self) -> Result<(), Stop> {
+        let width = match self.instruction.code() {
+            Code::Leavew => Width::Word,
+            Code::Leaved => Width::Dword,
+            _ => Width::Qword,
+        };
+        let before = self.cpu.gpr(Gpr::Rsp);
+        let frame = self.cpu.gpr(Gpr::Rbp);
+        self.set_stack_pointer(frame);
+        match self.popped(width) {
+            Ok((value, pointer)) => {
+                self.set_stack_pointer(pointer);
+                self.write_gpr(Gpr::Rbp, width, value);
+                Ok(())
+            }
+            Err(stop) => {
+                self.cpu.set_gpr(Gpr::Rsp, before);
+                Err(stop)
+            }
+        }
     }
 
     /// POP to a register or memory. A memory operand based on RSP is addressed after the increment (SDM vol. 2B, POP).

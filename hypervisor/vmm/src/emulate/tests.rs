@@ -441,6 +441,24 @@ fn stack_and_branches_with_a_device() {
 }
 
 #[test]
+fn a_stack_in_a_device() {
+    let mut b = Bench::new();
+    b.cpu.set_gpr(Gpr::Rsp, DEVICE + 0x100);
+    b.cpu.set_gpr(Gpr::Rbp, 0x5555);
+    assert_eq!(b.run(&[0x6a, 0xf9]), Outcome::Done(2)); // push -7
+    assert_eq!(b.device_u64(0xf8), 7_u64.wrapping_neg());
+    assert_eq!(b.run(&[0xc8, 0x20, 0x00, 0x00]), Outcome::Done(4)); // enter 32, 0
+    assert_eq!(b.device_u64(0xf0), 0x5555);
+    assert_eq!(b.cpu.gpr(Gpr::Rbp), DEVICE + 0xf0);
+    assert_eq!(b.cpu.gpr(Gpr::Rsp), DEVICE + 0xd0);
+    assert_eq!(b.run(&[0xc9]), Outcome::Done(1)); // leave
+    assert_eq!(b.cpu.gpr(Gpr::Rbp), 0x5555);
+    assert_eq!(b.run(&[0x58]), Outcome::Done(1)); // pop rax
+    assert_eq!(b.cpu.gpr(Gpr::Rax), 7_u64.wrapping_neg());
+    assert_eq!(b.cpu.gpr(Gpr::Rsp), DEVICE + 0x100);
+}
+
+#[test]
 fn wide_registers_to_and_from_a_device() {
     let mut b = Bench::new();
     b.cpu.set_gpr(Gpr::Rbx, DEVICE);
