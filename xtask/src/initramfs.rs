@@ -251,6 +251,19 @@ pub fn with_files(cache: &Path, files: &[(&str, Vec<u8>)]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// An archive of programs in a new top folder, to be appended to another archive.
+///
+/// # Errors
+/// A program is 4 GiB or larger.
+pub fn programs(folder: &str, programs: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
+    let mut archive = Archive::new();
+    archive.add(folder, &Node::Directory)?;
+    for (name, bytes) in programs {
+        archive.add(&format!("{folder}/{name}"), &Node::Program(bytes))?;
+    }
+    archive.finish()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

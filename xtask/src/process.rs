@@ -5,6 +5,7 @@
 //! also die with xtask where `setpriv` is there to ask the system for it.
 
 use std::{
+    ffi::OsStr,
     io::Read,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
@@ -239,12 +240,12 @@ impl Drop for Guarded {
 
 /// A command that the system kills should xtask be killed, where `setpriv` is there to ask
 /// for it. For [`Guarded::spawn`].
-pub fn dies_with_us(program: &str) -> Command {
+pub fn dies_with_us(program: impl AsRef<OsStr>) -> Command {
     let Some(setpriv) = find_program("setpriv") else {
         return Command::new(program);
     };
     let mut command = Command::new(setpriv);
-    command.args(["--pdeathsig", "KILL", "--", program]);
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
     command
 }
 

@@ -100,6 +100,8 @@ pub struct Machine {
     pub trace: Option<PathBuf>,
     /// QEMU: wait for a debugger on this TCP port of the workstation before the first instruction.
     pub debugger_port: Option<u16>,
+    /// The QEMU to use instead of the installed one.
+    pub qemu: Option<PathBuf>,
     /// More arguments for QEMU, or lines for Bochs' configuration.
     pub extra: Vec<String>,
 }
@@ -126,6 +128,7 @@ impl Machine {
             time: Time::Workstation,
             trace: None,
             debugger_port: None,
+            qemu: None,
             extra: Vec::new(),
         }
     }

@@ -1,6 +1,7 @@
 //! QEMU: arguments, its machine monitor, and why it ended.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
@@ -26,7 +27,13 @@ pub fn start(
     folder: &Path,
     device: &Path,
 ) -> anyhow::Result<(Guarded, EndSource)> {
-    deps::require(&[Program::Qemu])?;
+    let program = match &machine.qemu {
+        Some(program) => program.as_os_str(),
+        None => {
+            deps::require(&[Program::Qemu])?;
+            OsStr::new("qemu-system-x86_64")
+        }
+    };
     let firmware = match machine.firmware {
         Firmware::Bios => None,
         Firmware::Uefi => {
@@ -39,7 +46,7 @@ pub fn start(
         }
     };
     let errors = folder.join("errors");
-    let mut command = dies_with_us("qemu-system-x86_64");
+    let mut command = dies_with_us(program);
     command
         .args(arguments(machine, firmware.as_ref(), device))
         .stdin(Stdio::piped())

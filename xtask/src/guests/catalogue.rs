@@ -24,6 +24,8 @@ pub enum Boot {
     Pvh,
     /// PC firmware, at the reset vector.
     Firmware,
+    /// OVMF, which starts a Linux boot image by its EFI stub.
+    EfiStub,
 }
 
 impl fmt::Display for Boot {
@@ -32,6 +34,7 @@ impl fmt::Display for Boot {
             Self::BzImage => "bzImage",
             Self::Pvh => "PVH",
             Self::Firmware => "firmware",
+            Self::EfiStub => "EFI stub",
         })
     }
 }
@@ -176,7 +179,7 @@ const fn seconds(qemu_s: u32, bochs_s: u32) -> Places {
 }
 
 /// The guests that can be run by name; the first is what `@linux` means.
-pub static CATALOGUE: [Guest; 19] = [
+pub static CATALOGUE: [Guest; 21] = [
     linux(
         "linux-6.1-cloud",
         "Debian 12's kernel for virtual machines, a busybox shell",
@@ -252,6 +255,34 @@ pub static CATALOGUE: [Guest; 19] = [
             seconds(8, 60),
         ),
     ),
+    by(
+        Boot::EfiStub,
+        linux(
+            "linux-6.1-cloud-efi",
+            "linux-6.1-cloud, started by OVMF",
+            "@linux-6.1-cloud",
+            Some("6.1."),
+            Places {
+                qemu_s: 25,
+                bochs_s: None,
+            },
+        ),
+    ),
+    Guest {
+        initrd: Some("@selftests"),
+        keys: &[Keys {
+            after: "~ # ",
+            text: "/x86/run\r",
+        }],
+        proof: r"selftests: \d+ of \d+ ok",
+        ..linux(
+            "linux-selftests",
+            "linux-6.1-cloud runs the x86 self-tests of its own source",
+            "@linux-6.1-cloud",
+            None,
+            seconds(130, 900),
+        )
+    },
     Guest {
         name: "memtest86+",
         description: "Debian 12's 6.10: a pass of all its tests by two processors, no errors",
@@ -416,6 +447,9 @@ impl Guest {
             }
             return text;
         }
+        if self.boot == Boot::EfiStub {
+            text += "firmware = \"@ovmf\"\nvariables = \"@ovmf-variables\"\n";
+        }
         writeln!(text, "kernel = \"{}\"", self.kernel).expect("a String takes any text");
         if let Some(initrd) = self.initrd {
             writeln!(text, "initrd = \"{initrd}\"").expect("a String takes any text");
@@ -534,7 +568,8 @@ mod tests {
                 let name = name.strip_prefix('@').unwrap();
                 let name = name.strip_suffix(super::super::ELF_SUFFIX).unwrap_or(name);
                 assert!(
-                    known.contains(&name) || ["initramfs", "boot-disk"].contains(&name),
+                    known.contains(&name)
+                        || ["initramfs", "boot-disk", "selftests"].contains(&name),
                     "{name}"
                 );
             }

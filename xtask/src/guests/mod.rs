@@ -10,6 +10,7 @@
 pub mod boot_disk;
 mod catalogue;
 mod packages;
+pub mod selftests;
 mod vmlinux;
 
 use std::fs;

@@ -41,6 +41,8 @@ enum Looks {
     BzImage,
     /// gzip (RFC 1952).
     Gzip,
+    /// XZ.
+    Xz,
     /// Firmware: at its end, where a processor starts, is a jump.
     Firmware,
     /// The variable store of UEFI firmware.
@@ -58,6 +60,7 @@ impl Looks {
         match self {
             Self::BzImage => is_bzimage(bytes),
             Self::Gzip => bytes.starts_with(&[0x1f, 0x8b]),
+            Self::Xz => bytes.starts_with(b"\xfd7zXZ\0"),
             Self::Firmware => {
                 let start = bytes.len().checked_sub(16).and_then(|at| bytes.get(at..));
                 let is_jump = |code: &[u8]| matches!(code, [0xea | 0xe9 | 0xeb | 0x90 | 0x0f, ..]);
@@ -126,7 +129,7 @@ const fn module(name: &'static str, wildcard: &'static str) -> Member {
 }
 
 /// The packages that are known.
-static PACKAGES: [Package; 14] = [
+static PACKAGES: [Package; 15] = [
     Package {
         name: "linux-6.1-cloud",
         description: "Debian 12's kernel 6.1 for virtual machines",
@@ -323,6 +326,18 @@ static PACKAGES: [Package; 14] = [
             file: "ipxe.lkrn",
             wildcard: "./boot/ipxe.lkrn",
             looks: Looks::BzImage,
+        }],
+    },
+    Package {
+        name: "linux-source-6.1",
+        description: "the source of Debian 12's kernel (130 MB)",
+        choice: Choice::Named("linux-source-6.1"),
+        suites: &[security("bookworm-security"), main("bookworm")],
+        members: &[Member {
+            name: "linux-source-6.1",
+            file: "linux-source-6.1.tar.xz",
+            wildcard: "./usr/src/linux-source-6.1.tar.xz",
+            looks: Looks::Xz,
         }],
     },
 ];

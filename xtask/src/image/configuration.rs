@@ -10,6 +10,7 @@
 //! | `@linux-6.1-cloud.elf` | the ELF file inside that kernel |
 //! | `@initramfs` | a small system around busybox |
 //! | `@stub` | Plinth's own test guest |
+//! | `@selftests` | the small system, with Linux' x86 self-tests in `/x86` |
 //! | `@boot-disk` | a disk with Linux, and GRUB for UEFI |
 //!
 //! The image has the files under the very names that the configuration gives them, so the
@@ -128,6 +129,7 @@ impl Configuration {
             "initramfs" => return initramfs::ensure(&cache),
             "stub" => return stub::ensure(),
             "boot-disk" => return guests::boot_disk::ensure(&cache),
+            "selftests" => return guests::selftests::ensure(&cache),
             "linux" => guests::default_linux(&cache)?,
             other => guests::file(&cache, other).context("after @: linux, initramfs, stub, or")?,
         };
