@@ -293,7 +293,6 @@ fn catalogued() -> Vec<Scenario> {
         (Place::QEMU_BIOS, "u-boot", 1, true),
         (Place::Bochs, "grub-rescue", 1, false),
         (Place::QEMU_BIOS, "memtest86+", 2, true),
-        (Place::Bochs, "linux-newest-cloud", 2, true),
     ];
     let named = wanted.into_iter().map(|(place, name, vcpus, slow)| {
         let guest = guests::by_name(name).expect("the catalogue has this guest");
