@@ -14,6 +14,7 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -251,7 +252,10 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new(cache: &Path, name: &str) -> Result<Self> {
-        let directory = cache.join(format!(".apt-{name}.{}", std::process::id()));
+        // Several threads may fetch from one suite at once.
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let directory = cache.join(format!(".apt-{name}.{}.{number}", std::process::id()));
         if directory.exists() {
             fs::remove_dir_all(&directory)?;
         }
