@@ -9,6 +9,7 @@
 //! locks of the host are in one table in docs/ARCHITECTURE.md. No lock is held while a guest runs, but for
 //! the vCPU's own, which nobody else waits for.
 
+mod life;
 mod tables;
 
 use alloc::{boxed::Box, format, string::String, sync::Arc, vec::Vec};
@@ -23,23 +24,21 @@ use manage::{
     bundle::{self, Bundle, BundleEnvironment},
     config::{self, AfterLastVm, Config, DiskConfig, VmConfig},
     console::{ConsoleId, Input},
-    restart::{Decision, Ending, MAX_QUICK_FAILURES, Restarts},
+    restart::Restarts,
 };
 use mem::Owner;
 use sched::{EntityId, RunQueue, Wake};
 use spin::Once;
 use storage::{Disk, ImageDisk};
-use virt::{Backend, Exit, VcpuSetup, svm::Svm, vtx::Vtx};
+use virt::{Backend, svm::Svm, vtx::Vtx};
 use vmm::{
-    clock::TimeSource,
     firmware::{Firmware, Variables},
     host::Host,
-    load::{BootFiles, Module},
     vcpu::{Pause, Vcpu},
-    vm::{EndReason, Environment, Vm, VmSpec},
+    vm::Vm,
 };
 
-use tables::GuestTables;
+use life::{BootModule, Phase, Plan, Slot};
 
 use crate::{
     boot::Machine,
@@ -54,7 +53,6 @@ use crate::{
 /// Length of a time slice, in microseconds.
 const SLICE_US: u64 = 10_000;
 const NS_PER_SECOND: u64 = 1_000_000_000;
-const NS_PER_MS: u64 = 1_000_000;
 
 /// What the parts of the kernel that don't know the vendor see of the world.
 trait Runner: Sync {
@@ -63,106 +61,6 @@ trait Runner: Sync {
 }
 
 static WORLD: Once<&'static dyn Runner> = Once::new();
-
-/// A VM that exists.
-struct Live<B: Backend> {
-    vm: Arc<Vm>,
-    entities: Vec<EntityId>,
-    /// vCPUs that have not come to rest since the VM ended.
-    running: usize,
-    begun: Beginning,
-    tables: Arc<GuestTables<B>>,
-}
-
-/// What there was when the making of a VM began, for its figures.
-#[derive(Clone, Copy)]
-struct Beginning {
-    tsc: u64,
-    heap_bytes: usize,
-}
-
-impl Beginning {
-    fn now() -> Self {
-        Beginning {
-            tsc: time::now_tsc(),
-            heap_bytes: memory::heap_used(),
-        }
-    }
-}
-
-/// A file that a VM's kernel is given.
-struct BootModule {
-    data: &'static [u8],
-    /// What the kernel is told of it.
-    text: String,
-}
-
-/// A VM of the configuration: what it is made of, each time.
-struct Plan {
-    config: VmConfig,
-    /// Empty where firmware finds its system itself.
-    kernel: &'static [u8],
-    modules: Vec<BootModule>,
-    firmware: Option<Firmware<'static>>,
-    /// They outlive the VM: a guest that restarts finds what it has written.
-    disks: Vec<Arc<dyn Disk>>,
-    /// Its console on the terminal, if it is configured to have one.
-    console: Option<ConsoleId>,
-    /// Bytes typed that it had no room for.
-    lost_input: AtomicU64,
-}
-
-/// What there is of a VM of the configuration.
-enum Phase<B: Backend> {
-    /// Nothing, and nobody is about to make it.
-    Off,
-    /// One processor makes it or takes it down.
-    Changing,
-    /// Nothing; it starts again at this host TSC.
-    Waiting(u64),
-    Live(Live<B>),
-}
-
-/// The state of a VM of the configuration.
-struct Slot<B: Backend> {
-    phase: Phase<B>,
-    /// Host time of its last start, in nanoseconds.
-    started_ns: u64,
-    restarts: Restarts,
-}
-
-impl<B: Backend> Slot<B> {
-    fn live(&self) -> Option<&Live<B>> {
-        match &self.phase {
-            Phase::Live(live) => Some(live),
-            Phase::Off | Phase::Changing | Phase::Waiting(_) => None,
-        }
-    }
-
-    /// A vCPU has come to rest. After the last one the VM is handed out, to be taken down.
-    fn vcpu_at_rest(&mut self) -> Option<Live<B>> {
-        let Phase::Live(live) = &mut self.phase else {
-            return None;
-        };
-        live.running = live.running.saturating_sub(1);
-        if live.running > 0 {
-            return None;
-        }
-        match core::mem::replace(&mut self.phase, Phase::Changing) {
-            Phase::Live(live) => Some(live),
-            Phase::Off | Phase::Changing | Phase::Waiting(_) => None,
-        }
-    }
-}
-
-/// What kind of end this is.
-fn ending(reason: Option<&EndReason>) -> Ending {
-    match reason {
-        Some(EndReason::Reset) => Ending::Reset,
-        Some(EndReason::PowerOff | EndReason::TestExit(_)) | None => Ending::Done,
-        Some(EndReason::TripleFault(_) | EndReason::Failure { .. }) => Ending::Failed,
-    }
-}
 
 /// One vCPU and where it belongs.
 struct Entity<B: Backend> {
@@ -400,28 +298,6 @@ pub fn cpu_main(cpu: &'static PerCpu) -> ! {
     }
 }
 
-/// Asks the host's processor.
-fn host_cpuid(leaf: u32, subleaf: u32) -> vmm::cpuid::CpuidResult {
-    let r = core::arch::x86_64::__cpuid_count(leaf, subleaf);
-    vmm::cpuid::CpuidResult {
-        eax: r.eax,
-        ebx: r.ebx,
-        ecx: r.ecx,
-        edx: r.edx,
-    }
-}
-
-/// The processor model that a configuration asks for.
-fn processor_model(cpu: &config::CpuConfig) -> vmm::cpuid::CpuModel {
-    vmm::cpuid::CpuModel {
-        base: match cpu.base {
-            config::CpuBase::Host => vmm::cpuid::ModelBase::Host,
-            config::CpuBase::Baseline => vmm::cpuid::ModelBase::Baseline,
-        },
-        features: cpu.features.clone(),
-    }
-}
-
 impl<B: Backend> World<B> {
     /// A line about the VMs, for the person at the terminal and the log.
     fn say(&self, text: &str) {
@@ -429,187 +305,6 @@ impl<B: Backend> World<B> {
             console::host_line(text.as_bytes());
         }
         info!("{text}");
-    }
-
-    /// Makes the VM of a slot that is `Changing`. Returns its boot vCPU, which is to be woken. Says so, or why not;
-    /// then the slot is `Off`.
-    fn ready_vm(&self, index: usize) -> Option<EntityId> {
-        let plan = &self.plans[index];
-        let name = &plan.config.name;
-        match self.make_vm(index, plan) {
-            Ok((live, boot)) => {
-                let slot = &mut self.slots.lock()[index];
-                slot.phase = Phase::Live(live);
-                slot.started_ns = time::ns();
-                info!("{name}: starting");
-                Some(boot)
-            }
-            Err(why) => {
-                self.say(&format!("{name}: cannot start: {why}"));
-                self.slots.lock()[index].phase = Phase::Off;
-                None
-            }
-        }
-    }
-
-    /// As [`World::ready_vm`], and wakes it; the host's work may end with it.
-    fn start_again(&self, index: usize) {
-        match self.ready_vm(index) {
-            Some(boot) => self.wake(boot),
-            None => self.finish_if_none_is_left(),
-        }
-    }
-
-    /// Starts the VMs whose wait is over. The first processor's business.
-    fn start_waiting(&self) {
-        let now = time::now_tsc();
-        if now < self.next_start.load(Ordering::Relaxed) {
-            return;
-        }
-        let mut next = u64::MAX;
-        let mut due = Vec::new();
-        let mut slots = self.slots.lock();
-        for (index, slot) in slots.iter_mut().enumerate() {
-            match slot.phase {
-                Phase::Waiting(at) if at <= now => {
-                    slot.phase = Phase::Changing;
-                    due.push(index);
-                }
-                Phase::Waiting(at) => next = next.min(at),
-                Phase::Off | Phase::Changing | Phase::Live(_) => {}
-            }
-        }
-        self.next_start.store(next, Ordering::Relaxed);
-        drop(slots);
-        for index in due {
-            self.start_again(index);
-        }
-    }
-
-    fn make_vm(&self, index: usize, plan: &Plan) -> Result<(Live<B>, EntityId), String> {
-        let begun = Beginning::now();
-        let id = vm_number(index);
-        let config = &plan.config;
-        let kick = Arc::new(Kick {
-            entities: Once::new(),
-        });
-        let console: Arc<dyn ConsoleSink> = match plan.console {
-            Some(console) => Arc::new(GuestConsole(console)),
-            None => Arc::new(NoConsole),
-        };
-        let modules: Vec<Module<'_>> = plan
-            .modules
-            .iter()
-            .map(|module| Module {
-                data: module.data,
-                text: &module.text,
-            })
-            .collect();
-        let spec = VmSpec {
-            id,
-            name: config.name.clone(),
-            vcpus: config.vcpus,
-            memory_bytes: config.memory,
-            firmware: plan.firmware.clone(),
-            boot: BootFiles {
-                kernel: plan.kernel,
-                kernel_name: config.boot.kernel.as_deref().unwrap_or_default(),
-                modules: &modules,
-                command_line: &config.boot.cmdline,
-            },
-            disks: &plan.disks,
-            test_devices: config.test_devices,
-            cpu: processor_model(&config.cpu),
-        };
-        let environment = Environment {
-            memory: &memory::HOST,
-            cpuid: &host_cpuid,
-            time: TimeSource {
-                read: time::now_tsc,
-                hz: time::hz(),
-                stable: time::is_stable(),
-            },
-            epoch: self.boot_epoch + time::ns() / NS_PER_SECOND,
-            console,
-            kick: kick.clone(),
-        };
-        // Memory is zeroed and files are copied: long work.
-        let (vm, entry) = interrupts::open(|| Vm::new(spec, environment)).map_err(|e| {
-            // The first file is what the VM boots: its firmware, or its kernel.
-            let file = config.boot.paths().next().unwrap_or_default();
-            format!("{file}: {e}")
-        })?;
-        let tables = interrupts::open(|| GuestTables::new(self.backend, id, &vm.memory))
-            .map_err(|e| format!("{e}"))?;
-        vm.set_nested(tables.clone());
-
-        let pcpu = percpu::current().number;
-        let mut entities = Vec::new();
-        for number in 0..config.vcpus {
-            let entity = self.sched.lock().add(None);
-            let made = self
-                .backend
-                .create_vcpu(VcpuSetup {
-                    vm: id,
-                    vcpu: number,
-                    tag: entity.0 + 1,
-                    nested_root: tables.root(),
-                })
-                .map_err(|e| format!("{e}"))
-                .and_then(|hw| {
-                    let start = (number == 0).then_some(&entry);
-                    Vcpu::new(vm.clone(), VcpuId(u32::from(number)), hw, start, pcpu)
-                        .ok_or_else(|| format!("there is no vCPU {number}"))
-                });
-            entities.push(entity);
-            match made {
-                Ok(vcpu) => self.place(
-                    entity,
-                    Entity {
-                        slot: index,
-                        first_run: AtomicU64::new(0),
-                        vcpu: Lock::new(vcpu),
-                    },
-                ),
-                Err(why) => {
-                    for entity in entities {
-                        self.bury(entity);
-                    }
-                    return Err(why);
-                }
-            }
-        }
-        kick.entities.call_once(|| entities.clone());
-        let boot = entities[0];
-        let running = entities.len();
-        Ok((
-            Live {
-                vm,
-                entities,
-                running,
-                begun,
-                tables,
-            },
-            boot,
-        ))
-    }
-
-    fn place(&self, id: EntityId, entity: Entity<B>) {
-        let mut entities = self.entities.lock();
-        let index = id.0 as usize;
-        if entities.len() <= index {
-            entities.resize_with(index + 1, || None);
-        }
-        entities[index] = Some(Arc::new(entity));
-    }
-
-    /// Forgets an entity that does not run.
-    fn bury(&self, id: EntityId) {
-        let removed = self.sched.lock().remove(id);
-        debug_assert!(removed, "a running vCPU cannot be buried");
-        if let Some(entity) = self.entities.lock().get_mut(id.0 as usize) {
-            *entity = None;
-        }
     }
 
     /// Runs one vCPU until it pauses.
@@ -639,145 +334,6 @@ impl<B: Backend> World<B> {
                 // Else this pCPU would hold the VM's memory while the VM is made anew.
                 drop(entity);
                 self.at_rest(slot);
-            }
-        }
-    }
-
-    /// A vCPU of an ended VM has come to rest. After the last one the VM is taken down, and
-    /// made anew if it is to run again.
-    fn at_rest(&self, index: usize) {
-        let ended = self.slots.lock()[index].vcpu_at_rest();
-        let Some(live) = ended else { return };
-        let reason = live.vm.take_end_reason();
-        // What its devices still hold: a FIFO at most, or as much as goes out while a reader waits for it.
-        if frame::is_used() {
-            console::flush();
-        }
-        live.vm.resume_output();
-        frame::end(frame::Outcome::of(reason.as_ref()));
-        let name = live.vm.name.clone();
-        self.log_exits(&name, &live.entities);
-        if self.figures {
-            self.say_figures(&name, index, &live);
-        }
-        for &entity in &live.entities {
-            self.bury(entity);
-        }
-        // Its memory is zeroed: long work.
-        interrupts::open(|| drop(live));
-        let text = match &reason {
-            Some(reason) => format!("{reason}"),
-            None => String::from("ended"),
-        };
-        for (n, line) in text.lines().enumerate() {
-            if n == 0 {
-                self.say(&format!("{name}: {line}"));
-            } else {
-                self.say(line);
-            }
-        }
-        if frame::is_used() {
-            self.slots.lock()[index].phase = Phase::Off;
-        } else {
-            self.after_end(index, ending(reason.as_ref()));
-        }
-        self.finish_if_none_is_left();
-    }
-
-    /// Starts a VM that was taken down again, now or later, or leaves it at that.
-    fn after_end(&self, index: usize, ending: Ending) {
-        let config = &self.plans[index].config;
-        let name = &config.name;
-        let decision = {
-            let slot = &mut self.slots.lock()[index];
-            let ran_ms = time::ns().saturating_sub(slot.started_ns) / NS_PER_MS;
-            slot.restarts.decide(config.restart, ending, ran_ms)
-        };
-        match decision {
-            Decision::Again { wait_ms: 0 } => return self.start_again(index),
-            Decision::Again { wait_ms } => {
-                self.say(&format!(
-                    "{name}: ended soon after its start, again: starts in {} s",
-                    wait_ms / 1000
-                ));
-                let at = time::now_tsc() + time::us_to_ticks(wait_ms * 1000);
-                let mut slots = self.slots.lock();
-                slots[index].phase = Phase::Waiting(at);
-                self.next_start.fetch_min(at, Ordering::Relaxed);
-                drop(slots);
-                // The first processor starts it, and may be halted.
-                if let Some(first) = percpu::get(0) {
-                    interrupts::kick(first);
-                }
-                return;
-            }
-            Decision::GiveUp => self.say(&format!(
-                "{name}: failed {MAX_QUICK_FAILURES} times soon after its start: not restarted any more"
-            )),
-            Decision::Stay => {}
-        }
-        self.slots.lock()[index].phase = Phase::Off;
-    }
-
-    fn log_exits(&self, name: &str, entities: &[EntityId]) {
-        for id in entities {
-            let entity = self.entities.lock().get(id.0 as usize).cloned().flatten();
-            let Some(entity) = entity else { continue };
-            let vcpu = entity.vcpu.lock();
-            let mut line = format!("{name}: vCPU {} exits:", vcpu.id().0);
-            for (kind, count) in Exit::NAMES
-                .iter()
-                .zip(vcpu.counters())
-                .filter(|(_, n)| **n > 0)
-            {
-                line += &format!(" {kind} {count}");
-            }
-            if self.figures {
-                self.say(&line);
-            } else {
-                info!("{line}");
-            }
-        }
-    }
-
-    /// What `cargo xtask bench` reads of a VM that has come to rest (docs/MEASURING.md).
-    fn say_figures(&self, name: &str, index: usize, live: &Live<B>) {
-        let boot = live.entities.first().and_then(|id| {
-            let entities = self.entities.lock();
-            entities.get(id.0 as usize).cloned().flatten()
-        });
-        let Some(boot) = boot else { return };
-        let first_run = boot.first_run.load(Ordering::Relaxed);
-        let since = |start: u64| first_run.wrapping_sub(start);
-        let tables = memory::HOST.used(Owner::VmTables(vm_number(index)));
-        let beside_tables = tables.saturating_sub(live.tables.frames()) * mem::PAGE_SIZE;
-        let heap = memory::heap_used().saturating_sub(live.begun.heap_bytes) as u64;
-        self.say(&format!(
-            "{name}: figures: kernel-to-entry {} vm-start {} guest-tsc-at-entry {} \
-             vm-overhead-bytes {} nested-table-bytes {}",
-            since(time::ENTRY_TSC.load(Ordering::Relaxed)),
-            since(live.begun.tsc),
-            since(live.vm.clock.to_host(0)),
-            beside_tables + heap,
-            live.tables.frames() * mem::PAGE_SIZE,
-        ));
-    }
-
-    /// Ends the host's work when all VMs have ended.
-    fn finish_if_none_is_left(&self) {
-        let is_off = |slot: &Slot<B>| matches!(slot.phase, Phase::Off);
-        if !self.slots.lock().iter().all(is_off) {
-            return;
-        }
-        match self.after_last_vm {
-            AfterLastVm::PowerOff => {
-                self.say("the last VM has ended: powering off");
-                power::off()
-            }
-            AfterLastVm::Halt => {
-                self.say("the last VM has ended: the machine can be switched off");
-                console::flush();
-                cpu::halt_forever()
             }
         }
     }
