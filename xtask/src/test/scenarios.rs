@@ -290,7 +290,7 @@ fn catalogued() -> Vec<Scenario> {
         (Place::QEMU_BIOS, "grub-linux-uefi", 1, false),
         (Place::QEMU_BIOS, "ovmf", 1, true),
         (Place::QEMU_BIOS, "ipxe", 1, false),
-        (Place::QEMU_BIOS, "u-boot", 1, true),
+        (Place::QEMU_BIOS, "u-boot", 1, false),
         (Place::Bochs, "grub-rescue", 1, false),
         (Place::QEMU_BIOS, "memtest86+", 2, true),
     ];
