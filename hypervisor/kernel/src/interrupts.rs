@@ -1,7 +1,7 @@
 //! Host interrupts: controllers, vectors, the timer, kicks between processors.
 //!
-//! The host runs with interrupts off. They come in only in [`window`], between guest entries, and in
-//! [`idle`]. Handlers set a flag and return; the processor's loop does the work.
+//! The host runs with interrupts off. They come in only in [`window`], between guest entries, in
+//! [`idle`], and during the long work of [`open`]. Handlers set a flag and return; the processor's loop does the work.
 
 use alloc::vec::Vec;
 use core::{
