@@ -16,7 +16,7 @@ use crate::memory::{self, PAGE, physical_bits};
 use crate::options::Value;
 use crate::paging::{self, Entry};
 use crate::virtio::{self, Disk, NO_VECTOR, status};
-use crate::{console, power, println, probe, time};
+use crate::{console, power, println, probe, smp, time};
 
 /// One way to misbehave.
 struct Abuse {
@@ -25,7 +25,7 @@ struct Abuse {
     run: fn(&Machine),
 }
 
-const ABUSES: [Abuse; 18] = [
+const ABUSES: [Abuse; 21] = [
     Abuse {
         name: "triple-fault",
         what: "shutdown by an empty IDT",
@@ -121,6 +121,21 @@ const ABUSES: [Abuse; 18] = [
         run: |_| {
             legacy::run(legacy::Code::TaskLoop);
         },
+    },
+    Abuse {
+        name: "ipi-storm",
+        what: "every processor interrupts every processor, without end",
+        run: ipi_storm,
+    },
+    Abuse {
+        name: "level-storm",
+        what: "a level-triggered line that is never served",
+        run: level_storm,
+    },
+    Abuse {
+        name: "apic-base",
+        what: "the local APIC here, there, off, and in any mode",
+        run: apic_base,
     },
 ];
 
@@ -515,4 +530,108 @@ fn bad_ipi(_: &Machine) {
         local.read(Register::ErrorStatus)
     );
     interrupts::clear_hooks();
+}
+
+/// All processors send fixed interrupts and NMIs to all, by every kind of destination.
+fn ipi_storm(machine: &Machine) {
+    const TURNS: u64 = 2000;
+    fn send(number: usize) {
+        let mut noise = Noise(0x2468_ACE0_1357_9BDF ^ number as u64);
+        for _ in 0..TURNS {
+            let random = noise.next();
+            let vector = 0x40 | random as u32 & 0x3F;
+            let mode = if random & 0x100 == 0 {
+                0
+            } else {
+                apic::DELIVER_NMI
+            };
+            let shorthand = (random >> 10 & 3) as u32;
+            // Processors that are not there, and all at once, too.
+            let destination = (random >> 16) as u32 & 0xFF;
+            let logical = (random >> 24) as u32 & 1;
+            let low = shorthand << 18 | logical << 11 | mode | vector | apic::ASSERT;
+            // A shorthand NMI to oneself is not defined.
+            if shorthand != 1 || mode == 0 {
+                apic::local().command(low, destination);
+            }
+        }
+    }
+    for vector in 0x40..0x80 {
+        hook(vector, end_at_apic);
+    }
+    hook(vector::NMI, only_count);
+    let others = smp::others(machine).ok();
+    if let Some(others) = &others {
+        others.begin(send);
+    }
+    cpu::sti();
+    send(0);
+    cpu::cli();
+    if others.is_some_and(|others| others.join().is_err()) {
+        println!("abuse ipi-storm: not all came to an end");
+    }
+    cpu::take_interrupts();
+}
+
+/// The UART's line stays up while the handler does nothing but end the interrupt. On a PC, too, no
+/// other instruction runs meanwhile, so the handler itself has to have enough some time.
+fn level_storm(machine: &Machine) {
+    const TIMES: u32 = 20_000;
+    const TRANSMITTER_EMPTY: u8 = 1 << 1;
+    fn set_uart_interrupts(enable: u8) {
+        port::write8(console::COM1 + console::register::INTERRUPT_ENABLE, enable);
+    }
+    fn end(_: &mut Frame) {
+        if count(STOP_VECTOR) >= TIMES {
+            set_uart_interrupts(0);
+        }
+        apic::local().end_of_interrupt();
+    }
+    let Some(ioapic) = machine.ioapic else {
+        return;
+    };
+    let madt = machine.acpi.and_then(|acpi| acpi.madt).unwrap_or_default();
+    let (pin, _, _) = madt.isa_pin(4);
+    hook(STOP_VECTOR, end);
+    let flags = apic::LEVEL | u32::from(STOP_VECTOR);
+    ioapic.route(pin, flags, apic::local().id());
+    set_uart_interrupts(TRANSMITTER_EMPTY);
+    cpu::take_interrupts();
+    set_uart_interrupts(0);
+    println!("abuse level-storm: {} interrupts", count(STOP_VECTOR));
+}
+
+/// APIC_BASE with any bits: over RAM, over the IOAPIC, beyond all memory, in every mode.
+fn apic_base(machine: &Machine) {
+    let mut noise = Noise(0x0101_7F7F_3C3C_A5A5);
+    let before = cpu::rdmsr(cpu::msr::APIC_BASE);
+    let places = [
+        apic::LOCAL_APIC_ADDRESS,
+        0,
+        0xFEC0_0000,
+        machine.scratch.unwrap_or(0),
+        1 << (physical_bits().min(52) - 1),
+        0xB_8000,
+    ];
+    for _ in 0..5000 {
+        let random = noise.next();
+        let place = places[(random >> 32) as usize % places.len()];
+        // SAFETY: whatever the APIC is and wherever, nobody uses it; refusals are caught.
+        let _ = unsafe { probe_wrmsr(cpu::msr::APIC_BASE, place | random & 0xFFF) };
+        let mode = random & 0xC00;
+        // SAFETY: as above.
+        let _ = unsafe { probe_wrmsr(cpu::msr::APIC_BASE, place | 0x100 | mode) };
+        let _ = probe_rdmsr(cpu::msr::X2APIC + (random >> 48) as u32 % 0x40);
+        // SAFETY: device space; whoever answers, only reads happen.
+        let _ = unsafe {
+            probe!("mov {1:e}, [{0}]"; in(reg) apic::LOCAL_APIC_ADDRESS + 0x30, out(reg) _)
+        };
+    }
+    for mode in [0, 0x800] {
+        // SAFETY: back to where and how it was, by way of off.
+        let _ = unsafe { probe_wrmsr(cpu::msr::APIC_BASE, before & !0xC00 | mode) };
+    }
+    if cpu::rdmsr(cpu::msr::APIC_BASE) != before {
+        println!("abuse apic-base: the base does not come back");
+    }
 }

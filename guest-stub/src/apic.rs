@@ -280,6 +280,13 @@ impl IoApic {
         self.write(REDIRECTION + 2 * pin, flags);
     }
 
+    /// Ends a level-triggered interrupt (version 0x20 and later).
+    pub fn end(self, vector: u8) {
+        let register = ptr::with_exposed_provenance_mut::<u32>(self.address as usize + 0x40);
+        // SAFETY: the constructor's caller vouched for the address.
+        unsafe { register.write_volatile(vector.into()) };
+    }
+
     /// Masks all pins.
     pub fn quiet(self) {
         for pin in 0..self.entries().min(120) {

@@ -48,10 +48,10 @@ const HIGH: u8 = 0x81;
 const TIMER: u8 = 0x55;
 
 /// A tenth of a second is plenty for what takes a millisecond, even on a busy emulator.
-const PATIENCE_MS: u64 = 1000;
+pub(super) const PATIENCE_MS: u64 = 1000;
 
 /// Waits with interrupts on, spinning, until a vector came so often.
-fn await_count(machine: &Machine, index: u8, wanted: u32) -> Verdict {
+pub(super) fn await_count(machine: &Machine, index: u8, wanted: u32) -> Verdict {
     cpu::sti();
     let came = wait_ms(machine.tsc_hz, PATIENCE_MS, || count(index) >= wanted);
     cpu::cli();
@@ -113,12 +113,12 @@ fn pic_end_of_interrupt(machine: &Machine) -> Verdict {
     Ok(())
 }
 
-fn ioapic(machine: &Machine) -> Result<IoApic, Why> {
+pub(super) fn ioapic(machine: &Machine) -> Result<IoApic, Why> {
     machine.ioapic.ok_or(Why::Skipped("no IOAPIC"))
 }
 
 /// Flags of a redirection entry for an ISA interrupt, and its pin, by the MADT.
-fn isa_route(machine: &Machine, irq: u8, vector: u8) -> (u8, u32) {
+pub(super) fn isa_route(machine: &Machine, irq: u8, vector: u8) -> (u8, u32) {
     let madt = machine.acpi.and_then(|acpi| acpi.madt).unwrap_or_default();
     let (pin, active_low, level) = madt.isa_pin(irq);
     let mut flags = u32::from(vector);
@@ -156,9 +156,9 @@ fn ioapic_mask(machine: &Machine) -> Verdict {
 }
 
 /// Interrupt enable of the UART: transmitter empty.
-const TRANSMITTER_EMPTY: u8 = 1 << 1;
+pub(super) const TRANSMITTER_EMPTY: u8 = 1 << 1;
 
-fn set_uart_interrupts(enable: u8) {
+pub(super) fn set_uart_interrupts(enable: u8) {
     port::write8(COM1 + register::INTERRUPT_ENABLE, enable);
 }
 

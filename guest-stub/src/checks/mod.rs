@@ -6,6 +6,8 @@
 //! the runner settles the machine after each.
 
 mod acpi;
+mod apic;
+mod clocks;
 mod cpuid;
 mod disk;
 mod exceptions;
@@ -150,6 +152,8 @@ const GROUPS: [(&str, &[Check]); 12] = [
     ("fpu", fpu::CHECKS),
     ("acpi", acpi::CHECKS),
     ("interrupts", interrupts::CHECKS),
+    ("apic", apic::CHECKS),
+    ("clocks", clocks::CHECKS),
     ("smp", smp::CHECKS),
     ("test", test_devices::CHECKS),
     ("disk", disk::CHECKS),
