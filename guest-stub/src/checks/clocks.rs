@@ -11,7 +11,7 @@ use crate::memory::read64;
 use crate::time::{self, PIT_HZ, rtc, wait_ms};
 use crate::{checks, ensure, ensure_eq, skip_if};
 
-use super::interrupts::{PATIENCE_MS, await_count, ioapic, isa_route};
+use super::interrupts::{PATIENCE_MS, await_count, ioapic, isa_route, wait_halting};
 use super::{Verdict, Why};
 
 checks![
@@ -353,9 +353,7 @@ fn rtc_interrupt(machine: &Machine, source: u8, times: u32) -> Verdict {
     ioapic.route(pin, flags, apic::local().id());
     rtc::read(STATUS_C);
     rtc::write(rtc::STATUS_B, status | source);
-    cpu::sti();
-    let came = wait_ms(machine.tsc_hz, 10 * PATIENCE_MS, || count(VECTOR) >= times);
-    cpu::cli();
+    let came = wait_halting(machine, 10 * PATIENCE_MS, || count(VECTOR) >= times);
     rtc::write(rtc::STATUS_B, status);
     rtc::read(STATUS_C);
     ensure!(came, "{} interrupts instead of {times}", count(VECTOR));

@@ -63,6 +63,30 @@ pub(super) fn await_count(machine: &Machine, index: u8, wanted: u32) -> Verdict 
     Ok(())
 }
 
+/// Waits in HLT until the condition holds, looked at every millisecond or so; says whether it came to
+/// hold. For what takes long: a halted processor costs its host nothing.
+pub(super) fn wait_halting(
+    machine: &Machine,
+    milliseconds: u64,
+    mut condition: impl FnMut() -> bool,
+) -> bool {
+    const TICK: u8 = 0x33;
+    let local = apic::local();
+    hook(TICK, end_at_apic);
+    local.write(Register::Timer, apic::PERIODIC | u32::from(TICK));
+    local.write(Register::InitialCount, 1_000_000);
+    let mut limit = time::Limit::after_ms(machine.tsc_hz, milliseconds);
+    let mut holds = condition();
+    while !holds && limit.open() {
+        cpu::wait_for_interrupt();
+        holds = condition();
+    }
+    local.write(Register::InitialCount, 0);
+    local.write(Register::Timer, apic::MASKED | u32::from(TICK));
+    cpu::take_interrupts();
+    holds
+}
+
 fn pic_masks(_: &Machine) -> Verdict {
     for masks in [0xFFFF, 0x0000, 0xA55A, 0xFFFF] {
         pic::set_masks(masks);
@@ -680,7 +704,7 @@ fn rtc_time(machine: &Machine) -> Verdict {
     };
     let ready = || rtc::read(rtc::STATUS_A) & rtc::UPDATING == 0;
     ensure!(
-        wait_ms(machine.tsc_hz, PATIENCE_MS, ready),
+        wait_halting(machine, PATIENCE_MS, ready),
         "the update never ends"
     );
     let (day, month, hour) = (
@@ -699,18 +723,18 @@ fn rtc_time(machine: &Machine) -> Verdict {
     let status = rtc::read(rtc::STATUS_B);
     rtc::write(rtc::STATUS_B, status | rtc::UPDATE_INTERRUPT);
     rtc::read(rtc::STATUS_C);
-    let moved = wait_ms(machine.tsc_hz, 5000, || {
+    let moved = wait_halting(machine, 5000, || {
         ready() && read(rtc::SECONDS, false) != first
     });
     ensure!(moved, "the seconds stand at {first}");
-    let ended = wait_ms(machine.tsc_hz, 3000, || {
+    let ended = wait_halting(machine, 3000, || {
         rtc::read(rtc::STATUS_C) & UPDATE_ENDED != 0
     });
     rtc::write(rtc::STATUS_B, status);
     ensure!(ended, "status C does not tell the end of an update");
     let start = cpu::tsc();
     let from = read(rtc::SECONDS, false);
-    let moved = wait_ms(machine.tsc_hz, 5000, || {
+    let moved = wait_halting(machine, 5000, || {
         ready() && read(rtc::SECONDS, false) != from
     });
     let milliseconds = (cpu::tsc() - start) / (machine.tsc_hz / 1000).max(1);

@@ -24,6 +24,8 @@ bitflags! {
         const ILLEGAL_VECTOR = 1 << 5;
         /// An ExtINT message came in.
         const EXTINT = 1 << 6;
+        /// A second NMI came.
+        const NMI_AGAIN = 1 << 7;
         /// The vector of STARTUP.
         const STARTUP_VECTOR = 0xff << 8;
     }
@@ -81,8 +83,8 @@ pub(super) const fn x2apic_logical_id(id: u32) -> u32 {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use = "signals are lost if not acted on"]
 pub struct Signals {
-    /// A non-maskable interrupt.
-    pub nmi: bool,
+    /// Non-maskable interrupts: 2 stands for any more, since a processor keeps one while it handles another.
+    pub nmis: u8,
     /// INIT; comes before `startup`.
     pub init: bool,
     /// Start-up IPI with its vector. Ignored unless the processor waits for one.
@@ -90,6 +92,10 @@ pub struct Signals {
 }
 
 impl Signals {
+    pub(super) fn add_nmis(&mut self, nmis: u8) {
+        self.nmis = self.nmis.saturating_add(nmis).min(2);
+    }
+
     /// Whether nothing came.
     pub fn is_empty(self) -> bool {
         self == Self::default()
@@ -161,7 +167,13 @@ impl ApicInbox {
     /// Posts an NMI.
     #[must_use = "a kick may be due"]
     pub fn post_nmi(&self) -> bool {
-        self.flag(Pending::NMI)
+        self.update(|p| {
+            if p.contains(Pending::NMI) {
+                p | Pending::NMI_AGAIN
+            } else {
+                p | Pending::NMI
+            }
+        })
     }
 
     /// Posts an INIT. Takes back a start-up IPI that came before it.
@@ -219,7 +231,8 @@ impl ApicInbox {
         let pending = Pending::from_bits_retain(self.pending.swap(0, Ordering::AcqRel));
         Taken {
             signals: Signals {
-                nmi: pending.contains(Pending::NMI),
+                nmis: u8::from(pending.contains(Pending::NMI))
+                    + u8::from(pending.contains(Pending::NMI_AGAIN)),
                 init: pending.contains(Pending::INIT),
                 startup: pending
                     .contains(Pending::STARTUP)

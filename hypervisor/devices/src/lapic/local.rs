@@ -420,8 +420,12 @@ impl LocalApic {
             self.local_event(LvtEntry::Lint0);
         }
         self.extint |= taken.extint;
-        let Signals { nmi, init, startup } = taken.signals;
-        self.signals.nmi |= nmi;
+        let Signals {
+            nmis,
+            init,
+            startup,
+        } = taken.signals;
+        self.signals.add_nmis(nmis);
         if init {
             // A start-up IPI from before this INIT is void.
             self.signals.init = true;
@@ -451,7 +455,7 @@ impl LocalApic {
             // An error entry with a bad vector is recorded as well, but signals nothing: the error before
             // it has disarmed it.
             DeliveryMode::Fixed => self.raise_error(Errors::RECEIVE_ILLEGAL_VECTOR),
-            DeliveryMode::Nmi => self.signals.nmi = true,
+            DeliveryMode::Nmi => self.signals.add_nmis(1),
             DeliveryMode::Init => self.signals.init = true,
             // ExtINT is the PIC's affair; SMI has nowhere to go; the rest is reserved here.
             DeliveryMode::ExtInt
@@ -779,7 +783,7 @@ impl LocalApic {
                     DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
                         self.self_ipi(icr.vector());
                     }
-                    DeliveryMode::Nmi => self.signals.nmi = true,
+                    DeliveryMode::Nmi => self.signals.add_nmis(1),
                     _ => {}
                 }
                 return;

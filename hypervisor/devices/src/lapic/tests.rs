@@ -377,7 +377,7 @@ fn init_and_startup_sequence() {
     assert_eq!(
         signals,
         Signals {
-            nmi: false,
+            nmis: 0,
             init: true,
             startup: Some(0x9a)
         }
@@ -390,7 +390,24 @@ fn init_and_startup_sequence() {
     m.write(0, 0x300, 0x500);
     assert_eq!(m.cpus[1].take_signals().startup, None);
     m.write(0, 0x300, 0x400);
-    assert!(m.cpus[1].take_signals().nmi);
+    assert_eq!(m.cpus[1].take_signals().nmis, 1);
+}
+
+#[test]
+fn of_many_nmis_two_are_kept() {
+    let mut m = machine(&[0, 1]);
+    for (sent, kept) in [(1, 1), (2, 2), (9, 2)] {
+        for _ in 0..sent {
+            m.bus.deliver_msi(0xfee0_1000, 0x400);
+        }
+        assert_eq!(m.cpus[1].take_signals().nmis, kept);
+    }
+    // In two drains, and from the processor itself.
+    m.bus.deliver_msi(0xfee0_1000, 0x400);
+    assert_eq!(m.cpus[1].interrupt(), None);
+    m.write(1, 0x300, 1 << 18 | 0x4400);
+    m.bus.deliver_msi(0xfee0_1000, 0x400);
+    assert_eq!(m.cpus[1].take_signals().nmis, 2);
 }
 
 #[test]
@@ -674,7 +691,7 @@ fn the_8259s_output_reaches_the_bootstrap_processor() {
     assert_eq!(m.cpus[0].interrupt(), None);
     m.write(0, 0x350, 0x0400);
     pin.set_level(0, true);
-    assert!(m.cpus[0].take_signals().nmi);
+    assert_eq!(m.cpus[0].take_signals().nmis, 1);
     m.write(0, 0x350, 0x1_0045);
     pin.set_level(0, true);
     assert_eq!(m.cpus[0].interrupt(), None, "masked");
@@ -733,7 +750,7 @@ fn a_processor_may_send_itself_an_nmi() {
     let mut m = machine(&[0, 1]);
     m.enable_all();
     m.write(0, 0x300, 1 << 18 | 0x4400);
-    assert!(m.cpus[0].take_signals().nmi);
+    assert_eq!(m.cpus[0].take_signals().nmis, 1);
     // INIT, SMI and start-up are not defined for self.
     for mode in [0x200, 0x500, 0x600] {
         m.write(0, 0x300, 1 << 18 | 0x4000 | mode);

@@ -247,7 +247,8 @@ impl CpuidPolicy {
         let max_basic = vendor_leaf.eax.min(MAX_BASIC);
         let mut paravirt = ParavirtFeatures::CLOCKSOURCE
             | ParavirtFeatures::NOP_IO_DELAY
-            | ParavirtFeatures::CLOCKSOURCE2;
+            | ParavirtFeatures::CLOCKSOURCE2
+            | ParavirtFeatures::SEND_IPI;
         paravirt.set(ParavirtFeatures::CLOCKSOURCE_STABLE, stable_clock);
         let mut policy = CpuidPolicy {
             vendor,

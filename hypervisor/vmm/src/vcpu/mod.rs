@@ -8,6 +8,7 @@
 //! handled ends this VM with a named reason and a register dump, and only this VM.
 
 mod end;
+mod hypercall;
 mod msrs;
 mod platform;
 
@@ -93,8 +94,6 @@ const DR6_TASK_SWITCH: u64 = 1 << 15;
 const RFLAGS_IF: u64 = 1 << 9;
 /// DR6.BS.
 const DR6_SINGLE_STEP: u64 = 1 << 14;
-/// The result of a hypercall that does not exist (Linux uapi kvm_para.h, KVM_ENOSYS).
-const HYPERCALL_UNKNOWN: u64 = 1000u64.wrapping_neg();
 
 /// Number of exits by kind.
 pub type ExitCounters = [u64; Exit::KINDS];
@@ -114,7 +113,8 @@ struct Rest {
     vm: Arc<Vm>,
     apic: LocalApic,
     msrs: Msrs,
-    nmi_pending: bool,
+    /// NMIs that came and were not injected: two at most.
+    nmi_pending: u8,
     /// Task priority and threshold as the vCPU's hardware was last given them.
     shown_priority: (u8, u8),
     /// What the instruction that is being emulated has reached.
@@ -146,9 +146,12 @@ impl<V: VirtualCpu> Vcpu<V> {
         start: Option<&CpuState>,
         pcpu: usize,
     ) -> Option<Self> {
+        let defaults = LocalApicConfig::new(id.0);
         let config = LocalApicConfig {
             physical_bits: vm.cpuid.physical_bits(),
-            ..LocalApicConfig::new(id.0)
+            // A bus is no faster than its processor.
+            timer_hz: defaults.timer_hz.min(vm.clock.hz()),
+            ..defaults
         };
         let clock: Arc<dyn Clock> = vm.clock.clone();
         let mut apic = LocalApic::new(id, config, vm.apic_bus.clone(), clock)?;
@@ -169,7 +172,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             vm,
             apic,
             msrs: Msrs::default(),
-            nmi_pending: false,
+            nmi_pending: 0,
             shown_priority: (0, 0),
             reach: Reach::default(),
             special_seen: 0,
@@ -289,7 +292,7 @@ impl<V: VirtualCpu> Vcpu<V> {
         let signals = self.rest.apic.take_signals();
         if signals.init {
             self.rest.apic.init();
-            self.rest.nmi_pending = false;
+            self.rest.nmi_pending = 0;
             self.hw.cancel_injection();
             // INIT keeps the FPU, MSRs such as the MTRRs, and the TSC; only the core state goes.
             let mut state = CpuState::reset();
@@ -313,19 +316,28 @@ impl<V: VirtualCpu> Vcpu<V> {
             self.hw.set_rip(0);
             self.activity = Activity::Running;
         }
-        if signals.nmi {
-            self.rest.nmi_pending = true;
+        if signals.nmis != 0 {
+            // A processor handles one while another waits. Of two that come together the first would have been
+            // taken already if this one had run, so both wait here.
+            let handling = self.hw.queued() == Some(Event::Nmi)
+                || (self.hw.queued().is_none() && !self.hw.nmi_ready());
+            let most = if handling { 1 } else { 2 };
+            let came = self.rest.nmi_pending.saturating_add(signals.nmis);
+            self.rest.nmi_pending = came.min(most);
         }
     }
 
     /// Injects the most urgent event that the vCPU can take, or asks to be told when it can.
     fn deliver(&mut self) {
         let rest = &mut self.rest;
-        if self.hw.queued().is_none() && rest.nmi_pending {
+        if rest.nmi_pending != 0 && self.hw.queued().is_none() {
             if self.hw.nmi_ready() {
-                rest.nmi_pending = false;
+                rest.nmi_pending -= 1;
                 self.hw.inject(Event::Nmi);
                 self.activity = Activity::Running;
+                if rest.nmi_pending != 0 {
+                    self.hw.request_nmi_window(true);
+                }
             } else {
                 self.hw.request_nmi_window(true);
             }
@@ -371,7 +383,7 @@ impl<V: VirtualCpu> Vcpu<V> {
                 return self.step_over();
             }
             Exit::Hypercall => {
-                self.hw.set_gpr(Gpr::Rax, HYPERCALL_UNKNOWN);
+                self.hypercall();
                 return self.step_over();
             }
             Exit::PortIo(io) if !io.string => return self.port_io(io),
@@ -487,7 +499,7 @@ impl<V: VirtualCpu> Vcpu<V> {
     fn undefined_opcode(&mut self) -> Next {
         let vm = self.rest.vm.clone();
         if emulate::is_hypercall(&mut self.hw, &vm.memory, &mut self.rest) {
-            self.hw.set_gpr(Gpr::Rax, HYPERCALL_UNKNOWN);
+            self.hypercall();
             return self.finish_instruction(Some(emulate::HYPERCALL_BYTES), 0);
         }
         self.raise(Exception::UNDEFINED_OPCODE);

@@ -444,6 +444,33 @@ fn application_processors_wait_for_their_start() {
 }
 
 #[test]
+fn a_hypercall_interrupts_several_processors() {
+    const NMI: u64 = 4 << 8;
+    let mut b = Bench::with_vcpus(2, 0);
+    let mut call = |number: u64, bits: u64, first: u64, command: u64| {
+        b.set(Gpr::Rax, number);
+        b.set(Gpr::Rbx, bits);
+        b.set(Gpr::Rcx, 0);
+        b.set(Gpr::Rdx, first);
+        b.set(Gpr::Rsi, command);
+        b.run([Exit::Hypercall]);
+        b.get(Gpr::Rax).cast_signed()
+    };
+    assert_eq!(call(10, 0b11, 0, NMI), 2);
+    assert_eq!(call(10, 0b110, 0, NMI), 1, "there is no third");
+    assert_eq!(
+        call(10, u64::MAX, u64::from(u32::MAX), NMI),
+        0,
+        "nor a last"
+    );
+    assert_eq!(call(10, 1, 0, 5 << 8), -22, "INIT");
+    assert_eq!(call(11, 1, 0, NMI), -1000, "no such hypercall");
+    let other = b.vcpu.rest.vm.apic_bus.inbox(VcpuId(1)).unwrap();
+    assert!(other.has_pending());
+    assert_eq!(b.kicks.0[1].load(Ordering::Relaxed), 1);
+}
+
+#[test]
 fn power_off_and_reset_end_the_vm_and_wake_its_vcpus() {
     for (port, value, expected) in [(0x604u16, 0x3400u64, "powered off"), (0xcf9, 0x06, "reset")] {
         let mut b = Bench::with_vcpus(2, 0);
