@@ -472,7 +472,7 @@ fn a_hypercall_interrupts_several_processors() {
 
 #[test]
 fn power_off_and_reset_end_the_vm_and_wake_its_vcpus() {
-    for (port, value, expected) in [(0x604u16, 0x3400u64, "powered off"), (0xcf9, 0x06, "reset")] {
+    for (port, value, expected) in [(0x604u16, 0x2000u64, "powered off"), (0xcf9, 0x06, "reset")] {
         let mut b = Bench::with_vcpus(2, 0);
         b.set(Gpr::Rax, value);
         let width = if port == 0x604 {
@@ -486,7 +486,7 @@ fn power_off_and_reset_end_the_vm_and_wake_its_vcpus() {
             direction: Direction::Write,
             string: false,
         };
-        assert_eq!(b.run([Exit::PortIo(write)]), Pause::Ended);
+        assert_eq!(b.run([Exit::PortIo(write)]), Pause::Ended, "{port:#x}");
         let reason = b.vcpu.vm().take_end_reason().expect("a reason");
         assert_eq!(alloc::format!("{reason}"), expected);
         assert_eq!(b.kicks.0[1].load(Ordering::Relaxed), 1);
