@@ -16,6 +16,7 @@ use crate::interrupts::{self, guarded};
 use crate::machine::{Machine, SCRATCH_BYTES};
 use crate::memory::{PAGE, read32, write64};
 use crate::options::Options;
+use crate::virtio::{self, Disk};
 use crate::{print, println, probe, smp, time};
 
 /// Most samples of one operation.
@@ -122,6 +123,7 @@ pub fn run(machine: &Machine, options: &Options, tsc_at_entry: u64) {
     self_ipi(&bench);
     halt_to_timer(&bench);
     fresh_pages(&bench);
+    disk_request(&bench);
     two_processors(&bench);
     println!("bench: done");
 }
@@ -400,6 +402,42 @@ fn halt_to_timer(bench: &Bench) {
         });
     }
     local.quiet();
+    interrupts::restore_handler(BENCH_VECTOR);
+}
+
+/// Ticks from the notification that a sector is wanted of a virtio disk to its interrupt's handler.
+fn disk_request(bench: &Bench) {
+    const NAME: &str = "virtio-kick";
+    const QUEUE_VECTOR: u16 = 1;
+    const SECTOR_BYTES: u32 = 512;
+    if !bench.wants(NAME) {
+        return;
+    }
+    let Some(mut disk) = bench.machine.scratch.and_then(Disk::find) else {
+        println!("bench {NAME} skipped: no virtio disk");
+        return;
+    };
+    disk.set_msix(true, false);
+    if !disk.start(QUEUE_VECTOR) {
+        println!("bench {NAME} skipped: the disk does not start");
+        return;
+    }
+    // Now its BARs decode.
+    disk.set_vector(QUEUE_VECTOR, BENCH_VECTOR, apic::local().id());
+    interrupts::set_raw_handler(BENCH_VECTOR, note_time);
+    let end = apic::local().address(Register::EndOfInterrupt);
+    END_REGISTER.store(end as u64, Relaxed);
+    let bell = ptr::with_exposed_provenance_mut::<u16>(disk.notify_address() as usize);
+    bench.sample(NAME, bench.iterations, || {
+        HANDLED.store(0, Relaxed);
+        disk.queue(virtio::READ, 0, SECTOR_BYTES);
+        cpu::sti();
+        let before = now();
+        // SAFETY: the device's notification register; it writes to the queue's memory only.
+        unsafe { bell.write_volatile(0) };
+        wait_until_handled();
+        HANDLED.load(Relaxed).wrapping_sub(before)
+    });
     interrupts::restore_handler(BENCH_VECTOR);
 }
 

@@ -296,11 +296,16 @@ impl Disk {
         read32(self.scratch + USED + 4 + 8 * slot + 4)
     }
 
-    /// Notifies the device.
-    pub fn notify(&self) {
+    /// Where a write of the queue's number, 0, notifies the device.
+    pub fn notify_address(&self) -> u64 {
         let offset = self.read(common::QUEUE_NOTIFY_OFFSET);
         let offset = u64::from(offset) * u64::from(self.structures.notify_step);
-        write16(self.address(self.structures.notify, offset), 0);
+        self.address(self.structures.notify, offset)
+    }
+
+    /// Notifies the device.
+    pub fn notify(&self) {
+        write16(self.notify_address(), 0);
     }
 
     /// Address of the data of requests.
@@ -319,6 +324,12 @@ impl Disk {
 
     /// Offers a request of `bytes` bytes of data and notifies.
     pub fn submit(&mut self, kind: u32, sector: u64, bytes: u32) {
+        self.queue(kind, sector, bytes);
+        self.notify();
+    }
+
+    /// Offers a request of `bytes` bytes of data, and leaves the notification to the caller.
+    pub fn queue(&mut self, kind: u32, sector: u64, bytes: u32) {
         self.prepare(kind, sector);
         let direction = if kind == WRITE { 0 } else { DEVICE_WRITES };
         self.describe(
@@ -331,7 +342,6 @@ impl Disk {
         self.describe(1, self.data(), bytes, NEXT | direction, 2);
         self.describe(2, self.scratch + STATUS, 1, DEVICE_WRITES, 0);
         self.offer(0);
-        self.notify();
     }
 
     /// The status of the last request; `None` while it is not there.

@@ -196,7 +196,7 @@ impl Guests {
 enum Guest {
     /// The measuring guest.
     Stub,
-    /// It, with two processors, for what one processor does to another.
+    /// It, with two processors and a disk, for what one processor does to another, and for requests.
     Pair,
     Linux,
 }
@@ -214,6 +214,10 @@ impl Guest {
             Self::Stub | Self::Linux => 1,
             Self::Pair => 2,
         }
+    }
+
+    fn disk(self) -> Option<&'static str> {
+        (self == Self::Pair).then_some(Guests::EMPTY_DISK)
     }
 
     /// Part of the image's file name.
@@ -238,7 +242,7 @@ impl Guest {
     fn command_line(self) -> String {
         match self {
             Self::Stub => "mode=bench end=poweroff".into(),
-            Self::Pair => "mode=bench only=vcpu-wake,vcpu-switch end=poweroff".into(),
+            Self::Pair => "mode=bench only=virtio-kick,vcpu-wake,vcpu-switch end=poweroff".into(),
             // Nothing random, so that runs repeat: Bochs' RDRAND differs from run to run.
             Self::Linux => format!(
                 "console=ttyS0 nokaslr norandmaps random.trust_cpu=off clearcpuid=rdrand rdinit=/{}",
@@ -257,6 +261,10 @@ impl Guest {
             self.kernel(),
             self.command_line()
         );
+        if let Some(disk) = self.disk() {
+            let list = format!("disks = [{{ image = \"{disk}\" }}]\n\n[vm.boot]");
+            text = text.replacen("\n[vm.boot]", &list, 1);
+        }
         if let Some(initrd) = self.initrd() {
             text += &format!("initrd = \"{initrd}\"\n");
         }
@@ -355,7 +363,7 @@ fn measure_operations(machine: &Machine) -> anyhow::Result<Figures> {
     Ok(found)
 }
 
-/// What one virtual processor does to another, by the measuring guest.
+/// What one virtual processor does to another, and requests of a disk, by the measuring guest.
 fn measure_pair(machine: &Machine) -> anyhow::Result<Figures> {
     let log = console_of(machine).context("the measuring guest with two processors")?;
     figures::parse_stub(&log).with_context(|| log.clone())

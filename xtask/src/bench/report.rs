@@ -31,7 +31,7 @@ const fn operation(
 }
 
 /// All operations, in the order of the tables. Figures that are not listed follow.
-pub const OPERATIONS: [Operation; 32] = [
+pub const OPERATIONS: [Operation; 33] = [
     operation("floor", "nothing (the measurement itself)", Some(4), None),
     operation("cpuid", "CPUID", Some(2835), Some(250)),
     operation("hypercall", "hypercall", Some(3070), Some(250)),
@@ -88,6 +88,12 @@ pub const OPERATIONS: [Operation; 32] = [
     operation(
         "hlt-timer",
         "timer's expiry during HLT to its handler",
+        None,
+        None,
+    ),
+    operation(
+        "virtio-kick",
+        "virtio-blk, notification to interrupt, one sector",
         None,
         None,
     ),

@@ -669,8 +669,10 @@ impl<V: VirtualCpu> Vcpu<V> {
                 if timers {
                     rest.vm.timers_changed(rest.id);
                 }
+                // A device may have been notified.
+                let work = rest.vm.has_work();
                 let next = self.finish_instruction(Some(length), 0);
-                if interrupts || timers {
+                if interrupts || timers || work {
                     Next::Check
                 } else {
                     next
