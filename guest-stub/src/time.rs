@@ -12,6 +12,8 @@ const PIT_CHANNEL2: u16 = 0x42;
 const PIT_COMMAND: u16 = 0x43;
 /// Gate and output of PIT channel 2, and the speaker.
 const SYSTEM_CONTROL: u16 = 0x61;
+/// In it: the output of channel 2.
+const CHANNEL2_OUTPUT: u8 = 1 << 5;
 
 /// Starts PIT channel 0 as a rate generator (mode 2) with a period in PIT ticks.
 pub fn pit_periodic(ticks: u16) {
@@ -62,6 +64,11 @@ impl PitStopwatch {
         let ticks = u16::MAX.wrapping_sub(u16::from_le_bytes([low, high]));
         (ticks.into(), tsc)
     }
+
+    /// Whether more time has passed than it can tell: its output rose at the end of the count.
+    pub fn wrapped(&self) -> bool {
+        port::read8(SYSTEM_CONTROL) & CHANNEL2_OUTPUT != 0
+    }
 }
 
 /// The ACPI power-management timer.
@@ -85,27 +92,44 @@ impl PmTimer {
     }
 }
 
-/// TSC ticks per second, measured over 20 ms of the PIT: the middle one of five windows.
+/// TSC ticks per second, measured over up to 20 ms of the PIT: the middle one of five windows.
 ///
-/// A window that a busy emulator stretches is still right, up to the 55 ms after which the PIT
-/// wraps around; one that is stretched more, or in the middle of a reading, is an outlier.
+/// A window that others on the same processor stretch is still right, up to the 55 ms after which the
+/// PIT wraps around. One that is stretched more is measured again, half as long, so that it fits
+/// between two interruptions at last. One interrupted in the middle of a reading is an outlier.
 pub fn measure_tsc_hz() -> u64 {
-    let mut windows = [(); 5].map(|()| measure_tsc_window());
+    const LONGEST: u64 = PIT_HZ / 50;
+    const SHORTEST: u64 = PIT_HZ / 1000;
+    let mut window = LONGEST;
+    let mut windows = [(); 5].map(|()| {
+        loop {
+            if let Some(hz) = measure_tsc_window(window) {
+                break hz;
+            }
+            window = (window / 2).max(SHORTEST);
+        }
+    });
     windows.sort_unstable();
     windows[2]
 }
 
-fn measure_tsc_window() -> u64 {
-    const WINDOW: u64 = PIT_HZ / 50;
+/// TSC ticks per second over `window` PIT ticks; `None` if the PIT wrapped around.
+fn measure_tsc_window(window: u64) -> Option<u64> {
     let watch = PitStopwatch::start();
+    // Where the output is not shown, a wrap goes unnoticed.
+    let shown = !watch.wrapped();
     // The first reading warms up what the others use.
     watch.read();
     let (start_ticks, start_tsc) = watch.read();
     loop {
         let (ticks, tsc) = watch.read();
+        if shown && watch.wrapped() {
+            return None;
+        }
         let elapsed = ticks.saturating_sub(start_ticks);
-        if elapsed >= WINDOW {
-            return (tsc.saturating_sub(start_tsc).saturating_mul(PIT_HZ) / elapsed).max(1);
+        if elapsed >= window {
+            let hz = tsc.saturating_sub(start_tsc).saturating_mul(PIT_HZ) / elapsed;
+            return Some(hz.max(1));
         }
     }
 }
