@@ -10,7 +10,7 @@ use core::{
 };
 
 use drivers::ring::LogRing;
-use manage::limit::Limit;
+use manage::{console::Text, limit::Limit};
 
 use crate::{console, fault, frame, screen, sync::Lock, time};
 
@@ -185,37 +185,10 @@ fn show_among_guests(line: &[u8]) {
         return;
     };
     if left_out > 0 {
-        let mut note = Text {
-            bytes: [0; 64],
-            length: 0,
-        };
-        // It is cut, should it not fit.
-        let _ = write!(note, "{left_out} warnings were left out here");
+        let note = Text::new(format_args!("{left_out} warnings were left out here"));
         console::host_line(note.as_bytes());
     }
     console::host_line(line);
-}
-
-/// A short text without the heap.
-struct Text {
-    bytes: [u8; 64],
-    length: usize,
-}
-
-impl Text {
-    fn as_bytes(&self) -> &[u8] {
-        &self.bytes[..self.length]
-    }
-}
-
-impl fmt::Write for Text {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        let room = &mut self.bytes[self.length..];
-        let taken = text.len().min(room.len());
-        room[..taken].copy_from_slice(&text.as_bytes()[..taken]);
-        self.length += taken;
-        Ok(())
-    }
 }
 
 /// Logs an error.

@@ -78,13 +78,14 @@ impl Console {
 }
 
 /// A line put together without the heap; what does not fit is cut.
-struct Text {
+pub struct Text {
     bytes: [u8; 120],
     length: usize,
 }
 
 impl Text {
-    fn new(words: fmt::Arguments<'_>) -> Self {
+    /// The words, of which the first 120 bytes are kept.
+    pub fn new(words: fmt::Arguments<'_>) -> Self {
         let mut text = Text {
             bytes: [0; 120],
             length: 0,
@@ -94,7 +95,8 @@ impl Text {
         text
     }
 
-    fn as_bytes(&self) -> &[u8] {
+    /// What was kept.
+    pub fn as_bytes(&self) -> &[u8] {
         &self.bytes[..self.length]
     }
 }

@@ -6,15 +6,15 @@
 
 use std::{
     fs,
-    io::{Cursor, Write},
+    io::Cursor,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, Result};
-use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
+use fatfs::FormatVolumeOptions;
 
 use super::{packages, write_whole};
-use crate::{initramfs, paths};
+use crate::{image::disk::add_files, initramfs, paths};
 
 /// Bytes beside the files: the FAT's own, and what its clusters waste.
 const SPARE_BYTES: usize = 1 << 20;
@@ -72,24 +72,15 @@ fn volume(files: &[(&str, Vec<u8>)]) -> Result<Vec<u8>> {
         .volume_id(0x504c_494e)
         .volume_label(*b"PLINTH BOOT");
     fatfs::format_volume(Cursor::new(&mut image), options).context("formatting the FAT")?;
-    let fat = FileSystem::new(Cursor::new(&mut image), FsOptions::new())?;
-    let root = fat.root_dir();
-    for (name, bytes) in files {
-        for (index, _) in name.match_indices('/') {
-            root.create_dir(&name[..index])?;
-        }
-        root.create_file(name)
-            .and_then(|mut file| file.write_all(bytes))
-            .with_context(|| format!("writing {name} into the boot disk"))?;
-    }
-    drop(root);
-    fat.unmount()?;
+    add_files(Cursor::new(&mut image), files)?;
     Ok(image)
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Read;
+
+    use fatfs::{FileSystem, FsOptions};
 
     use super::*;
 

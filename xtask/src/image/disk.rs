@@ -19,7 +19,7 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use fatfs::{FatType, FileSystem, FormatVolumeOptions, FsOptions};
+use fatfs::{FatType, FileSystem, FormatVolumeOptions, FsOptions, ReadWriteSeek};
 
 const SECTOR: u64 = 512;
 
@@ -230,15 +230,23 @@ fn write_fat(mut volume: Volume<'_>, shape: &Shape, files: &[(&str, &[u8])]) -> 
     if volume.read_u16(BPB_TOTAL_SECTORS_16)? == 0 {
         volume.write_at(BPB_DRIVE_NUMBER, &[0; 4])?;
     }
-    let fat = FileSystem::new(Cursor::at(&mut volume), FsOptions::new())?;
+    add_files(Cursor::at(&mut volume), files)
+}
+
+/// Writes files, given as path and content, into the FAT on `volume`, with the directories that they need.
+pub fn add_files<V: ReadWriteSeek>(
+    volume: V,
+    files: &[(&str, impl AsRef<[u8]>)],
+) -> anyhow::Result<()> {
+    let fat = FileSystem::new(volume, FsOptions::new())?;
     let root = fat.root_dir();
     for (name, bytes) in files {
         for (index, _) in name.match_indices('/') {
             root.create_dir(&name[..index])?;
         }
         root.create_file(name)
-            .and_then(|mut file| file.write_all(bytes))
-            .with_context(|| format!("writing {name} into the image"))?;
+            .and_then(|mut file| file.write_all(bytes.as_ref()))
+            .with_context(|| format!("writing {name} into the FAT"))?;
     }
     drop(root);
     fat.unmount()?;

@@ -5,7 +5,7 @@
 //! and writes the image.
 
 mod configuration;
-mod disk;
+pub mod disk;
 mod symbols;
 
 use std::{

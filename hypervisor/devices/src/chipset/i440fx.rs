@@ -12,8 +12,7 @@ use mem::{Gpa, GuestRange, Width};
 use spin::Mutex;
 
 use super::{SUBSYSTEM, SUBSYSTEM_VENDOR, ShadowControl};
-use crate::bus::IoError;
-use crate::pci::{BARS, BarRange, ConfigSpace, FunctionId, PciFunction};
+use crate::pci::{ConfigSpace, FunctionId, PciFunction};
 
 const ID: FunctionId = FunctionId {
     vendor: 0x8086,
@@ -118,24 +117,6 @@ impl PciFunction for I440Fx {
                 self.memory.set_access(segment, access);
             }
         }
-    }
-
-    fn bars(&self) -> [Option<BarRange>; BARS] {
-        [None; BARS]
-    }
-
-    fn bar_read(&self, _bar: usize, _offset: u64, _width: Width) -> Result<u64, IoError> {
-        Err(IoError::InvalidRegister)
-    }
-
-    fn bar_write(
-        &self,
-        _bar: usize,
-        _offset: u64,
-        _width: Width,
-        _value: u64,
-    ) -> Result<(), IoError> {
-        Err(IoError::InvalidRegister)
     }
 }
 

@@ -14,7 +14,7 @@ use spin::Mutex;
 use super::{SUBSYSTEM, SUBSYSTEM_VENDOR};
 use crate::bus::{IoError, PortDevice};
 use crate::line::{ISA_IRQS, InterruptSink};
-use crate::pci::{BARS, BarRange, ConfigSpace, FunctionId, PciFunction};
+use crate::pci::{ConfigSpace, FunctionId, PciFunction};
 use crate::platform::{PCI_GSI_BASE, PCI_GSIS, PIRQ_IRQS, SCI_IRQ};
 use crate::pm::PowerManagement;
 
@@ -113,29 +113,6 @@ impl InterruptSink for PciInterruptRouter {
     }
 }
 
-/// A function without BARs: just its configuration space.
-macro_rules! no_bars {
-    () => {
-        fn bars(&self) -> [Option<BarRange>; BARS] {
-            [None; BARS]
-        }
-
-        fn bar_read(&self, _bar: usize, _offset: u64, _width: Width) -> Result<u64, IoError> {
-            Err(IoError::InvalidRegister)
-        }
-
-        fn bar_write(
-            &self,
-            _bar: usize,
-            _offset: u64,
-            _width: Width,
-            _value: u64,
-        ) -> Result<(), IoError> {
-            Err(IoError::InvalidRegister)
-        }
-    };
-}
-
 /// The ISA bridge, 00:01.0.
 pub struct IsaBridge {
     config: Mutex<ConfigSpace>,
@@ -176,8 +153,6 @@ impl PciFunction for IsaBridge {
         let registers = core::array::from_fn(|n| config.read(PIRQ + n as u16, Width::Byte) as u8);
         self.router.set_registers(registers);
     }
-
-    no_bars!();
 }
 
 /// Base of the ACPI block: bits 15:6, bit 0 reads as one.
@@ -238,8 +213,6 @@ impl PciFunction for PowerFunction {
         self.base
             .store(if enabled { base } else { 0 }, Ordering::Relaxed);
     }
-
-    no_bars!();
 }
 
 /// The ACPI block at [`MOVED_PM_BASE`]: it answers while the block is there.

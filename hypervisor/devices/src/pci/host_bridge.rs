@@ -6,8 +6,7 @@ use mem::Width;
 use spin::Mutex;
 
 use super::PciFunction;
-use super::config::{BARS, BarRange, ConfigSpace, FunctionId};
-use crate::bus::IoError;
+use super::config::{ConfigSpace, FunctionId};
 
 /// Intel's virtual PCI host bridge, which no driver and no quirk takes for a real chip set.
 const ID: FunctionId = FunctionId {
@@ -38,23 +37,5 @@ impl PciFunction for HostBridge {
 
     fn config_write(&self, offset: u16, width: Width, value: u32) {
         self.0.lock().write(offset, width, value);
-    }
-
-    fn bars(&self) -> [Option<BarRange>; BARS] {
-        [None; BARS]
-    }
-
-    fn bar_read(&self, _bar: usize, _offset: u64, _width: Width) -> Result<u64, IoError> {
-        Err(IoError::InvalidRegister)
-    }
-
-    fn bar_write(
-        &self,
-        _bar: usize,
-        _offset: u64,
-        _width: Width,
-        _value: u64,
-    ) -> Result<(), IoError> {
-        Err(IoError::InvalidRegister)
     }
 }

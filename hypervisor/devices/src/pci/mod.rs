@@ -44,14 +44,26 @@ pub trait PciFunction: Send + Sync {
     fn config_read(&self, offset: u16, width: Width) -> u32;
     /// Writes there.
     fn config_write(&self, offset: u16, width: Width, value: u32);
-    /// The ranges that the BARs decode now (see [`ConfigSpace::bars`]).
-    fn bars(&self) -> [Option<BarRange>; BARS];
+    /// The ranges that the BARs decode now (see [`ConfigSpace::bars`]); none unless there are BARs.
+    fn bars(&self) -> [Option<BarRange>; BARS] {
+        [None; BARS]
+    }
     /// Reads `width` bytes at `offset` of a BAR.
     #[must_use = "an error must become all-ones"]
-    fn bar_read(&self, bar: usize, offset: u64, width: Width) -> Result<u64, IoError>;
+    fn bar_read(&self, _bar: usize, _offset: u64, _width: Width) -> Result<u64, IoError> {
+        Err(IoError::InvalidRegister)
+    }
     /// Writes the low `width` bytes of `value` at `offset` of a BAR.
     #[must_use = "an error must be counted"]
-    fn bar_write(&self, bar: usize, offset: u64, width: Width, value: u64) -> Result<(), IoError>;
+    fn bar_write(
+        &self,
+        _bar: usize,
+        _offset: u64,
+        _width: Width,
+        _value: u64,
+    ) -> Result<(), IoError> {
+        Err(IoError::InvalidRegister)
+    }
 }
 
 /// The parts of the guest's address spaces that belong to PCI.
