@@ -43,7 +43,7 @@ enum Looks {
     Gzip,
     /// XZ.
     Xz,
-    /// Firmware: at its end, where a processor starts, is a jump.
+    /// Firmware: at its end, where a processor starts, is code that jumps away.
     Firmware,
     /// The variable store of UEFI firmware.
     Variables,
@@ -62,9 +62,13 @@ impl Looks {
             Self::Gzip => bytes.starts_with(&[0x1f, 0x8b]),
             Self::Xz => bytes.starts_with(b"\xfd7zXZ\0"),
             Self::Firmware => {
+                // The reset vector: a jump, or what some firmware does before it (NOP, WBINVD,
+                // CLI, CLD).
                 let start = bytes.len().checked_sub(16).and_then(|at| bytes.get(at..));
-                let is_jump = |code: &[u8]| matches!(code, [0xea | 0xe9 | 0xeb | 0x90 | 0x0f, ..]);
-                bytes.len().is_multiple_of(4096) && start.is_some_and(is_jump)
+                let is_code = |code: &[u8]| {
+                    matches!(code, [0xea | 0xe9 | 0xeb | 0x90 | 0x0f | 0xfa | 0xfc, ..])
+                };
+                bytes.len().is_multiple_of(4096) && start.is_some_and(is_code)
             }
             Self::Variables => bytes.get(0x28..0x2c) == Some(b"_FVH"),
             Self::Efi => bytes.starts_with(b"MZ"),
@@ -375,22 +379,52 @@ pub fn ensure(cache: &Path, name: &str) -> Result<File> {
     };
     let directory = cache.join("guests").join(package.name);
     let path = directory.join(member.file);
-    if !path.is_file() {
-        let _lock = paths::lock(package.name)?;
-        if !path.is_file() {
-            download(cache, package, &directory)?;
-        }
+    // A file that an older recipe took from elsewhere is not this one.
+    let cached = || {
+        let origin = Origin::read(&directory)?;
+        (path.is_file() && origin.members == wildcards(package)).then_some(origin.package)
+    };
+    if let Some(origin) = cached() {
+        return Ok(File { path, origin });
     }
-    let origin = fs::read_to_string(directory.join("origin"))
-        .unwrap_or_else(|_| package.description.to_owned());
-    Ok(File {
-        path,
-        origin: origin.trim().to_owned(),
-    })
+    let _lock = paths::lock(package.name)?;
+    let origin = match cached() {
+        Some(origin) => origin,
+        None => download(cache, package, &directory)?,
+    };
+    Ok(File { path, origin })
 }
 
-/// Downloads the package and puts its files into `directory`.
-fn download(cache: &Path, package: &Package, directory: &Path) -> Result<()> {
+/// Where the cached files of a package are from: what the file `origin` beside them says.
+struct Origin {
+    /// The package's file name.
+    package: String,
+    /// The members that were taken from it, one per line.
+    members: String,
+}
+
+impl Origin {
+    /// What stands in `directory`, if it is whole.
+    fn read(directory: &Path) -> Option<Self> {
+        let text = fs::read_to_string(directory.join("origin")).ok()?;
+        let (package, members) = text.split_once('\n')?;
+        Some(Self {
+            package: package.to_owned(),
+            members: members.to_owned(),
+        })
+    }
+}
+
+/// The package's members as [`Origin`] lists them.
+fn wildcards(package: &Package) -> String {
+    let lines = package.members.iter();
+    lines
+        .map(|member| format!("{} {}\n", member.file, member.wildcard))
+        .collect()
+}
+
+/// Downloads the package, puts its files into `directory` and gives the package's file name.
+fn download(cache: &Path, package: &Package, directory: &Path) -> Result<String> {
     let step = Step::start(format!("Fetching {}", package.description));
     let mut attempt = 1;
     let fetched = loop {
@@ -407,8 +441,6 @@ fn download(cache: &Path, package: &Package, directory: &Path) -> Result<()> {
             package.description
         )
     })?;
-    let origin = format!("{}\n", fetched.name);
-    write_whole(&directory.join("origin"), origin.as_bytes())?;
     for member in package.members {
         let bytes = fetched.member(member.wildcard)?;
         ensure!(
@@ -420,8 +452,11 @@ fn download(cache: &Path, package: &Package, directory: &Path) -> Result<()> {
         );
         write_whole(&directory.join(member.file), &bytes)?;
     }
+    // Last, so that files without it are known to be incomplete.
+    let origin = format!("{}\n{}", fetched.name, wildcards(package));
+    write_whole(&directory.join("origin"), origin.as_bytes())?;
     step.done();
-    Ok(())
+    Ok(fetched.name)
 }
 
 impl Choice {
@@ -454,6 +489,45 @@ fn dependency(answer: &str, prefix: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn firmware_starts_16_bytes_before_its_end() {
+        let firmware = |start: &[u8]| {
+            let mut bytes = vec![0xff; 8192];
+            bytes[8176..8176 + start.len()].copy_from_slice(start);
+            bytes
+        };
+        // SeaBIOS, OVMF, U-Boot.
+        for start in [
+            &[0xea, 0x5b, 0xe0][..],
+            &[0x90, 0x90, 0xe9],
+            &[0xfa, 0xfc, 0xe9],
+        ] {
+            assert!(Looks::Firmware.fit(&firmware(start)), "{start:x?}");
+        }
+        assert!(!Looks::Firmware.fit(&firmware(&[])));
+        assert!(!Looks::Firmware.fit(&[0xea; 16]));
+    }
+
+    #[test]
+    fn what_another_recipe_cached_is_not_taken() {
+        let directory = std::env::temp_dir().join(format!("plinth-origin-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let package = PACKAGES
+            .iter()
+            .find(|package| package.name == "u-boot")
+            .unwrap();
+        let members = |text: &str| {
+            fs::write(directory.join("origin"), text).unwrap();
+            Origin::read(&directory).map(|origin| origin.members == wildcards(package))
+        };
+        let now = format!("u-boot-qemu_1_all.deb\n{}", wildcards(package));
+        assert_eq!(members(&now), Some(true));
+        let before = now.replace("/qemu-x86/", "/qemu-x86_64/");
+        assert_eq!(members(&before), Some(false));
+        assert_eq!(members("u-boot-qemu_1_all.deb"), None);
+        fs::remove_dir_all(&directory).unwrap();
+    }
 
     #[test]
     fn the_kernel_is_a_dependency() {
