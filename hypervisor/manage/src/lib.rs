@@ -5,6 +5,7 @@
 extern crate alloc;
 
 pub mod bundle;
+pub mod command;
 pub mod config;
 pub mod console;
 pub mod limit;
