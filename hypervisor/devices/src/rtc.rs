@@ -246,6 +246,13 @@ impl Rtc {
         ports.insert("rtc", 0x70, 2, self.clone())
     }
 
+    /// The VM's clock has stood still for `ticks`; the time of day has not. An alarm that was missed comes
+    /// with the next [`Rtc::poll`].
+    pub fn skip(&self, ticks: u64) {
+        let mut state = self.state.lock();
+        state.offset = state.offset.saturating_add(self.rate.count_at(ticks));
+    }
+
     /// The tick of the next event whose interrupt is enabled and not pending yet.
     pub fn deadline(&self) -> Option<u64> {
         let state = self.state.lock();

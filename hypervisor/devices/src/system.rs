@@ -39,6 +39,8 @@ impl RunState {
     pub const ENDED: u8 = 1 << 0;
     /// Output waits for the terminal, of a device that cannot tell the guest to wait.
     pub const OUTPUT_WAITS: u8 = 1 << 1;
+    /// The operator, or a watchdog, has paused the VM.
+    pub const PAUSED: u8 = 1 << 2;
 
     /// Nothing keeps the vCPUs from running.
     #[inline]

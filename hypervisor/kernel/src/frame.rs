@@ -89,7 +89,7 @@ impl Outcome {
             Some(EndReason::Reset) => Outcome::Reset,
             Some(EndReason::TestExit(value)) => Outcome::TestExit(*value),
             Some(EndReason::TripleFault(_)) => Outcome::TripleFault,
-            Some(EndReason::Failure { .. }) | None => Outcome::Stopped,
+            Some(EndReason::Forced | EndReason::Failure { .. }) | None => Outcome::Stopped,
         }
     }
 

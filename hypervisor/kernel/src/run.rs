@@ -33,7 +33,7 @@ use storage::{Disk, ImageDisk};
 use virt::{Backend, svm::Svm, vtx::Vtx};
 use vmm::{
     firmware::{Firmware, Variables},
-    host::Host,
+    host::{Attention, Host},
     vcpu::{Pause, Vcpu},
     vm::Vm,
 };
@@ -500,8 +500,9 @@ impl<B: Backend> Host for HostCpu<B> {
         }
     }
 
-    fn take_interrupts(&mut self) {
+    fn take_interrupts(&mut self) -> Attention {
         self.world.host_work(self.cpu);
+        Attention::GoOn
     }
 
     fn take_nmi(&mut self) {

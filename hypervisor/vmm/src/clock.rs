@@ -1,9 +1,11 @@
 //! A VM's time: guest TSC ticks since it started, and the paravirtual clock page.
 //!
-//! The VM's clock is the host's TSC less its value when the VM was made. Devices read it
-//! through `devices::time::Clock`. A guest that speaks Linux' KVM clock gets the same time
-//! in nanoseconds, by a page that it reads without an exit
+//! The VM's clock is the host's TSC less its value when the VM was made, and less the time for which the VM
+//! was paused: a paused VM's clock stands still. Devices read it through `devices::time::Clock`. A guest
+//! that speaks Linux' KVM clock gets the same time in nanoseconds, by a page that it reads without an exit
 //! (Linux Documentation/virt/kvm/x86/msr.rst, MSR_KVM_SYSTEM_TIME_NEW).
+
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use devices::time::Clock;
 use mem::{Gpa, guest::GuestMemory};
@@ -20,10 +22,13 @@ pub struct TimeSource {
 }
 
 /// The clock of one VM.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct VmClock {
     source: TimeSource,
-    start: u64,
+    /// Host TSC at which it showed zero, later by all that it has skipped.
+    start: AtomicU64,
+    /// Ticks that it has skipped.
+    skipped: AtomicU64,
 }
 
 impl VmClock {
@@ -31,13 +36,36 @@ impl VmClock {
     pub fn start(source: TimeSource) -> Self {
         VmClock {
             source,
-            start: (source.read)(),
+            start: AtomicU64::new((source.read)()),
+            skipped: AtomicU64::new(0),
         }
+    }
+
+    #[inline]
+    fn start_tsc(&self) -> u64 {
+        self.start.load(Ordering::Relaxed)
+    }
+
+    /// Host TSC now.
+    pub fn host_now(&self) -> u64 {
+        (self.source.read)()
+    }
+
+    /// Takes `ticks` of the past out of the VM's time. The VM's vCPUs must be at rest; each takes the new
+    /// [`VmClock::tsc_offset`] before it runs again.
+    pub fn skip(&self, ticks: u64) {
+        self.skipped.fetch_add(ticks, Ordering::Relaxed);
+        self.start.fetch_add(ticks, Ordering::Relaxed);
+    }
+
+    /// Seconds that it has skipped.
+    pub fn skipped_seconds(&self) -> u64 {
+        self.skipped.load(Ordering::Relaxed) / self.source.hz.max(1)
     }
 
     /// Guest TSC of an unadjusted vCPU minus host TSC, wrapping.
     pub fn tsc_offset(&self) -> u64 {
-        self.start.wrapping_neg()
+        self.start_tsc().wrapping_neg()
     }
 
     /// Whether a guest may read it on any vCPU and find it never going back.
@@ -47,13 +75,13 @@ impl VmClock {
 
     /// Host TSC at which this clock shows `ticks`.
     pub fn to_host(&self, ticks: u64) -> u64 {
-        self.start.saturating_add(ticks)
+        self.start_tsc().saturating_add(ticks)
     }
 }
 
 impl Clock for VmClock {
     fn now(&self) -> u64 {
-        (self.source.read)().wrapping_sub(self.start)
+        (self.source.read)().wrapping_sub(self.start_tsc())
     }
 
     fn hz(&self) -> u64 {

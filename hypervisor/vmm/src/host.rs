@@ -2,6 +2,16 @@
 
 use alloc::string::String;
 
+/// What the host's interrupts were about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Attention {
+    /// The vCPU may run on.
+    GoOn,
+    /// The pCPU is needed for something else: the vCPU's slice is over.
+    GiveWay,
+}
+
 /// The pCPU under a running vCPU. The kernel implements it; tests have their own.
 pub trait Host {
     /// Host TSC, in ticks.
@@ -12,7 +22,7 @@ pub trait Host {
     /// is made to exit then. `u64::MAX` where a host interrupt makes it exit by itself.
     fn interrupts_wait_until(&self) -> u64;
     /// Lets pending host interrupts in. Called with interrupts disabled, returns so.
-    fn take_interrupts(&mut self);
+    fn take_interrupts(&mut self) -> Attention;
     /// An NMI made the guest exit: handles it as if it had come in host code.
     fn take_nmi(&mut self);
     /// A line for the host's log about what the guest in it did: at most a few per vCPU and kind

@@ -18,6 +18,7 @@ pub mod firmware;
 pub mod host;
 pub mod load;
 pub mod msr;
+mod pause;
 pub mod task;
 pub mod vcpu;
 pub mod vm;

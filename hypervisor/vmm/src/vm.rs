@@ -51,6 +51,7 @@ use crate::{
     disks::{self, Board},
     firmware::{self, Firmware, FirmwareError, NestedControl, SpecialMemory},
     load::{self, BootFiles, BootLayout, LoadError, MapEntry, MapKind},
+    pause::PauseControl,
     vcpu::Dump,
 };
 
@@ -192,8 +193,10 @@ impl fmt::Display for VmError {
 pub enum EndReason {
     /// The guest powered itself off.
     PowerOff,
-    /// The guest asked for a restart.
+    /// The guest asked for a restart, or somebody pressed the reset button.
     Reset,
+    /// It was forced off from outside.
+    Forced,
     /// A test kernel ended its machine with this value.
     TestExit(u32),
     /// Triple fault.
@@ -212,6 +215,7 @@ impl fmt::Display for EndReason {
         match self {
             EndReason::PowerOff => f.write_str("powered off"),
             EndReason::Reset => f.write_str("reset"),
+            EndReason::Forced => f.write_str("forced off"),
             EndReason::TestExit(value) => write!(
                 f,
                 "test ended with value {value:#x}, exit status {}",
@@ -241,6 +245,11 @@ impl EndCell {
             *cell = Some(reason);
         }
         self.state.set(RunState::ENDED, true);
+        self.kick_all();
+    }
+
+    /// Has every vCPU look up.
+    fn kick_all(&self) {
         for vcpu in 0..self.vcpus {
             self.kick.kick(VcpuId(vcpu));
         }
@@ -268,7 +277,7 @@ pub struct Vm {
     /// Its time.
     pub clock: Arc<VmClock>,
     /// Unix time at which its clock showed zero, in seconds.
-    pub epoch: u64,
+    epoch: u64,
     pub(crate) ports: PortBus,
     pub(crate) mmio: MmioBus,
     pub(crate) apic_bus: Arc<ApicBus>,
@@ -286,6 +295,7 @@ pub struct Vm {
     /// What devices have left to do.
     work: WorkList,
     end: Arc<EndCell>,
+    pub(crate) pause: PauseControl,
 }
 
 /// Where a VM has RAM: as a PC, with a hole for VGA memory.
@@ -572,6 +582,7 @@ impl Vm {
             hpet,
         };
         let timer_deadline = AtomicU64::new(timers.deadline());
+        let pause = PauseControl::new(end.state.clone(), spec.vcpus);
         let vm = Vm {
             name: spec.name,
             memory,
@@ -591,6 +602,7 @@ impl Vm {
             noting_deadline: Mutex::new(()),
             work,
             end,
+            pause,
         };
         Ok((Arc::new(vm), start))
     }
@@ -611,6 +623,50 @@ impl Vm {
     /// Ends the VM, unless it has ended already.
     pub fn end(&self, reason: EndReason) {
         self.end.end(reason);
+    }
+
+    /// Keeps its vCPUs from running; none waits. `false`: it is paused already, or has ended.
+    pub fn pause(&self) -> bool {
+        let begun = !self.is_ended() && self.pause.begin();
+        if begun {
+            self.end.kick_all();
+        }
+        begun
+    }
+
+    /// Lets a paused VM run on. Its clock, and with it TSC and timers, has stood still since the last vCPU came to
+    /// rest; the real-time clock has not. `false`: it is not paused.
+    pub fn resume(&self) -> bool {
+        if !self.run_state().has(RunState::PAUSED) {
+            return false;
+        }
+        let still = self.pause.still_for(self.clock.host_now());
+        self.clock.skip(still);
+        self.timers.rtc.skip(still);
+        self.pause.end();
+        self.end.kick_all();
+        true
+    }
+
+    /// Presses the power button: a guest that listens shuts down.
+    pub fn press_power_button(&self) {
+        self.timers.power.press_power_button();
+    }
+
+    /// Sends a vCPU a non-maskable interrupt. `false`: there is no such vCPU.
+    pub fn inject_nmi(&self, vcpu: VcpuId) -> bool {
+        let Some(inbox) = self.apic_bus.inbox(vcpu) else {
+            return false;
+        };
+        if inbox.post_nmi() {
+            self.end.kick.kick(vcpu);
+        }
+        true
+    }
+
+    /// Unix time, in seconds, that makes the VM's clock show the time of day when it is added to it.
+    pub(crate) fn epoch_now(&self) -> u64 {
+        self.epoch.saturating_add(self.clock.skipped_seconds())
     }
 
     /// What the checks of control registers look at.

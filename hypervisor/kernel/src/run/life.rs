@@ -128,7 +128,9 @@ impl<B: Backend> Slot<B> {
 fn ending(reason: Option<&EndReason>) -> Ending {
     match reason {
         Some(EndReason::Reset) => Ending::Reset,
-        Some(EndReason::PowerOff | EndReason::TestExit(_)) | None => Ending::Done,
+        Some(EndReason::PowerOff | EndReason::TestExit(_) | EndReason::Forced) | None => {
+            Ending::Done
+        }
         Some(EndReason::TripleFault(_) | EndReason::Failure { .. }) => Ending::Failed,
     }
 }

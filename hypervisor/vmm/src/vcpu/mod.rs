@@ -31,7 +31,7 @@ use crate::{
     control,
     cpuid::CpuidState,
     emulate::{self, DecodeCache, Exception, Outcome, Platform, SimpleMove, Target},
-    host::Host,
+    host::{Attention, Host},
     msr::number,
     task,
     vm::Vm,
@@ -51,7 +51,7 @@ pub enum Pause {
         /// Host TSC of the next timer, if one is armed.
         until: Option<u64>,
     },
-    /// The VM has ended, or was stopped; [`Vm::take_end_reason`] says why.
+    /// The VM has ended; [`Vm::take_end_reason`] says why.
     Ended,
 }
 
@@ -121,6 +121,10 @@ struct Rest {
     reach: Reach,
     /// The change of ROM or flash up to which cached translations were dropped.
     special_seen: u32,
+    /// Offset of the VM's clock that the hardware was last given.
+    clock_seen: u64,
+    /// The last pause in which this vCPU came to rest.
+    pause_seen: u32,
 }
 
 /// What an emulated instruction reached, beyond devices that speak up by themselves.
@@ -159,7 +163,8 @@ impl<V: VirtualCpu> Vcpu<V> {
             apic.set_virtual_wire();
         }
         hw.load(pcpu);
-        hw.set_tsc_offset(vm.clock.tsc_offset());
+        let clock_seen = vm.clock.tsc_offset();
+        hw.set_tsc_offset(clock_seen);
         hw.set_state(start.unwrap_or(&CpuState::reset()));
         hw.unload();
         let activity = if start.is_some() {
@@ -176,6 +181,8 @@ impl<V: VirtualCpu> Vcpu<V> {
             shown_priority: (0, 0),
             reach: Reach::default(),
             special_seen: 0,
+            clock_seen,
+            pause_seen: 0,
         };
         Some(Vcpu {
             hw,
@@ -214,9 +221,16 @@ impl<V: VirtualCpu> Vcpu<V> {
     /// Runs the vCPU until its slice ends (at host TSC `slice_end`), it idles, or its VM ends.
     pub fn run<H: Host>(&mut self, host: &mut H, slice_end: u64) -> Pause {
         let mut next = Next::Check;
+        if !self.rest.vm.run_state().runs()
+            && let Some(pause) = self.held_up(host)
+        {
+            return pause;
+        }
+        // Only after the look: while the vCPU is kept from running, the clock may skip.
+        self.follow_clock();
         loop {
             if !self.rest.vm.run_state().runs()
-                && let Some(pause) = self.held_up()
+                && let Some(pause) = self.held_up(host)
             {
                 return pause;
             }
@@ -234,17 +248,30 @@ impl<V: VirtualCpu> Vcpu<V> {
         }
     }
 
-    /// The VM has ended, or its output has to go out first.
+    /// The VM has ended, or is paused, or its output has to go out first.
     #[cold]
-    fn held_up(&self) -> Option<Pause> {
+    fn held_up<H: Host>(&mut self, host: &H) -> Option<Pause> {
         let vm = &self.rest.vm;
         if vm.is_ended() {
             return Some(Pause::Ended);
+        }
+        if vm.pause.holds(&mut self.rest.pause_seen, host.now()) {
+            return Some(Pause::Idle { until: None });
         }
         vm.resume_output();
         vm.run_state()
             .has(RunState::OUTPUT_WAITS)
             .then_some(Pause::SliceOver)
+    }
+
+    /// Has the guest's TSC skip what the VM's clock has skipped.
+    fn follow_clock(&mut self) {
+        let offset = self.rest.vm.clock.tsc_offset();
+        if offset != self.rest.clock_seen {
+            self.rest.clock_seen = offset;
+            let adjusted = offset.wrapping_add(self.rest.msrs.tsc_adjust());
+            self.hw.set_tsc_offset(adjusted);
+        }
     }
 
     /// Everything that may have become due: timers, signals, interrupts. Says when to pause.
@@ -416,7 +443,10 @@ impl<V: VirtualCpu> Vcpu<V> {
             Exit::Exception { vector, error_code } => {
                 self.hw.inject(Event::Exception { vector, error_code });
             }
-            Exit::ExternalInterrupt | Exit::Deadline => host.take_interrupts(),
+            Exit::ExternalInterrupt | Exit::Deadline => match host.take_interrupts() {
+                Attention::GoOn => {}
+                Attention::GiveWay => return Next::Yield,
+            },
             Exit::Nmi => host.take_nmi(),
             Exit::InterruptWindow | Exit::NmiWindow | Exit::Init => {}
             Exit::TripleFault => return self.end(EndKind::TripleFault),

@@ -47,6 +47,13 @@ impl Default for Msrs {
     }
 }
 
+impl Msrs {
+    /// Guest TSC minus the VM's clock, wrapping.
+    pub(super) fn tsc_adjust(&self) -> u64 {
+        self.tsc_adjust
+    }
+}
+
 impl<V: VirtualCpu> Vcpu<V> {
     pub(super) fn edx_eax(&self) -> u64 {
         (self.hw.gpr(Gpr::Rdx) << 32) | (self.hw.gpr(Gpr::Rax) & 0xffff_ffff)
@@ -133,7 +140,8 @@ impl<V: VirtualCpu> Vcpu<V> {
                 rest.write_time_info()?;
             }
             number::KVM_WALL_CLOCK | number::KVM_WALL_CLOCK_OLD => {
-                if !clock::write_wall_clock(&rest.vm.memory, Gpa(value), rest.vm.epoch) {
+                let epoch = rest.vm.epoch_now();
+                if !clock::write_wall_clock(&rest.vm.memory, Gpa(value), epoch) {
                     return Err(GP);
                 }
                 rest.msrs.wall_clock = value;

@@ -13,6 +13,7 @@ use spin::Mutex;
 use virt::TaskSource;
 
 mod firmware;
+mod pause;
 
 use super::{msrs::MAX_MSR_NOTES, *};
 use crate::{
@@ -46,6 +47,8 @@ struct FakeHost {
     nmis: u32,
     armed: Option<u64>,
     patience: Option<u64>,
+    /// The pCPU is needed for something else.
+    busy: bool,
     notes: Vec<String>,
 }
 
@@ -59,8 +62,12 @@ impl Host for FakeHost {
     fn interrupts_wait_until(&self) -> u64 {
         self.patience.map_or(u64::MAX, |ns| NOW.get() + ns)
     }
-    fn take_interrupts(&mut self) {
+    fn take_interrupts(&mut self) -> Attention {
         self.interrupts += 1;
+        match self.busy {
+            true => Attention::GiveWay,
+            false => Attention::GoOn,
+        }
     }
     fn take_nmi(&mut self) {
         self.nmis += 1;
