@@ -604,10 +604,7 @@ impl<'t> Parser<'t> {
 
     fn name(&mut self, s: &Section<'_>, names: &mut Vec<(String, Location)>) -> Option<String> {
         let (text, at) = self.required(s, "name")?;
-        let letters = text
-            .bytes()
-            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
-        if !letters || text.is_empty() || text.len() > MAX_NAME {
+        if !is_vm_name(text) {
             let message = format!(
                 "{} is not a name; allowed: 1 to {MAX_NAME} of a to z, 0 to 9 and -",
                 quote(text)
@@ -901,9 +898,15 @@ fn memory_size(text: &str) -> Option<u64> {
     Some(digits.parse().unwrap_or(u64::MAX).saturating_mul(unit))
 }
 
+/// Whether this can be the name of a VM: 1 to [`MAX_NAME`] of a to z, 0 to 9 and `-`.
+pub fn is_vm_name(text: &str) -> bool {
+    let fits = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    (1..=MAX_NAME).contains(&text.len()) && text.bytes().all(fits)
+}
+
 /// Letters to insert, delete or replace to get from one word to the other (Levenshtein).
 /// Long words are not looked at: they are far from every key.
-fn distance(from: &str, to: &str) -> usize {
+pub(crate) fn distance(from: &str, to: &str) -> usize {
     const LONGEST: usize = 32;
     if from.len() > LONGEST {
         return from.len();

@@ -1,4 +1,4 @@
-//! What an operator writes and sees: the configuration, the bundle that carries it, the consoles.
+//! What an operator writes and sees: the configuration, the bundle that carries it, the commands, the consoles.
 #![cfg_attr(not(test), no_std)]
 #![forbid(unsafe_code)]
 
@@ -9,4 +9,8 @@ pub mod command;
 pub mod config;
 pub mod console;
 pub mod limit;
+pub mod line_editor;
 pub mod restart;
+pub mod shell;
+pub mod table;
+pub mod top;
