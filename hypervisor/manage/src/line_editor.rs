@@ -213,7 +213,9 @@ impl LineEditor {
         };
         let prompt = searching.as_deref().unwrap_or(&self.prompt);
         let room = COLUMNS.saturating_sub(prompt.len() + 1).max(JUMP + 1);
-        if self.cursor < self.left {
+        if self.line.len() <= room {
+            self.left = 0;
+        } else if self.cursor < self.left {
             self.left = self.cursor.saturating_sub(JUMP);
         } else if self.cursor - self.left > room {
             self.left = self.cursor - room + JUMP.min(room);
