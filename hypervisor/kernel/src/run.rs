@@ -27,7 +27,10 @@ use manage::{
     restart::Restarts,
 };
 use mem::Owner;
-use sched::{EntityId, RunQueue, Wake};
+use sched::{
+    EntityId,
+    run_queue::{RunQueue, Wake},
+};
 use spin::Once;
 use storage::{Disk, ImageDisk};
 use virt::{Backend, svm::Svm, vtx::Vtx};

@@ -1,0 +1,374 @@
+//! What is scheduled: an entity, its parameters, its budget, and what a policy remembers of it.
+
+use core::fmt;
+
+use crate::{
+    cpus::CpuSet,
+    metrics::Metrics,
+    policy::fair::{self, Virtual},
+};
+
+/// Handle of a schedulable entity. Handles of removed entities are used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct EntityId(pub u32);
+
+impl EntityId {
+    pub(crate) fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// Number of a CPU pool, in the order in which the scheduler was given them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PoolId(pub u8);
+
+/// Weights that an entity may have.
+pub const WEIGHTS: core::ops::RangeInclusive<u32> = 1..=10_000;
+/// Priorities that an entity may have; greater is more urgent.
+pub const PRIORITIES: core::ops::RangeInclusive<u8> = 0..=31;
+/// Caps that an entity may have, in percent of a pCPU.
+pub const CAPS: core::ops::RangeInclusive<u8> = 1..=100;
+
+/// CPU time that is kept for an entity: `budget` in each `period`. Both in ticks, 0 < budget <= period.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reservation {
+    /// CPU time, in ticks.
+    pub budget: u64,
+    /// Length of a period, in ticks; also the relative deadline.
+    pub period: u64,
+}
+
+/// A million parts: utilizations and shares are counted in them.
+pub const MILLION: u64 = 1_000_000;
+
+impl Reservation {
+    /// The part of a pCPU that it takes, in millionths, rounded up.
+    pub fn utilization(self) -> u64 {
+        let parts = u128::from(self.budget) * u128::from(MILLION);
+        parts.div_ceil(u128::from(self.period.max(1))) as u64
+    }
+}
+
+/// What the entity's VM holds or asks of the host beside CPU time, in millionths of what the host has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Demand {
+    /// Part of the host's memory.
+    pub memory: u32,
+    /// Part of the host's processors that were given to it: its vCPUs by all pCPUs.
+    pub processors: u32,
+    /// Part of the host's input and output that it asks for.
+    pub io: u32,
+}
+
+/// How an entity is to be scheduled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Params {
+    /// Share beside the others, in [`WEIGHTS`].
+    pub weight: u32,
+    /// Most CPU time, in percent of a pCPU, in [`CAPS`]; `None`: no limit.
+    pub cap: Option<u8>,
+    /// For the policy `priority`, in [`PRIORITIES`].
+    pub priority: u8,
+    /// pCPUs that it may run on, of those of its pool.
+    pub affinity: CpuSet,
+    /// Its CPU pool.
+    pub pool: PoolId,
+    /// For the policy `reservation`.
+    pub reservation: Option<Reservation>,
+    /// For the policies `allocation` and `requirement`.
+    pub demand: Demand,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Params {
+            weight: 100,
+            cap: None,
+            priority: 16,
+            affinity: CpuSet::ALL,
+            pool: PoolId(0),
+            reservation: None,
+            demand: Demand::default(),
+        }
+    }
+}
+
+/// What an entity is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Waiting for an event, or until the deadline, in ticks.
+    Blocked {
+        /// `None`: no deadline.
+        until: Option<u64>,
+    },
+    /// In a run queue.
+    Waiting,
+    /// Its budget is used up; it waits for the next one, at this tick.
+    Throttled {
+        /// Tick of the replenishment.
+        until: u64,
+    },
+    /// Ready, but paused.
+    Held,
+    /// On this pCPU.
+    Running {
+        /// pCPU number.
+        pcpu: usize,
+    },
+    /// It has run for the last time and waits to be removed.
+    Retired,
+}
+
+impl State {
+    /// Whether the entity would run if it had a pCPU to itself.
+    pub fn is_ready(self) -> bool {
+        matches!(
+            self,
+            State::Waiting | State::Throttled { .. } | State::Running { .. }
+        )
+    }
+}
+
+/// Why parameters are refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// A value outside its range.
+    OutOfRange,
+    /// There is no such pool.
+    NoSuchPool,
+    /// No pCPU of the pool may run it.
+    NoPcpu,
+    /// The pool's policy keeps no time for anybody.
+    NoReservations,
+    /// No room for another entity.
+    Full,
+    /// There is no such entity.
+    Unknown,
+    /// No pCPU has so much left to reserve. All in millionths of a pCPU.
+    Overcommitted {
+        /// What was asked for.
+        wanted: u64,
+        /// The most that one pCPU has left.
+        left: u64,
+    },
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = |parts: &u64| (parts / 10_000, parts / 1000 % 10);
+        match self {
+            Refusal::OutOfRange => f.write_str("a scheduling value is out of range"),
+            Refusal::NoSuchPool => f.write_str("there is no such CPU pool"),
+            Refusal::NoPcpu => f.write_str("no processor of the pool may run it"),
+            Refusal::NoReservations => {
+                f.write_str("a reservation needs a pool whose scheduler is \"reservation\"")
+            }
+            Refusal::Full => f.write_str("there is no room for another vCPU"),
+            Refusal::Unknown => f.write_str("there is no such vCPU"),
+            Refusal::Overcommitted { wanted, left } => {
+                let (wanted, left) = (percent(wanted), percent(left));
+                write!(
+                    f,
+                    "a reservation of {}.{} % of a processor is more than any has left ({}.{} % at most)",
+                    wanted.0, wanted.1, left.0, left.1
+                )
+            }
+        }
+    }
+}
+
+impl core::error::Error for Refusal {}
+
+/// CPU time that is given out by the period: a cap's, or a reservation's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bandwidth {
+    /// In ticks.
+    budget: u64,
+    /// In ticks.
+    period: u64,
+    /// Ticks left; negative when it ran for longer than it should have.
+    left: i64,
+    /// Tick at which the next budget comes.
+    refill_at: u64,
+    /// Whether an early wake-up begins a new period, as the constant bandwidth server does.
+    reserved: bool,
+}
+
+impl Bandwidth {
+    /// Half a slice at a time, so that no window of any length sees more than the cap and one slice.
+    pub(crate) fn capped(percent: u8, slice: u64, now: u64) -> Self {
+        let budget = (slice / 2).max(1);
+        let period = budget * 100 / u64::from(percent.max(1));
+        Bandwidth {
+            budget,
+            period,
+            left: budget as i64,
+            refill_at: now + period,
+            reserved: false,
+        }
+    }
+
+    pub(crate) fn reserved(reservation: Reservation, now: u64) -> Self {
+        Bandwidth {
+            budget: reservation.budget,
+            period: reservation.period,
+            left: reservation.budget as i64,
+            refill_at: now + reservation.period,
+            reserved: true,
+        }
+    }
+
+    /// The deadline of what is left, as a tick.
+    pub(crate) fn deadline(&self) -> u64 {
+        self.refill_at
+    }
+
+    /// Ticks that it may still run.
+    pub(crate) fn left(&self) -> u64 {
+        self.left.max(0) as u64
+    }
+
+    /// Has it pay for what it ran.
+    pub(crate) fn charge(&mut self, ran: u64) {
+        self.left -= ran as i64;
+    }
+
+    /// Gives the budgets that have come due. `woken`: it was not ready until now.
+    pub(crate) fn refill(&mut self, now: u64, woken: bool) {
+        if now >= self.refill_at {
+            // Debts are paid, savings are not kept; time in which it was not ready is no period.
+            self.left = self.left.min(0) + self.budget as i64;
+            self.refill_at += self.period;
+            if self.refill_at <= now {
+                self.left = self.left.max(self.budget as i64);
+                self.refill_at = now + self.period;
+            }
+        } else if woken && self.reserved && self.left > 0 {
+            // What is left until the deadline is more than its share: a new period begins
+            // (constant bandwidth server, Abeni and Buttazzo 1998).
+            let left = self.left as u128 * u128::from(self.period);
+            let share = u128::from(self.refill_at - now) * u128::from(self.budget);
+            if left > share {
+                self.left = self.budget as i64;
+                self.refill_at = now + self.period;
+            }
+        }
+    }
+}
+
+/// CPU use of the recent past, halved every [`Recent::HALF_LIFE_BITS`]'s power of two of ticks.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Recent {
+    ticks: u64,
+    epoch: u64,
+}
+
+impl Recent {
+    /// About a second at a few gigahertz, and four in a simulator of nanoseconds.
+    const HALF_LIFE_BITS: u32 = 32;
+
+    pub(crate) fn add(&mut self, ran: u64, now: u64) {
+        self.ticks = self.at(now) + ran;
+        self.epoch = now >> Self::HALF_LIFE_BITS;
+    }
+
+    /// What is left of it at this tick.
+    pub(crate) fn at(self, now: u64) -> u64 {
+        let halvings = (now >> Self::HALF_LIFE_BITS).saturating_sub(self.epoch);
+        self.ticks.checked_shr(halvings as u32).unwrap_or(0)
+    }
+
+    /// As a part of what one pCPU can give, in millionths.
+    pub(crate) fn share(self, now: u64) -> u64 {
+        // In the long run a busy pCPU adds up to between one and two half-lives.
+        (self.at(now) >> 1).saturating_mul(MILLION) >> Self::HALF_LIFE_BITS
+    }
+}
+
+/// An entity, as its pCPU's queue keeps it.
+#[derive(Debug)]
+pub(crate) struct Entity {
+    pub(crate) id: EntityId,
+    pub(crate) params: Params,
+    /// Affinity within its pool.
+    pub(crate) allowed: CpuSet,
+    pub(crate) state: State,
+    /// A wake-up came while it ran.
+    pub(crate) woken: bool,
+    /// It is not to run until resumed.
+    pub(crate) paused: bool,
+    pub(crate) bandwidth: Option<Bandwidth>,
+    /// Tick of the last change of its state, or of the last charge while it runs.
+    pub(crate) since: u64,
+    /// Tick of the wake-up after which it has not run yet.
+    pub(crate) woken_at: Option<u64>,
+    /// Tick at which it last became ready.
+    pub(crate) ready_at: u64,
+    /// CPU time since it last became ready, in ticks.
+    pub(crate) burst: u64,
+    /// Ticks of its slice that are left.
+    pub(crate) slice_left: u64,
+    pub(crate) recent: Recent,
+    pub(crate) metrics: Metrics,
+    /// The policy `fair`'s.
+    pub(crate) virt: Virtual,
+    /// Running average of its bursts, one half to the last one, in ticks.
+    pub(crate) expected_burst: u64,
+    /// What it has paid for its CPU time: the policy `allocation`'s.
+    pub(crate) paid: u64,
+    /// Where it stands among those that wait: less is more urgent. Of the policy's making.
+    pub(crate) rank: u64,
+}
+
+impl Entity {
+    pub(crate) fn new(id: EntityId, params: Params, allowed: CpuSet, slice: u64, now: u64) -> Self {
+        let mut entity = Entity {
+            id,
+            params,
+            allowed,
+            state: State::Blocked { until: None },
+            woken: false,
+            paused: false,
+            bandwidth: None,
+            since: now,
+            woken_at: None,
+            ready_at: now,
+            burst: 0,
+            slice_left: 0,
+            recent: Recent::default(),
+            metrics: Metrics::default(),
+            virt: Virtual::default(),
+            expected_burst: 0,
+            paid: 0,
+            rank: 0,
+        };
+        entity.set_params(params, allowed, slice, now);
+        entity
+    }
+
+    /// Puts parameters into force. It is in no queue.
+    pub(crate) fn set_params(&mut self, params: Params, allowed: CpuSet, slice: u64, now: u64) {
+        let same = params.cap == self.params.cap
+            && params.reservation == self.params.reservation
+            && self.bandwidth.is_some();
+        if !same {
+            self.bandwidth = match (params.reservation, params.cap) {
+                (Some(reservation), _) => Some(Bandwidth::reserved(reservation, now)),
+                (None, Some(percent)) if percent < 100 => {
+                    Some(Bandwidth::capped(percent, slice, now))
+                }
+                (None, _) => None,
+            };
+        }
+        self.params = params;
+        self.allowed = allowed;
+        self.virt.set_rate(fair::rate(params.weight));
+    }
+
+    /// Whether it must wait for its next budget; tick at which that comes.
+    pub(crate) fn throttled_until(&self) -> Option<u64> {
+        self.bandwidth
+            .filter(|bandwidth| bandwidth.left <= 0)
+            .map(|bandwidth| bandwidth.refill_at)
+    }
+}

@@ -1,0 +1,183 @@
+//! What was measured: per entity, and by addition per VM and host.
+//!
+//! All times are in ticks of the scheduler's clock.
+
+/// Classes of the latency histogram: class `n` counts latencies of 2^n up to 2^(n+1) ticks, class 0 also 0.
+pub const LATENCY_CLASSES: usize = 40;
+
+/// Counts and times since the entity was added, or of several entities together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Metrics {
+    /// Time on a pCPU.
+    pub run: u64,
+    /// Time in which it was ready and waited for a pCPU.
+    pub wait: u64,
+    /// Time in which it was ready and its budget was used up.
+    pub throttled: u64,
+    /// Time blocked.
+    pub blocked: u64,
+    /// Wake-ups that made it ready.
+    pub wakes: u64,
+    /// Sum of the times from a wake-up to the next run.
+    pub response: u64,
+    /// The longest of these.
+    pub response_max: u64,
+    /// How many took how long, by power of two.
+    pub latency: [u32; LATENCY_CLASSES],
+    /// Bursts that ended by blocking.
+    pub bursts: u64,
+    /// Times that it was put on a pCPU.
+    pub dispatches: u64,
+    /// Times that it was taken from its pCPU while it could have gone on.
+    pub preemptions: u64,
+    /// Times that it gave its pCPU away of its own accord.
+    pub yields: u64,
+    /// Changes of its pCPU.
+    pub migrations: u64,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Metrics {
+            run: 0,
+            wait: 0,
+            throttled: 0,
+            blocked: 0,
+            wakes: 0,
+            response: 0,
+            response_max: 0,
+            latency: [0; LATENCY_CLASSES],
+            bursts: 0,
+            dispatches: 0,
+            preemptions: 0,
+            yields: 0,
+            migrations: 0,
+        }
+    }
+}
+
+impl Metrics {
+    /// Time in which it was ready and did not run: what a guest is told as stolen.
+    pub fn steal(&self) -> u64 {
+        self.wait + self.throttled
+    }
+
+    /// Average time that it waited before each dispatch; 0 without one.
+    pub fn average_wait(&self) -> u64 {
+        self.wait.checked_div(self.dispatches).unwrap_or(0)
+    }
+
+    /// Average time from a wake-up to the next run; 0 without one.
+    pub fn average_response(&self) -> u64 {
+        let answered: u64 = self.latency.iter().map(|&n| u64::from(n)).sum();
+        self.response.checked_div(answered).unwrap_or(0)
+    }
+
+    /// A time that at least `percent` of the responses did not exceed, in whole powers of two; 0 without any.
+    pub fn response_percentile(&self, percent: u64) -> u64 {
+        let all: u64 = self.latency.iter().map(|&n| u64::from(n)).sum();
+        let wanted = (all * percent).div_ceil(100);
+        let mut seen = 0;
+        for (class, &count) in self.latency.iter().enumerate() {
+            seen += u64::from(count);
+            if count > 0 && seen >= wanted {
+                return (1 << (class + 1)).min(self.response_max);
+            }
+        }
+        0
+    }
+
+    pub(crate) fn respond(&mut self, latency: u64) {
+        self.response += latency;
+        self.response_max = self.response_max.max(latency);
+        let class = (latency.max(1).ilog2() as usize).min(LATENCY_CLASSES - 1);
+        self.latency[class] = self.latency[class].saturating_add(1);
+    }
+
+    /// Adds another entity's, for a VM or the host.
+    pub fn add(&mut self, other: &Metrics) {
+        self.run += other.run;
+        self.wait += other.wait;
+        self.throttled += other.throttled;
+        self.blocked += other.blocked;
+        self.wakes += other.wakes;
+        self.response += other.response;
+        self.response_max = self.response_max.max(other.response_max);
+        for (sum, count) in self.latency.iter_mut().zip(other.latency) {
+            *sum = sum.saturating_add(count);
+        }
+        self.bursts += other.bursts;
+        self.dispatches += other.dispatches;
+        self.preemptions += other.preemptions;
+        self.yields += other.yields;
+        self.migrations += other.migrations;
+    }
+}
+
+/// Counts and times of one pCPU since the scheduler was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PcpuMetrics {
+    /// Time in which it ran entities.
+    pub busy: u64,
+    /// Dispatches of an entity other than the one before.
+    pub switches: u64,
+    /// Entities that it took from another pCPU's queue.
+    pub steals: u64,
+    /// Entities that wait in its queue now.
+    pub waiting: u32,
+    /// Entities whose home it is now.
+    pub entities: u32,
+    /// Part of it that is reserved, in millionths.
+    pub reserved: u64,
+}
+
+/// Jain's fairness index of what several got, each by its weight, in thousandths: 1000 when all are equal, 1000/n when
+/// one got all. 1000 if there is nobody, or nobody got anything.
+pub fn jain_index(shares: impl IntoIterator<Item = u64>) -> u32 {
+    let (mut n, mut sum, mut squares) = (0_u128, 0_u128, 0_u128);
+    for share in shares {
+        // So that squares of hours in ticks fit.
+        let share = u128::from(share >> 8);
+        n += 1;
+        sum += share;
+        squares += share * share;
+    }
+    match (n * squares, sum * sum) {
+        (0, _) => 1000,
+        (below, above) => (above * 1000 / below) as u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jain_tells_fair_from_unfair() {
+        assert_eq!(jain_index([]), 1000);
+        assert_eq!(jain_index([0, 0]), 1000);
+        assert_eq!(jain_index([1 << 50; 7]), 1000);
+        assert_eq!(jain_index([1 << 40, 0, 0, 0]), 250);
+        assert_eq!(jain_index([3 << 20, 1 << 20]), 800);
+    }
+
+    #[test]
+    fn latencies_are_counted_by_powers_of_two() {
+        let mut m = Metrics::default();
+        for latency in [0, 1, 3, 1000, 1 << 60] {
+            m.respond(latency);
+        }
+        assert_eq!(m.latency[0], 2);
+        assert_eq!(m.latency[1], 1);
+        assert_eq!(m.latency[9], 1);
+        assert_eq!(m.latency[LATENCY_CLASSES - 1], 1);
+        assert_eq!(m.response_percentile(50), 4);
+        assert_eq!(m.response_percentile(80), 1024);
+        assert_eq!(m.average_response(), ((1 << 60) + 1004) / 5);
+        let mut sum = Metrics::default();
+        sum.add(&m);
+        sum.add(&m);
+        assert_eq!(sum.latency[0], 4);
+        assert_eq!(sum.response_max, 1 << 60);
+    }
+}

@@ -1,0 +1,50 @@
+//! First come, first served: who runs goes on until it blocks.
+//!
+//! A guest that never blocks keeps its pCPU: this policy does not promise that nobody starves. The slice is only
+//! how often the pCPU looks; its end changes nothing, since the order is that of becoming ready.
+
+use super::{Ordered, Policy, PolicyKind, Ready};
+use crate::entity::Entity;
+
+/// The queue of one pCPU.
+#[derive(Debug)]
+pub(crate) struct Fcfs {
+    waiting: Ordered,
+    slice: u64,
+}
+
+impl Fcfs {
+    pub(crate) fn new(slice: u64, capacity: usize) -> Self {
+        Fcfs {
+            waiting: Ordered::new(capacity),
+            slice,
+        }
+    }
+}
+
+impl Policy for Fcfs {
+    fn kind(&self) -> PolicyKind {
+        PolicyKind::Fcfs
+    }
+
+    fn ordered(&mut self) -> &mut Ordered {
+        &mut self.waiting
+    }
+
+    fn enqueue(&mut self, entity: &mut Entity, why: Ready, now: u64) {
+        entity.rank = match why {
+            Ready::SliceOver | Ready::Preempted | Ready::Arrived => entity.ready_at,
+            Ready::Woken | Ready::Replenished | Ready::Yielded => now,
+        };
+        entity.ready_at = entity.rank;
+        self.waiting.push(entity.id, entity.rank);
+    }
+
+    fn slice(&self, _entity: &Entity) -> u64 {
+        self.slice
+    }
+
+    fn gives_way(&self, _running: &Entity, _waiting: &Entity) -> Option<u64> {
+        None
+    }
+}

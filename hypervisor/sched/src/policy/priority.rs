@@ -1,0 +1,56 @@
+//! Preemptive priority with ageing: the most urgent first, and who waits for long becomes more urgent.
+//!
+//! A level of priority is worth [`SLICES_PER_LEVEL`] slices of waiting. Since all who wait age alike, their order
+//! does not change while they wait, and a key that is fixed at arrival expresses it: the tick of arrival,
+//! later by so much for each level below the highest. So nobody starves: the least urgent waits
+//! for (31 x 10) slices at most before it comes before a most urgent one that arrives then.
+
+use super::{Ordered, Policy, PolicyKind, Ready};
+use crate::entity::{Entity, PRIORITIES};
+
+/// Slices of waiting that make up for one level.
+pub const SLICES_PER_LEVEL: u64 = 10;
+
+/// The queue of one pCPU.
+#[derive(Debug)]
+pub(crate) struct Priority {
+    waiting: Ordered,
+    slice: u64,
+}
+
+impl Priority {
+    pub(crate) fn new(slice: u64, capacity: usize) -> Self {
+        Priority {
+            waiting: Ordered::new(capacity),
+            slice,
+        }
+    }
+}
+
+impl Policy for Priority {
+    fn kind(&self) -> PolicyKind {
+        PolicyKind::Priority
+    }
+
+    fn ordered(&mut self) -> &mut Ordered {
+        &mut self.waiting
+    }
+
+    fn enqueue(&mut self, entity: &mut Entity, why: Ready, now: u64) {
+        // Who was interrupted has not had its turn: it keeps its place.
+        if why != Ready::Preempted {
+            let below = u64::from(PRIORITIES.end().saturating_sub(entity.params.priority));
+            entity.rank = now.saturating_add(below * SLICES_PER_LEVEL * self.slice);
+        }
+        self.waiting.push(entity.id, entity.rank);
+    }
+
+    fn slice(&self, _entity: &Entity) -> u64 {
+        self.slice
+    }
+
+    fn gives_way(&self, running: &Entity, waiting: &Entity) -> Option<u64> {
+        let urgent = waiting.params.priority > running.params.priority;
+        (urgent && waiting.rank < running.rank).then_some(0)
+    }
+}

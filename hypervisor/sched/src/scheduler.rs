@@ -1,0 +1,718 @@
+//! Several pCPUs: pools, wake-ups, idleness, stealing, balancing.
+//!
+//! Each pCPU has a queue behind a lock of its own. An entity lies in exactly one of them, its *home*; a table says
+//! which. Who wants an entity looks its home up, takes that queue's lock, and looks again. An entity on its way from one queue
+//! to another is in neither for a moment; who wants it then waits for that moment. No two queues' locks are held at once, so there is no
+//! order among them. Under a queue's lock no other lock is taken and nothing is called that is not of this crate.
+//!
+//! *No work waits while a pCPU idles.* A pCPU that finds nothing sets its idle bit under its queue's lock, then looks at the
+//! other queues of its pool, then may halt. Who makes an entity ready puts it into its home's queue first and then
+//! looks at the idle bits. So one of the two sees the other, whichever comes first.
+//!
+//! *Balance.* Every few slices a busy pCPU compares its load (the weights of those who run or wait) with the greatest in its pool, and
+//! takes one over if that makes them more equal; of those that fit, the one with the most CPU time of late for
+//! its weight. Where loads cannot be equal, the difference itself moves around: to where those are that had more of late.
+
+use alloc::{boxed::Box, vec::Vec};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use spin::{Mutex, MutexGuard};
+
+use crate::{
+    cpus::{CpuSet, MAX_PCPUS},
+    entity::{CAPS, Entity, EntityId, PRIORITIES, Params, PoolId, Refusal, State, WEIGHTS},
+    metrics::{Metrics, PcpuMetrics},
+    policy::PolicyKind,
+    queue::{Dispatch, Queue, Stop, Woken, utilization},
+};
+
+/// The part of a pCPU that can be reserved, in millionths: the rest is for those who reserved nothing.
+pub const RESERVABLE: u64 = 950_000;
+/// Slices between two comparisons of a pCPU's load.
+const BALANCE_SLICES: u64 = 4;
+
+/// No home: the entity does not exist.
+const NOWHERE: u32 = u32::MAX;
+/// On its way from one queue to another.
+const MOVING: u32 = u32::MAX - 1;
+
+/// A CPU pool: pCPUs that share a policy. A pCPU belongs to one pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pool {
+    /// Its pCPUs.
+    pub cpus: CpuSet,
+    /// Its policy.
+    pub policy: PolicyKind,
+    /// Length of its time slices, in ticks.
+    pub slice: u64,
+}
+
+/// What happened on a wake-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The entity waits for a pCPU now.
+    Waiting,
+    /// It runs on this pCPU, and will run once more before it blocks.
+    Running {
+        /// pCPU number.
+        pcpu: usize,
+    },
+    /// It waited already, is held up, or will not run any more.
+    Nothing,
+}
+
+/// What to do about a wake-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wake {
+    /// What happened.
+    pub outcome: Outcome,
+    /// The pCPU to interrupt: it idles and has work now, or has to look at `run_until` or at the entity. May be the
+    /// caller's own.
+    pub kick: Option<usize>,
+}
+
+impl Wake {
+    const NOTHING: Self = Wake {
+        outcome: Outcome::Nothing,
+        kick: None,
+    };
+}
+
+/// What a pCPU runs next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pick {
+    /// The entity; `None`: nothing to do until an interrupt, or until `next_deadline`.
+    pub run: Option<Dispatch>,
+    /// Another pCPU to interrupt: it idles, and something waits here that it could run.
+    pub kick: Option<usize>,
+}
+
+/// One pCPU. Each in a cache line of its own.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Pcpu {
+    queue: Mutex<Queue>,
+    /// What follows are copies, for those who do not have the lock.
+    run_until: AtomicU64,
+    load: AtomicU64,
+    movable: AtomicU32,
+    pool: PoolId,
+    /// Its pool has others.
+    shared: bool,
+    /// Tick from which on its load is compared again.
+    balance_at: AtomicU64,
+}
+
+#[derive(Debug)]
+struct PoolState {
+    cpus: CpuSet,
+    policy: Mutex<(PolicyKind, u64)>,
+}
+
+/// The scheduler of a host. All methods may be called from any pCPU at any time.
+#[derive(Debug)]
+pub struct Scheduler {
+    pcpus: Box<[Pcpu]>,
+    pools: Box<[PoolState]>,
+    /// By entity: its pCPU.
+    homes: Box<[AtomicU32]>,
+    free: Mutex<Vec<u32>>,
+    /// A bit for each pCPU that found nothing to run.
+    idle: AtomicU64,
+}
+
+impl Scheduler {
+    /// A scheduler of pCPUs 0 to `pcpus` - 1 (at most [`MAX_PCPUS`]) in these pools, for up to `capacity` entities.
+    /// pCPUs that are in no pool belong to the first, as all do without any; who is in several belongs to the first of them. A slice of 0 is one tick.
+    pub fn new(pcpus: usize, capacity: usize, pools: &[Pool]) -> Self {
+        let pcpus = pcpus.clamp(1, MAX_PCPUS);
+        let mut rest = CpuSet::first(pcpus);
+        let mut list: Vec<Pool> = Vec::new();
+        for pool in pools {
+            let cpus = pool.cpus.and(rest);
+            rest = rest.without(cpus);
+            list.push(Pool {
+                cpus,
+                slice: pool.slice.max(1),
+                ..*pool
+            });
+        }
+        if list.is_empty() {
+            list.push(Pool {
+                cpus: CpuSet::EMPTY,
+                policy: PolicyKind::default(),
+                slice: 1,
+            });
+        }
+        list[0].cpus = list[0].cpus.or(rest);
+        let pcpu = |number: usize| {
+            let index = list.iter().position(|pool| pool.cpus.contains(number));
+            let index = index.unwrap_or(0);
+            let pool = list[index];
+            Pcpu {
+                queue: Mutex::new(Queue::new(number, pool.policy, pool.slice, capacity)),
+                run_until: AtomicU64::new(u64::MAX),
+                load: AtomicU64::new(0),
+                movable: AtomicU32::new(0),
+                pool: PoolId(index as u8),
+                shared: pool.cpus.len() > 1,
+                balance_at: AtomicU64::new(0),
+            }
+        };
+        Scheduler {
+            pcpus: (0..pcpus).map(pcpu).collect(),
+            homes: (0..capacity).map(|_| AtomicU32::new(NOWHERE)).collect(),
+            free: Mutex::new((0..capacity as u32).rev().collect()),
+            idle: AtomicU64::new(0),
+            pools: list
+                .into_iter()
+                .map(|pool| PoolState {
+                    cpus: pool.cpus,
+                    policy: Mutex::new((pool.policy, pool.slice)),
+                })
+                .collect(),
+        }
+    }
+
+    /// Number of pCPUs.
+    pub fn pcpus(&self) -> usize {
+        self.pcpus.len()
+    }
+
+    /// The pools, as they are now.
+    pub fn pools(&self) -> impl Iterator<Item = Pool> {
+        self.pools.iter().map(|pool| {
+            let (policy, slice) = *pool.policy.lock();
+            Pool {
+                cpus: pool.cpus,
+                policy,
+                slice,
+            }
+        })
+    }
+
+    fn lock(&self, pcpu: usize) -> Option<Locked<'_>> {
+        let pcpu = self.pcpus.get(pcpu)?;
+        Some(Locked {
+            queue: pcpu.queue.lock(),
+            pcpu,
+        })
+    }
+
+    /// The queue that an entity lies in, locked, and its pCPU.
+    fn home(&self, id: EntityId) -> Option<(usize, Locked<'_>)> {
+        let home = self.homes.get(id.index())?;
+        loop {
+            match home.load(Ordering::Acquire) {
+                NOWHERE => return None,
+                MOVING => core::hint::spin_loop(),
+                pcpu => {
+                    let locked = self.lock(pcpu as usize)?;
+                    if home.load(Ordering::Relaxed) == pcpu {
+                        return Some((pcpu as usize, locked));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes an entity out of its queue, which is locked. It has to be put into another.
+    fn take_out(&self, locked: &mut Locked<'_>, id: EntityId, now: u64) -> Option<Box<Entity>> {
+        let entity = locked.queue.extract(id, now)?;
+        self.homes[id.index()].store(MOVING, Ordering::Relaxed);
+        Some(entity)
+    }
+
+    fn put_in(&self, pcpu: usize, locked: &mut Locked<'_>, entity: Box<Entity>, now: u64) {
+        let id = entity.id;
+        locked.queue.insert(entity, now);
+        self.homes[id.index()].store(pcpu as u32, Ordering::Release);
+    }
+
+    /// Where such an entity can be, and where of that it may run.
+    fn check(&self, params: &Params) -> Result<CpuSet, Refusal> {
+        let pool = self.pools.get(usize::from(params.pool.0));
+        let pool = pool.ok_or(Refusal::NoSuchPool)?;
+        if !WEIGHTS.contains(&params.weight)
+            || !PRIORITIES.contains(&params.priority)
+            || params.cap.is_some_and(|cap| !CAPS.contains(&cap))
+        {
+            return Err(Refusal::OutOfRange);
+        }
+        if let Some(reservation) = params.reservation {
+            if reservation.budget == 0 || reservation.budget > reservation.period {
+                return Err(Refusal::OutOfRange);
+            }
+            if pool.policy.lock().0 != PolicyKind::Reservation {
+                return Err(Refusal::NoReservations);
+            }
+        }
+        let allowed = params.affinity.and(pool.cpus);
+        if allowed.is_empty() {
+            return Err(Refusal::NoPcpu);
+        }
+        Ok(allowed)
+    }
+
+    /// Puts an entity that lies in no queue where there is room, best where there is the most of it. Where it is put.
+    ///
+    /// # Errors
+    /// No pCPU can keep its reservation; the entity comes back.
+    fn place(&self, entity: Box<Entity>, now: u64) -> Result<usize, (Box<Entity>, Refusal)> {
+        let wanted = utilization(&entity.params);
+        let mut places = entity.allowed;
+        let mut most_left = 0;
+        while !places.is_empty() {
+            let crowd = |pcpu: &usize| {
+                let queue = self.pcpus[*pcpu].queue.lock();
+                (queue.reserved(), queue.load(), queue.population(), *pcpu)
+            };
+            let Some(pcpu) = places.iter().min_by_key(crowd) else {
+                break;
+            };
+            if let Some(mut locked) = self.lock(pcpu) {
+                let left = RESERVABLE.saturating_sub(locked.queue.reserved());
+                if wanted <= left {
+                    self.put_in(pcpu, &mut locked, entity, now);
+                    return Ok(pcpu);
+                }
+                most_left = most_left.max(left);
+            }
+            places = places.without(CpuSet::of(pcpu));
+        }
+        let left = most_left;
+        Err((entity, Refusal::Overcommitted { wanted, left }))
+    }
+
+    /// Adds an entity, blocked without a deadline.
+    ///
+    /// # Errors
+    /// What is wrong with the parameters, or that there is no room.
+    pub fn add(&self, params: Params, now: u64) -> Result<EntityId, Refusal> {
+        let allowed = self.check(&params)?;
+        let pool = &self.pools[usize::from(params.pool.0)];
+        let slice = pool.policy.lock().1;
+        let number = self.free.lock().pop().ok_or(Refusal::Full)?;
+        let id = EntityId(number);
+        let entity = Box::new(Entity::new(id, params, allowed, slice, now));
+        match self.place(entity, now) {
+            Ok(_) => Ok(id),
+            Err((_, refusal)) => {
+                self.free.lock().push(number);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Removes an entity that does not run. `false`: it runs, or is not known.
+    #[must_use]
+    pub fn remove(&self, id: EntityId, now: u64) -> bool {
+        let Some((_, mut locked)) = self.home(id) else {
+            return false;
+        };
+        if self.take_out(&mut locked, id, now).is_none() {
+            return false;
+        }
+        self.homes[id.index()].store(NOWHERE, Ordering::Release);
+        drop(locked);
+        self.free.lock().push(id.0);
+        true
+    }
+
+    /// What the entity is doing; `None` when it is not known.
+    pub fn state(&self, id: EntityId) -> Option<State> {
+        let (_, locked) = self.home(id)?;
+        Some(locked.queue.get(id)?.state)
+    }
+
+    /// Its parameters.
+    pub fn params(&self, id: EntityId) -> Option<Params> {
+        let (_, locked) = self.home(id)?;
+        Some(locked.queue.get(id)?.params)
+    }
+
+    /// Gives an entity other parameters. Those of one that runs hold from its next run on. Returns the pCPU to interrupt, if any.
+    ///
+    /// # Errors
+    /// As [`Scheduler::add`]; nothing has changed then.
+    pub fn set_params(
+        &self,
+        id: EntityId,
+        params: Params,
+        now: u64,
+    ) -> Result<Option<usize>, Refusal> {
+        let allowed = self.check(&params)?;
+        let (pcpu, mut locked) = self.home(id).ok_or(Refusal::Unknown)?;
+        let entity = locked.queue.get(id).ok_or(Refusal::Unknown)?;
+        let (before, allowed_before) = (entity.params, entity.allowed);
+        let runs = matches!(entity.state, State::Running { .. });
+        let others = locked.queue.reserved() - utilization(&before);
+        let left = RESERVABLE.saturating_sub(others);
+        let fits = utilization(&params) <= left;
+        if allowed.contains(pcpu) && fits {
+            locked.queue.set_params(id, params, allowed, now);
+            let kick = locked.kick_if(pcpu, now);
+            drop(locked);
+            return Ok(kick.or_else(|| self.idle_one(allowed)));
+        }
+        if runs {
+            let wanted = utilization(&params);
+            if wanted > 0 {
+                // Where it would go is only known when it has stopped.
+                return Err(Refusal::Overcommitted { wanted, left });
+            }
+            locked.queue.set_params(id, params, allowed, now);
+            return Ok(Some(pcpu));
+        }
+        // It keeps what it had unless there is room elsewhere.
+        let mut entity = self
+            .take_out(&mut locked, id, now)
+            .ok_or(Refusal::Unknown)?;
+        drop(locked);
+        let slice = self.pools[usize::from(params.pool.0)].policy.lock().1;
+        entity.set_params(params, allowed, slice, now);
+        match self.place(entity, now) {
+            Ok(place) => Ok(self.kick_for(place, allowed, now)),
+            Err((mut entity, refusal)) => {
+                entity.set_params(before, allowed_before, slice, now);
+                if let Some(mut locked) = self.lock(pcpu) {
+                    self.put_in(pcpu, &mut locked, entity, now);
+                }
+                Err(refusal)
+            }
+        }
+    }
+
+    /// One that may run in these places was put into the queue of `pcpu`: whom to interrupt.
+    fn kick_for(&self, pcpu: usize, allowed: CpuSet, now: u64) -> Option<usize> {
+        let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
+        if idle.contains(pcpu) {
+            return Some(pcpu);
+        }
+        self.idle_one(allowed)
+            .or_else(|| self.lock(pcpu)?.kick_if(pcpu, now))
+    }
+
+    /// A pCPU out of these that idles.
+    fn idle_one(&self, of: CpuSet) -> Option<usize> {
+        CpuSet::from_bits(self.idle.load(Ordering::SeqCst))
+            .and(of)
+            .lowest()
+    }
+
+    /// An event for an entity: one that is blocked becomes ready.
+    pub fn wake(&self, id: EntityId, now: u64) -> Wake {
+        let Some((pcpu, mut locked)) = self.home(id) else {
+            return Wake::NOTHING;
+        };
+        let before = locked.queue.run_until();
+        match locked.queue.wake(id, now) {
+            Woken::Nothing => Wake::NOTHING,
+            Woken::Running => Wake {
+                outcome: Outcome::Running { pcpu },
+                kick: Some(pcpu),
+            },
+            Woken::Waiting => Wake {
+                outcome: Outcome::Waiting,
+                kick: self.look(pcpu, locked, id, before),
+            },
+        }
+    }
+
+    /// One waits now in this queue, whose running one had to stop at `before`: whom to interrupt.
+    fn look(&self, pcpu: usize, locked: Locked<'_>, id: EntityId, before: u64) -> Option<usize> {
+        let queue = &locked.queue;
+        let stays = queue.is_idle();
+        let earlier = queue.run_until() < before;
+        let movable = queue
+            .get(id)
+            .filter(|entity| entity.params.reservation.is_none())
+            .map_or(CpuSet::EMPTY, |entity| entity.allowed);
+        drop(locked);
+        let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
+        if stays {
+            // One that does not idle is about to pick.
+            return idle.contains(pcpu).then_some(pcpu);
+        }
+        idle.and(movable)
+            .lowest()
+            .or_else(|| earlier.then_some(pcpu))
+    }
+
+    /// Readies the entities of a pCPU whose deadline or budget has come; `pick` does it, too. Whom to interrupt, if anyone.
+    pub fn expire(&self, pcpu: usize, now: u64) -> Option<usize> {
+        let mut locked = self.lock(pcpu)?;
+        let before = locked.queue.run_until();
+        if !locked.queue.expire(now) {
+            return None;
+        }
+        let earlier = locked.queue.run_until() < before;
+        let (idles, movable) = (locked.queue.is_idle(), locked.queue.movable());
+        drop(locked);
+        let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
+        if idles {
+            return idle.contains(pcpu).then_some(pcpu);
+        }
+        let others = self.pools[usize::from(self.pcpus[pcpu].pool.0)].cpus;
+        let idle = idle.and(others).lowest().filter(|_| movable > 0);
+        idle.or_else(|| earlier.then_some(pcpu))
+    }
+
+    /// What `pcpu` runs next; it must not run anything now. Readies those whose deadline has come before.
+    pub fn pick(&self, pcpu: usize, now: u64) -> Pick {
+        let nothing = Pick {
+            run: None,
+            kick: None,
+        };
+        let Some(this) = self.pcpus.get(pcpu) else {
+            return nothing;
+        };
+        if this.shared && now >= this.balance_at.load(Ordering::Relaxed) {
+            self.balance(pcpu, now);
+        }
+        let bit = CpuSet::of(pcpu).bits();
+        let run = {
+            let mut locked = Locked {
+                queue: this.queue.lock(),
+                pcpu: this,
+            };
+            locked.queue.expire(now);
+            let run = locked.queue.pick(now);
+            // Under the lock: see the module's text.
+            let idle = self.idle.load(Ordering::Relaxed) & bit != 0;
+            match run {
+                Some(_) if idle => {
+                    self.idle.fetch_and(!bit, Ordering::SeqCst);
+                }
+                None if !idle => {
+                    self.idle.fetch_or(bit, Ordering::SeqCst);
+                }
+                _ => {}
+            }
+            run
+        };
+        if !this.shared {
+            return Pick { run, kick: None };
+        }
+        let run = run.or_else(|| self.steal(pcpu, now));
+        let pool = self.pools[usize::from(this.pool.0)].cpus;
+        let kick = match run {
+            Some(_) if this.movable.load(Ordering::SeqCst) > 0 => self.idle_one(pool),
+            _ => None,
+        };
+        Pick { run, kick }
+    }
+
+    /// Takes one over from a busy pCPU of the pool, and runs it.
+    fn steal(&self, pcpu: usize, now: u64) -> Option<Dispatch> {
+        let mut victims = self.pools[usize::from(self.pcpus[pcpu].pool.0)]
+            .cpus
+            .without(CpuSet::of(pcpu));
+        loop {
+            let crowded = |victim: &usize| {
+                let victim = &self.pcpus[*victim];
+                let movable = victim.movable.load(Ordering::SeqCst);
+                (movable > 0, victim.load.load(Ordering::Relaxed))
+            };
+            let victim = victims.iter().max_by_key(crowded)?;
+            if !crowded(&victim).0 {
+                return None;
+            }
+            victims = victims.without(CpuSet::of(victim));
+            let stolen = self.lock(victim).and_then(|mut locked| {
+                let id = locked.queue.stealable(pcpu)?;
+                self.take_out(&mut locked, id, now)
+            });
+            let Some(entity) = stolen else { continue };
+            let id = entity.id;
+            let mut locked = self.lock(pcpu)?;
+            self.put_in(pcpu, &mut locked, entity, now);
+            locked.queue.note_migration(id, true);
+            let run = locked.queue.pick(now);
+            let bit = CpuSet::of(pcpu).bits();
+            self.idle.fetch_and(!bit, Ordering::SeqCst);
+            return run;
+        }
+    }
+
+    /// Takes one over from the pCPU with the greatest load of the pool, if that makes loads more equal, or at least moves the
+    /// difference on.
+    fn balance(&self, pcpu: usize, now: u64) {
+        let this = &self.pcpus[pcpu];
+        let pool = &self.pools[usize::from(this.pool.0)];
+        let load = |pcpu: usize| self.pcpus[pcpu].load.load(Ordering::Relaxed);
+        let busiest = pool.cpus.iter().max_by_key(|&pcpu| load(pcpu));
+        let Some(busiest) = busiest.filter(|&other| other != pcpu) else {
+            return;
+        };
+        let own = self
+            .lock(pcpu)
+            .and_then(|own| own.queue.wealth_of_last(now));
+        let Some(mut locked) = self.lock(busiest) else {
+            return;
+        };
+        let slice = locked.queue.slice();
+        let next = now.saturating_add(BALANCE_SLICES * slice);
+        let difference = locked.queue.load().saturating_sub(load(pcpu));
+        let Some((wealth, id)) = locked.queue.richest(pcpu, difference, now) else {
+            this.balance_at.store(next, Ordering::Relaxed);
+            return;
+        };
+        let weight = locked
+            .queue
+            .get(id)
+            .map_or(0, |entity| entity.params.weight);
+        let swaps = u64::from(weight) == difference;
+        let poorest = locked.queue.poorest(now);
+        // Who stays there gains, and who runs here loses; that is for the better if the former has had less. The one that
+        // should move may run just now: at the next look.
+        if swaps && (own <= poorest || Some(wealth) < locked.queue.wealth_of_last(now)) {
+            return;
+        }
+        this.balance_at.store(next, Ordering::Relaxed);
+        let Some(entity) = self.take_out(&mut locked, id, now) else {
+            return;
+        };
+        drop(locked);
+        if let Some(mut locked) = self.lock(pcpu) {
+            self.put_in(pcpu, &mut locked, entity, now);
+            locked.queue.note_migration(id, false);
+        }
+    }
+
+    /// The entity that runs on `pcpu` leaves it. Whom to interrupt, if anyone. Nothing happens if none runs.
+    pub fn stop(&self, pcpu: usize, why: Stop, now: u64) -> Option<usize> {
+        let mut locked = self.lock(pcpu)?;
+        let id = locked.queue.stop(why, now)?;
+        let allowed = locked.queue.get(id)?.allowed;
+        if allowed.contains(pcpu) {
+            return None;
+        }
+        // It has been given other places while it ran.
+        let entity = self.take_out(&mut locked, id, now)?;
+        drop(locked);
+        let waits = entity.state == State::Waiting;
+        match self.place(entity, now) {
+            Ok(place) => waits.then(|| self.kick_for(place, allowed, now))?,
+            // Only reservations are refused, and those do not change places while they run.
+            Err((entity, _)) => {
+                let mut locked = self.lock(pcpu)?;
+                self.put_in(pcpu, &mut locked, entity, now);
+                None
+            }
+        }
+    }
+
+    /// As `stop` with [`Stop::Yielded`]; and the first of these entities that waits on this pCPU runs next there: the yielding one
+    /// waits for one of them, as for a spinlock's holder.
+    pub fn yield_to(
+        &self,
+        pcpu: usize,
+        ids: impl Iterator<Item = EntityId>,
+        now: u64,
+    ) -> Option<usize> {
+        if let Some(mut locked) = self.lock(pcpu) {
+            locked.queue.favour(ids);
+        }
+        self.stop(pcpu, Stop::Yielded, now)
+    }
+
+    /// Keeps an entity from running until it is resumed; wake-ups are remembered. Returns the pCPU that it runs on, to be
+    /// interrupted; it is paused when it has left it.
+    pub fn pause(&self, id: EntityId, now: u64) -> Option<usize> {
+        let (pcpu, mut locked) = self.home(id)?;
+        locked.queue.pause(id, now).then_some(pcpu)
+    }
+
+    /// Lets an entity run again.
+    pub fn resume(&self, id: EntityId, now: u64) -> Wake {
+        let Some((pcpu, mut locked)) = self.home(id) else {
+            return Wake::NOTHING;
+        };
+        let before = locked.queue.run_until();
+        match locked.queue.resume(id, now) {
+            Woken::Waiting => Wake {
+                outcome: Outcome::Waiting,
+                kick: self.look(pcpu, locked, id, before),
+            },
+            Woken::Nothing | Woken::Running => Wake::NOTHING,
+        }
+    }
+
+    /// Tick at which `pcpu` has to look again at the latest, when it has nothing to run.
+    pub fn next_deadline(&self, pcpu: usize) -> Option<u64> {
+        self.lock(pcpu)?.queue.next_deadline()
+    }
+
+    /// Tick at which what runs on `pcpu` has to be stopped at the latest. It may be earlier than `pick` said: somebody more urgent has come.
+    pub fn run_until(&self, pcpu: usize) -> u64 {
+        self.pcpus
+            .get(pcpu)
+            .map_or(0, |pcpu| pcpu.run_until.load(Ordering::Acquire))
+    }
+
+    /// Gives a pool another policy and slice, in ticks. Returns the pCPUs to interrupt.
+    ///
+    /// # Errors
+    /// There is no such pool.
+    pub fn set_policy(
+        &self,
+        pool: PoolId,
+        kind: PolicyKind,
+        slice: u64,
+        now: u64,
+    ) -> Result<CpuSet, Refusal> {
+        let pool = self.pools.get(usize::from(pool.0));
+        let pool = pool.ok_or(Refusal::NoSuchPool)?;
+        let slice = slice.max(1);
+        *pool.policy.lock() = (kind, slice);
+        for pcpu in pool.cpus.iter() {
+            if let Some(mut locked) = self.lock(pcpu) {
+                locked.queue.set_policy(kind, slice, now);
+            }
+        }
+        Ok(pool.cpus)
+    }
+
+    /// What was measured of an entity, up to now.
+    pub fn metrics(&self, id: EntityId, now: u64) -> Option<Metrics> {
+        let (_, locked) = self.home(id)?;
+        locked.queue.metrics_of(id, now)
+    }
+
+    /// What was measured of a pCPU, up to now.
+    pub fn pcpu_metrics(&self, pcpu: usize, now: u64) -> Option<PcpuMetrics> {
+        Some(self.lock(pcpu)?.queue.metrics(now))
+    }
+
+    /// The policy that a pCPU's queue follows.
+    pub fn policy(&self, pcpu: usize) -> Option<PolicyKind> {
+        Some(self.lock(pcpu)?.queue.kind())
+    }
+}
+
+/// A queue whose lock is held. What others see of it is brought up to date at the end.
+struct Locked<'s> {
+    queue: MutexGuard<'s, Queue>,
+    pcpu: &'s Pcpu,
+}
+
+impl Locked<'_> {
+    /// The pCPU, if what runs there is to be stopped now.
+    fn kick_if(&self, pcpu: usize, now: u64) -> Option<usize> {
+        (self.queue.run_until() <= now).then_some(pcpu)
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let (queue, pcpu) = (&self.queue, self.pcpu);
+        pcpu.run_until.store(queue.run_until(), Ordering::Release);
+        if pcpu.shared {
+            pcpu.load.store(queue.load(), Ordering::Relaxed);
+            let movable = queue.movable() as u32;
+            // Before the idle bits are looked at.
+            pcpu.movable.store(movable, Ordering::SeqCst);
+        }
+    }
+}

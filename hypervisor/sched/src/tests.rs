@@ -1,0 +1,838 @@
+//! Invariants of queues and scheduler, whatever the order of calls; and small worlds in which guests run.
+
+use std::{vec, vec::Vec};
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// A millisecond, in the ticks of these tests.
+const MS: u64 = 1_000_000;
+const SLICE: u64 = 10 * MS;
+
+const NOTHING: Wake = Wake {
+    outcome: Outcome::Nothing,
+    kick: None,
+};
+
+fn scheduler(pcpus: usize, policy: PolicyKind) -> Scheduler {
+    let pool = Pool {
+        cpus: CpuSet::first(pcpus),
+        policy,
+        slice: SLICE,
+    };
+    Scheduler::new(pcpus, 64, &[pool])
+}
+
+fn weighing(weight: u32) -> Params {
+    Params {
+        weight,
+        ..Params::default()
+    }
+}
+
+/// What a guest of the small world does whenever it runs.
+#[derive(Clone, Copy, Debug)]
+enum Guest {
+    /// Runs for ever.
+    Spins,
+    /// Runs for so long, then sleeps for so long, again and again.
+    Works { run: u64, sleep: u64 },
+    /// Yields whenever it has run for so long.
+    Yields { run: u64 },
+}
+
+/// Runs the guests on all pCPUs until the end; in each of them, time passes from event to event.
+fn simulate(s: &Scheduler, guests: &[(EntityId, Guest)], end: u64) {
+    let mut now = 0;
+    let mut left: Vec<u64> = guests
+        .iter()
+        .map(|(_, guest)| match guest {
+            Guest::Spins => u64::MAX,
+            Guest::Works { run, .. } | Guest::Yields { run } => *run,
+        })
+        .collect();
+    let mut on: Vec<Option<(EntityId, u64)>> = vec![None; s.pcpus()];
+    for (id, _) in guests {
+        s.wake(*id, 0);
+    }
+    let index = |id: EntityId| guests.iter().position(|(other, _)| *other == id).unwrap();
+    while now < end {
+        for (pcpu, runs) in on.iter_mut().enumerate() {
+            if runs.is_none() {
+                let pick = s.pick(pcpu, now);
+                *runs = pick.run.map(|run| (run.id, now));
+            }
+        }
+        // Nobody idles while somebody waits.
+        for (pcpu, runs) in on.iter().enumerate() {
+            if runs.is_none() {
+                for (id, _) in guests {
+                    let allowed = s.params(*id).unwrap().affinity.contains(pcpu);
+                    let reserved = s.params(*id).unwrap().reservation.is_some();
+                    assert!(
+                        !allowed || reserved || s.state(*id) != Some(State::Waiting),
+                        "{id:?} waits while {pcpu} idles"
+                    );
+                }
+            }
+        }
+        let mut next = end;
+        for (pcpu, runs) in on.iter().enumerate() {
+            next = next.min(match runs {
+                Some((id, since)) => s
+                    .run_until(pcpu)
+                    .min(since.saturating_add(left[index(*id)])),
+                None => s.next_deadline(pcpu).unwrap_or(u64::MAX),
+            });
+        }
+        now = next.max(now);
+        for (pcpu, runs) in on.iter_mut().enumerate() {
+            let Some((id, since)) = *runs else {
+                continue;
+            };
+            let n = index(id);
+            let ran = now - since;
+            let done = ran >= left[n];
+            if !done && now < s.run_until(pcpu) {
+                continue;
+            }
+            *runs = None;
+            left[n] = left[n].saturating_sub(ran);
+            let stop = match guests[n].1 {
+                Guest::Works { run, sleep } if done => {
+                    left[n] = run;
+                    let until = Some(now + sleep);
+                    Stop::Blocked { until }
+                }
+                Guest::Yields { run } if done => {
+                    left[n] = run;
+                    Stop::Yielded
+                }
+                _ => Stop::Interrupted,
+            };
+            s.stop(pcpu, stop, now);
+        }
+    }
+}
+
+fn run_times(s: &Scheduler, guests: &[(EntityId, Guest)], end: u64) -> Vec<u64> {
+    let times = guests
+        .iter()
+        .map(|(id, _)| s.metrics(*id, end).unwrap().run);
+    times.collect()
+}
+
+fn spinners(s: &Scheduler, weights: &[u32]) -> Vec<(EntityId, Guest)> {
+    let add = |&weight: &u32| (s.add(weighing(weight), 0).unwrap(), Guest::Spins);
+    weights.iter().map(add).collect()
+}
+
+#[test]
+fn round_robin_gives_everyone_a_turn() {
+    let s = scheduler(1, PolicyKind::RoundRobin);
+    let ids: [EntityId; 3] = core::array::from_fn(|_| s.add(Params::default(), 0).unwrap());
+    for id in ids {
+        assert_eq!(s.wake(id, 0).outcome, Outcome::Waiting);
+    }
+    let mut now = 0;
+    for turn in 0..9 {
+        let run = s.pick(0, now).run.unwrap();
+        assert_eq!(run.id, ids[turn % 3]);
+        assert_eq!(run.until, now + SLICE);
+        now = run.until;
+        s.stop(0, Stop::Interrupted, now);
+    }
+}
+
+#[test]
+fn who_is_interrupted_within_its_slice_goes_on_with_the_rest() {
+    let s = scheduler(1, PolicyKind::RoundRobin);
+    let ids: [EntityId; 2] = core::array::from_fn(|_| s.add(Params::default(), 0).unwrap());
+    ids.iter().for_each(|&id| _ = s.wake(id, 0));
+    assert_eq!(s.pick(0, 0).run.unwrap().id, ids[0]);
+    s.stop(0, Stop::Interrupted, 3 * MS);
+    let run = s.pick(0, 3 * MS).run.unwrap();
+    assert_eq!((run.id, run.until), (ids[0], SLICE));
+    s.stop(0, Stop::Interrupted, SLICE);
+    assert_eq!(s.pick(0, SLICE).run.unwrap().id, ids[1]);
+}
+
+#[test]
+fn a_wake_up_while_running_is_not_lost() {
+    for policy in PolicyKind::ALL {
+        let s = scheduler(2, policy);
+        let id = s.add(Params::default(), 0).unwrap();
+        s.wake(id, 0);
+        assert_eq!(s.pick(1, 0).run.unwrap().id, id);
+        let wake = s.wake(id, 1);
+        assert_eq!(wake.outcome, Outcome::Running { pcpu: 1 });
+        assert_eq!(wake.kick, Some(1));
+        s.stop(1, Stop::Blocked { until: None }, 2);
+        assert_eq!(s.state(id), Some(State::Waiting));
+        assert_eq!(s.pick(1, 2).run.unwrap().id, id);
+        s.stop(1, Stop::Blocked { until: Some(10) }, 3);
+        assert_eq!(s.next_deadline(1), Some(10));
+        assert_eq!(s.pick(1, 9).run, None);
+        assert_eq!(s.pick(1, 10).run.unwrap().id, id);
+    }
+}
+
+#[test]
+fn a_retired_entity_never_runs_again() {
+    let s = scheduler(1, PolicyKind::Fair);
+    let id = s.add(Params::default(), 0).unwrap();
+    s.wake(id, 0);
+    s.pick(0, 0);
+    s.wake(id, 0);
+    assert!(!s.remove(id, 0), "it runs");
+    s.stop(0, Stop::Retired, 1);
+    assert_eq!(s.state(id), Some(State::Retired));
+    assert_eq!(s.wake(id, 1), NOTHING);
+    assert_eq!(s.pick(0, 1).run, None);
+    assert!(s.remove(id, 1));
+    assert_eq!(s.state(id), None);
+    assert_eq!(s.wake(id, 1), NOTHING);
+    assert_eq!(
+        s.add(Params::default(), 2),
+        Ok(id),
+        "numbers are used again"
+    );
+}
+
+#[test]
+fn pinned_entities_stay_on_their_pcpu() {
+    let s = scheduler(2, PolicyKind::Fair);
+    let pinned = Params {
+        affinity: CpuSet::of(1),
+        ..Params::default()
+    };
+    let ids: [EntityId; 3] = core::array::from_fn(|_| s.add(pinned, 0).unwrap());
+    for id in ids {
+        s.wake(id, 0);
+    }
+    assert_eq!(s.pick(0, 0).run, None);
+    assert!(s.pick(1, 0).run.is_some());
+    assert_eq!(s.pick(0, 1).run, None);
+    // Given another place while it runs, it goes there when it stops.
+    let moved = Params {
+        affinity: CpuSet::of(0),
+        ..pinned
+    };
+    assert_eq!(s.set_params(ids[0], moved, 2), Ok(Some(1)));
+    assert!(s.run_until(1) <= 2);
+    assert_eq!(s.stop(1, Stop::Interrupted, 3), Some(0), "pCPU 0 idles");
+    assert_eq!(s.pick(0, 3).run.unwrap().id, ids[0]);
+    assert_eq!(s.params(ids[0]), Some(moved));
+}
+
+#[test]
+fn an_idle_pcpu_is_told_of_work_and_takes_it() {
+    let s = scheduler(3, PolicyKind::Fair);
+    let ids: [EntityId; 4] = core::array::from_fn(|_| s.add(Params::default(), 0).unwrap());
+    for pcpu in 0..3 {
+        assert_eq!(s.pick(pcpu, 0).run, None);
+    }
+    let mut busy = CpuSet::EMPTY;
+    for id in ids.into_iter().take(3) {
+        let kick = s.wake(id, 1).kick.unwrap();
+        assert!(!busy.contains(kick), "that one is busy");
+        assert_eq!(s.pick(kick, 1).run.unwrap().id, id);
+        busy = busy.or(CpuSet::of(kick));
+    }
+    // Now all are busy; who becomes idle takes the fourth.
+    s.wake(ids[3], 2);
+    s.stop(2, Stop::Blocked { until: None }, 3);
+    assert_eq!(s.pick(2, 3).run.unwrap().id, ids[3]);
+}
+
+#[test]
+fn a_paused_entity_waits_to_be_resumed() {
+    for policy in PolicyKind::ALL {
+        let s = scheduler(1, policy);
+        let ids: [EntityId; 2] = core::array::from_fn(|_| s.add(Params::default(), 0).unwrap());
+        // Blocked: the wake-up is remembered.
+        assert_eq!(s.pause(ids[0], 0), None);
+        assert_eq!(s.wake(ids[0], 1), NOTHING);
+        assert_eq!(s.state(ids[0]), Some(State::Held));
+        assert_eq!(s.pick(0, 1).run, None);
+        assert_eq!(s.resume(ids[0], 2).kick, Some(0));
+        // Waiting.
+        assert_eq!(s.pause(ids[0], 3), None);
+        assert_eq!(s.pick(0, 3).run, None);
+        s.resume(ids[0], 4);
+        assert_eq!(s.pick(0, 4).run.unwrap().id, ids[0]);
+        // Running: it is stopped.
+        assert_eq!(s.pause(ids[0], 5), Some(0));
+        assert_eq!(s.run_until(0), 0);
+        s.stop(0, Stop::Interrupted, 6);
+        assert_eq!(s.state(ids[0]), Some(State::Held));
+        assert_eq!(s.pick(0, 6).run, None);
+        s.resume(ids[0], 7);
+        assert_eq!(s.pick(0, 7).run.unwrap().id, ids[0]);
+        s.stop(0, Stop::Blocked { until: Some(20) }, 8);
+        // A deadline that passes while it is paused counts when it is resumed.
+        s.pause(ids[0], 9);
+        assert_eq!(s.pick(0, 21).run, None);
+        s.resume(ids[0], 22);
+        assert_eq!(s.pick(0, 22).run.unwrap().id, ids[0]);
+    }
+}
+
+#[test]
+fn weights_are_shares_within_two_percent() {
+    for weights in [&[100, 200, 400][..], &[1, 10_000], &[7, 100, 100, 1000]] {
+        let s = scheduler(1, PolicyKind::Fair);
+        let guests = spinners(&s, weights);
+        let end = if weights[0] == 1 { 500_000 } else { 10_000 } * MS;
+        simulate(&s, &guests, end);
+        let sum: u64 = weights.iter().map(|&w| u64::from(w)).sum();
+        for (time, &weight) in run_times(&s, &guests, end).iter().zip(weights) {
+            let due = end * u64::from(weight) / sum;
+            assert!(
+                time.abs_diff(due) <= due / 50 + SLICE,
+                "{weight} of {weights:?}: {time} is not {due}"
+            );
+        }
+    }
+}
+
+#[test]
+fn three_equal_guests_share_two_pcpus() {
+    for policy in [PolicyKind::Fair, PolicyKind::RoundRobin] {
+        let s = scheduler(2, policy);
+        let guests = spinners(&s, &[100, 100, 100]);
+        let end = 20_000 * MS;
+        simulate(&s, &guests, end);
+        let times = run_times(&s, &guests, end);
+        for &time in &times {
+            let due = end * 2 / 3;
+            assert!(
+                time.abs_diff(due) <= due / 50,
+                "{policy}: {times:?}, not {due}"
+            );
+        }
+    }
+}
+
+#[test]
+fn weights_hold_over_two_pcpus() {
+    let s = scheduler(2, PolicyKind::Fair);
+    let guests = spinners(&s, &[100, 200, 400, 100, 200, 400]);
+    let end = 20_000 * MS;
+    simulate(&s, &guests, end);
+    for (time, weight) in run_times(&s, &guests, end).iter().zip([1, 2, 4, 1, 2, 4]) {
+        let due = end * 2 * weight / 14;
+        assert!(time.abs_diff(due) <= due / 50, "{time} is not {due}");
+    }
+}
+
+#[test]
+fn yielding_and_sleeping_gain_nothing() {
+    let s = scheduler(1, PolicyKind::Fair);
+    let add = |guest| (s.add(Params::default(), 0).unwrap(), guest);
+    let guests = [
+        add(Guest::Spins),
+        add(Guest::Yields { run: MS / 10 }),
+        add(Guest::Works {
+            run: 3 * MS,
+            sleep: MS / 100,
+        }),
+    ];
+    let end = 10_000 * MS;
+    simulate(&s, &guests, end);
+    let times = run_times(&s, &guests, end);
+    assert!(times[0] >= end / 3, "the spinner got {}", times[0]);
+    assert!(
+        times[1] <= times[0] && times[2] <= times[0] + SLICE,
+        "{times:?}"
+    );
+}
+
+#[test]
+fn who_wants_little_waits_little() {
+    let s = scheduler(1, PolicyKind::Fair);
+    let add = |guest| (s.add(Params::default(), 0).unwrap(), guest);
+    let mut guests: Vec<_> = (0..4).map(|_| add(Guest::Spins)).collect();
+    guests.push(add(Guest::Works {
+        run: MS / 10,
+        sleep: 20 * MS,
+    }));
+    let end = 10_000 * MS;
+    simulate(&s, &guests, end);
+    let m = s.metrics(guests[4].0, end).unwrap();
+    assert!(m.bursts > 400, "{} bursts", m.bursts);
+    assert!(m.average_response() < SLICE, "{}", m.average_response());
+}
+
+#[test]
+fn a_cap_is_kept_in_every_window() {
+    for policy in [PolicyKind::Fair, PolicyKind::RoundRobin, PolicyKind::Fcfs] {
+        let s = scheduler(1, policy);
+        let capped = Params {
+            cap: Some(30),
+            ..Params::default()
+        };
+        let id = s.add(capped, 0).unwrap();
+        let guests = [(id, Guest::Spins)];
+        let mut seen = vec![0];
+        // It is alone: only the cap holds it.
+        for second in 1..=20 {
+            simulate(&s, &[], 0);
+            let end = second * 500 * MS;
+            let from = (second - 1) * 500 * MS;
+            run_window(&s, &guests, from, end);
+            seen.push(s.metrics(id, end).unwrap().run);
+        }
+        for window in seen.windows(2) {
+            let ran = window[1] - window[0];
+            let due = 150 * MS;
+            assert!(ran.abs_diff(due) <= SLICE, "{policy}: {ran} in 500 ms");
+        }
+    }
+}
+
+/// One guest alone on pCPU 0, from tick to tick; it is taken off at the end.
+fn run_window(s: &Scheduler, guests: &[(EntityId, Guest)], from: u64, end: u64) {
+    let mut now = from;
+    s.wake(guests[0].0, now);
+    while now < end {
+        match s.pick(0, now).run {
+            Some(_) => {
+                now = s.run_until(0).min(end);
+                s.stop(0, Stop::Interrupted, now);
+            }
+            None => now = s.next_deadline(0).unwrap_or(end).min(end),
+        }
+    }
+}
+
+#[test]
+fn a_reservation_is_kept_beside_spinners_and_not_exceeded() {
+    let s = scheduler(1, PolicyKind::Reservation);
+    let reservation = Reservation {
+        budget: 2 * MS,
+        period: 10 * MS,
+    };
+    let reserved = Params {
+        reservation: Some(reservation),
+        ..Params::default()
+    };
+    let real_time = s.add(reserved, 0).unwrap();
+    let greedy = s.add(reserved, 0).unwrap();
+    let mut guests = spinners(&s, &[100, 100, 100]);
+    guests.push((greedy, Guest::Spins));
+    guests.push((
+        real_time,
+        Guest::Works {
+            run: 3 * MS / 2,
+            sleep: 17 * MS / 2,
+        },
+    ));
+    let end = 10_000 * MS;
+    simulate(&s, &guests, end);
+    let m = s.metrics(real_time, end).unwrap();
+    assert!(m.bursts >= 900, "{} jobs", m.bursts);
+    assert!(m.response_max <= 2 * MS, "{}", m.response_max);
+    let greedy = s.metrics(greedy, end).unwrap().run;
+    assert!(greedy.abs_diff(end / 5) <= SLICE, "{greedy}");
+    let rest: u64 = run_times(&s, &guests[..3], end).iter().sum();
+    assert!(rest >= end / 2, "{rest}");
+}
+
+#[test]
+fn more_than_there_is_cannot_be_reserved() {
+    let s = scheduler(2, PolicyKind::Reservation);
+    let of = |percent: u64| Params {
+        reservation: Some(Reservation {
+            budget: percent * MS,
+            period: 100 * MS,
+        }),
+        ..Params::default()
+    };
+    let first = s.add(of(60), 0).unwrap();
+    s.add(of(60), 0).unwrap();
+    let refused = Refusal::Overcommitted {
+        wanted: 400_000,
+        left: 350_000,
+    };
+    assert_eq!(s.add(of(40), 0), Err(refused));
+    s.add(of(35), 0).unwrap();
+    assert_eq!(
+        s.pcpu_metrics(0, 0).unwrap().reserved + s.pcpu_metrics(1, 0).unwrap().reserved,
+        1_550_000
+    );
+    // A change counts without what it had; one that does not fit changes nothing.
+    assert!(s.set_params(first, of(96), 0).is_err());
+    assert_eq!(s.params(first), Some(of(60)));
+    assert!(s.remove(first, 0));
+    assert!(s.add(of(60), 0).is_ok());
+    let fair = scheduler(1, PolicyKind::Fair);
+    assert_eq!(fair.add(of(10), 0), Err(Refusal::NoReservations));
+}
+
+#[test]
+fn parameters_out_of_range_are_refused() {
+    let s = scheduler(1, PolicyKind::Fair);
+    let base = Params::default();
+    for (params, refusal) in [
+        (weighing(0), Refusal::OutOfRange),
+        (weighing(10_001), Refusal::OutOfRange),
+        (
+            Params {
+                cap: Some(0),
+                ..base
+            },
+            Refusal::OutOfRange,
+        ),
+        (
+            Params {
+                cap: Some(101),
+                ..base
+            },
+            Refusal::OutOfRange,
+        ),
+        (
+            Params {
+                priority: 32,
+                ..base
+            },
+            Refusal::OutOfRange,
+        ),
+        (
+            Params {
+                pool: PoolId(1),
+                ..base
+            },
+            Refusal::NoSuchPool,
+        ),
+        (
+            Params {
+                affinity: CpuSet::of(1),
+                ..base
+            },
+            Refusal::NoPcpu,
+        ),
+    ] {
+        assert_eq!(s.add(params, 0), Err(refusal));
+    }
+    for n in 0..64 {
+        assert_eq!(s.add(base, 0), Ok(EntityId(n)));
+    }
+    assert_eq!(s.add(base, 0), Err(Refusal::Full));
+}
+
+#[test]
+fn the_urgent_run_at_once_and_the_others_in_the_end() {
+    let s = scheduler(1, PolicyKind::Priority);
+    let with = |priority| Params {
+        priority,
+        ..Params::default()
+    };
+    let low = s.add(with(0), 0).unwrap();
+    let high = s.add(with(31), 0).unwrap();
+    s.wake(low, 0);
+    assert_eq!(s.pick(0, 0).run.unwrap().id, low);
+    assert_eq!(s.wake(high, MS).kick, Some(0));
+    assert_eq!(s.run_until(0), MS);
+    s.stop(0, Stop::Interrupted, MS);
+    let mut now = MS;
+    let mut last_low = 0;
+    // The low one starves for no longer than ageing takes.
+    while now < 20_000 * MS {
+        let run = s.pick(0, now).run.unwrap();
+        if run.id == low {
+            last_low = now;
+        }
+        assert!(now - last_low <= (31 * SLICES_PER_LEVEL + 2) * SLICE);
+        now = run.until;
+        s.stop(0, Stop::Interrupted, now);
+    }
+    assert!(s.metrics(high, now).unwrap().run > s.metrics(low, now).unwrap().run * 100);
+}
+
+#[test]
+fn first_come_is_first_served_to_the_end() {
+    let s = scheduler(1, PolicyKind::Fcfs);
+    let ids: [EntityId; 2] = core::array::from_fn(|_| s.add(Params::default(), 0).unwrap());
+    s.wake(ids[1], 0);
+    s.wake(ids[0], 1);
+    let mut now = 1;
+    for _ in 0..10 {
+        let run = s.pick(0, now).run.unwrap();
+        assert_eq!(run.id, ids[1]);
+        now = run.until;
+        s.stop(0, Stop::Interrupted, now);
+    }
+    s.pick(0, now);
+    s.stop(0, Stop::Blocked { until: None }, now);
+    assert_eq!(s.pick(0, now).run.unwrap().id, ids[0]);
+}
+
+#[test]
+fn short_jobs_come_before_long_ones() {
+    let s = scheduler(1, PolicyKind::Sjf);
+    let add = |run| {
+        let guest = Guest::Works { run, sleep: 5 * MS };
+        (s.add(Params::default(), 0).unwrap(), guest)
+    };
+    let guests = [add(MS), add(8 * MS), add(9 * MS)];
+    simulate(&s, &guests, 5_000 * MS);
+    let response = |n: usize| {
+        s.metrics(guests[n].0, 5_000 * MS)
+            .unwrap()
+            .average_response()
+    };
+    let all = [response(0), response(1), response(2)];
+    assert!(10 * all[0] < all[2], "{all:?}");
+}
+
+#[test]
+fn allocation_and_requirement_follow_what_is_held() {
+    let demanding = |memory, processors| Params {
+        demand: Demand {
+            memory,
+            processors,
+            io: 0,
+        },
+        ..Params::default()
+    };
+    let s = scheduler(1, PolicyKind::Allocation);
+    let guests: Vec<_> = [demanding(100_000, 50_000), demanding(50_000, 300_000)]
+        .map(|params| (s.add(params, 0).unwrap(), Guest::Spins))
+        .to_vec();
+    simulate(&s, &guests, 4_000 * MS);
+    let times = run_times(&s, &guests, 4_000 * MS);
+    assert!(
+        times[1].abs_diff(3 * times[0]) <= times[1] / 50,
+        "{times:?}"
+    );
+    // Who holds most of the memory comes after who holds little.
+    let s = scheduler(1, PolicyKind::Requirement);
+    let large = s.add(demanding(900_000, 0), 0).unwrap();
+    let small = s.add(demanding(10_000, 0), 0).unwrap();
+    s.wake(large, 0);
+    s.wake(small, MS);
+    assert_eq!(s.pick(0, MS).run.unwrap().id, small);
+    s.stop(0, Stop::Interrupted, MS + SLICE);
+    let guests = [(large, Guest::Spins), (small, Guest::Spins)];
+    simulate(&s, &guests, 4_000 * MS);
+    assert!(
+        run_times(&s, &guests, 4_000 * MS)[0] > 100 * MS,
+        "nobody starves"
+    );
+}
+
+#[test]
+fn a_waiting_sibling_is_given_the_pcpu() {
+    for policy in PolicyKind::ALL {
+        let s = scheduler(1, policy);
+        let ids: [EntityId; 5] = core::array::from_fn(|_| s.add(Params::default(), 0).unwrap());
+        ids.iter().for_each(|&id| _ = s.wake(id, 0));
+        let first = s.pick(0, 0).run.unwrap().id;
+        let sibling = *ids.iter().rev().find(|&&id| id != first).unwrap();
+        s.yield_to(0, [first, sibling].into_iter(), MS);
+        assert_eq!(s.pick(0, MS).run.unwrap().id, sibling);
+        s.stop(0, Stop::Interrupted, 2 * MS);
+        // A favoured one that is paused before it runs is not picked.
+        let next = s.pick(0, 2 * MS).run.unwrap().id;
+        let other = *ids.iter().find(|&&id| id != next).unwrap();
+        s.yield_to(0, [other].into_iter(), 3 * MS);
+        s.pause(other, 3 * MS);
+        assert_ne!(s.pick(0, 3 * MS).run.unwrap().id, other);
+    }
+}
+
+#[test]
+fn a_pool_can_change_its_policy() {
+    let pools = [PolicyKind::Fair, PolicyKind::Fcfs].map(|policy| Pool {
+        cpus: CpuSet::of(usize::from(policy == PolicyKind::Fcfs)),
+        policy,
+        slice: SLICE,
+    });
+    let s = Scheduler::new(2, 16, &pools);
+    let ids: [EntityId; 6] = core::array::from_fn(|n| {
+        let pool = PoolId(u8::from(n >= 4));
+        s.add(
+            Params {
+                pool,
+                ..Params::default()
+            },
+            0,
+        )
+        .unwrap()
+    });
+    ids.iter().for_each(|&id| _ = s.wake(id, 0));
+    for kind in PolicyKind::ALL {
+        let running = s.pick(0, 0).run.unwrap().id;
+        assert_eq!(
+            s.set_policy(PoolId(0), kind, 2 * SLICE, 1),
+            Ok(CpuSet::of(0))
+        );
+        assert_eq!(
+            (s.policy(0), s.policy(1)),
+            (Some(kind), Some(PolicyKind::Fcfs))
+        );
+        assert!(s.run_until(0) <= 1);
+        assert_eq!(s.state(running), Some(State::Running { pcpu: 0 }));
+        s.stop(0, Stop::Interrupted, 2);
+        let mut seen = Vec::new();
+        for _ in 0..4 {
+            let id = s.pick(0, 2).run.unwrap().id;
+            assert!(ids[..4].contains(&id) && !seen.contains(&id));
+            seen.push(id);
+            s.stop(0, Stop::Blocked { until: None }, 2);
+        }
+        seen.iter().for_each(|&id| _ = s.wake(id, 3));
+    }
+    assert!(s.set_policy(PoolId(2), PolicyKind::Fair, 1, 0).is_err());
+}
+
+#[test]
+fn time_is_accounted_for() {
+    let s = scheduler(1, PolicyKind::Fair);
+    let add = |guest| {
+        (
+            s.add(
+                Params {
+                    cap: Some(50),
+                    ..Params::default()
+                },
+                0,
+            )
+            .unwrap(),
+            guest,
+        )
+    };
+    let guests = [
+        add(Guest::Spins),
+        add(Guest::Works {
+            run: MS,
+            sleep: 3 * MS,
+        }),
+        add(Guest::Spins),
+    ];
+    let end = 3_000 * MS;
+    simulate(&s, &guests, end);
+    let mut host = Metrics::default();
+    for (id, _) in guests {
+        let m = s.metrics(id, end).unwrap();
+        assert_eq!(m.run + m.wait + m.throttled + m.blocked, end);
+        host.add(&m);
+    }
+    assert_eq!(host.run, s.pcpu_metrics(0, end).unwrap().busy);
+    assert!(host.throttled > 0 && host.migrations == 0);
+}
+
+/// One call of a random history.
+#[derive(Clone, Copy, Debug)]
+struct Call {
+    kind: u8,
+    entity: usize,
+    pcpu: usize,
+    passes: u64,
+}
+
+fn any_call() -> impl Strategy<Value = Call> {
+    (0u8..16, 0usize..6, 0usize..3, 0..3 * SLICE).prop_map(|(kind, entity, pcpu, passes)| Call {
+        kind,
+        entity,
+        pcpu,
+        passes,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Whatever the order of calls: an entity runs on one pCPU at most and a pCPU runs one at most; who is ready is picked
+    /// in the end; all time is accounted for; what is reserved never exceeds what can be.
+    #[test]
+    fn invariants_hold(
+        policy in 0usize..PolicyKind::ALL.len(),
+        calls in proptest::collection::vec(any_call(), 1..250),
+    ) {
+        let s = scheduler(3, PolicyKind::ALL[policy]);
+        let mut ids: Vec<EntityId> = (0..6).map(|_| s.add(Params::default(), 0).unwrap()).collect();
+        let mut added: Vec<u64> = vec![0; 6];
+        let mut on: [Option<EntityId>; 3] = [None; 3];
+        let mut paused = [false; 6];
+        let mut now = 0;
+        for call in calls {
+            let Call { kind, entity, pcpu, passes } = call;
+            let id = ids[entity];
+            now += passes;
+            match kind {
+                0..=2 => { s.wake(id, now); }
+                3..=5 if on[pcpu].is_none() => on[pcpu] = s.pick(pcpu, now).run.map(|run| run.id),
+                6 | 7 => { s.stop(pcpu, Stop::Interrupted, now); on[pcpu] = None; }
+                8 => { s.stop(pcpu, Stop::Blocked { until: Some(now + passes) }, now); on[pcpu] = None; }
+                9 => { s.yield_to(pcpu, ids.clone().into_iter(), now); on[pcpu] = None; }
+                10 => { s.pause(id, now); paused[entity] = true; }
+                11 => { s.resume(id, now); paused[entity] = false; }
+                12 => {
+                    let params = Params {
+                        weight: 1 + passes as u32 % 5000,
+                        cap: (passes % 3 == 0).then_some(1 + (passes % 100) as u8),
+                        priority: (passes % 32) as u8,
+                        affinity: CpuSet::from_bits(1 + passes % 7),
+                        reservation: (passes % 2 == 0).then_some(Reservation {
+                            budget: 1 + passes / 2,
+                            period: SLICE * 4,
+                        }),
+                        ..Params::default()
+                    };
+                    let _ = s.set_params(id, params, now);
+                }
+                13 => { s.expire(pcpu, now); }
+                14 if s.remove(id, now) => {
+                    ids[entity] = s.add(Params::default(), now).unwrap();
+                    added[entity] = now;
+                    paused[entity] = false;
+                }
+                15 => { let _ = s.set_policy(PoolId(0), PolicyKind::ALL[entity], SLICE, now); }
+                _ => {}
+            }
+            for (n, &id) in ids.iter().enumerate() {
+                let state = s.state(id).unwrap();
+                let runs = on.iter().position(|&other| other == Some(id));
+                let running = match state { State::Running { pcpu } => Some(pcpu), _ => None };
+                prop_assert_eq!(runs, running);
+                if paused[n] {
+                    let held_up = !matches!(state, State::Waiting | State::Throttled { .. });
+                    prop_assert!(held_up);
+                }
+                let m = s.metrics(id, now).unwrap();
+                prop_assert!(m.run + m.wait + m.throttled + m.blocked <= now - added[n]);
+            }
+            for pcpu in 0..3 {
+                prop_assert!(s.pcpu_metrics(pcpu, now).unwrap().reserved <= RESERVABLE);
+            }
+        }
+        // Who waits now is picked by somebody who may run it, and is picked once.
+        for (pcpu, runs) in on.iter_mut().enumerate() {
+            if runs.take().is_some() {
+                s.stop(pcpu, Stop::Retired, now);
+            }
+        }
+        let waiting = ids.iter().filter(|&&id| s.state(id) == Some(State::Waiting)).count();
+        let mut picked = 0;
+        for _ in 0..=waiting {
+            for pcpu in 0..3 {
+                if s.pick(pcpu, now).run.is_some() {
+                    picked += 1;
+                    s.stop(pcpu, Stop::Retired, now);
+                }
+            }
+        }
+        prop_assert!(picked >= waiting, "{} of {}", picked, waiting);
+        for &id in &ids {
+            prop_assert!(s.state(id) != Some(State::Waiting));
+            prop_assert!(s.remove(id, now));
+        }
+        for pcpu in 0..3 {
+            let m = s.pcpu_metrics(pcpu, now).unwrap();
+            prop_assert_eq!((m.entities, m.waiting, m.reserved), (0, 0, 0));
+        }
+    }
+}
