@@ -43,11 +43,13 @@ pub mod pic;
 pub mod pit;
 pub mod platform;
 pub mod pm;
+pub mod ramfb;
 pub mod rtc;
 pub mod system;
 pub mod test_device;
 pub mod time;
 pub mod uart;
+pub mod vga;
 pub mod virtio;
 pub mod work;
 

@@ -4,10 +4,19 @@
 //! buffer and redraws only cells that change. When the last row is full the text jumps up
 //! by a quarter of the screen: few redraws, and a page that can be read. Text is printable
 //! ASCII; anything else shows as a box.
+//!
+//! A guest's picture can cover the text ([`Screen::cover`]): text that is written meanwhile goes to the grid, and is
+//! drawn when the picture goes.
+
+mod canvas;
+mod glyph;
 
 use alloc::{vec, vec::Vec};
 
 use noto_sans_mono_bitmap::{FontWeight, RasterHeight, get_raster, get_raster_width};
+
+use canvas::Canvas;
+pub use canvas::{Cell, STEP_BYTES};
 
 /// Pixels from one row of text to the next.
 const ROW_PIXELS: usize = RasterHeight::Size16.val();
@@ -58,6 +67,8 @@ pub struct Screen<P> {
     rows: usize,
     row: usize,
     column: usize,
+    /// What covers the text.
+    canvas: Option<Canvas>,
 }
 
 impl<P: AsMut<[u8]>> Screen<P> {
@@ -76,7 +87,52 @@ impl<P: AsMut<[u8]>> Screen<P> {
             rows,
             row: 0,
             column: 0,
+            canvas: None,
         })
+    }
+
+    /// From now on a guest's picture is shown, piece by piece. Text goes to the grid only.
+    pub fn cover(&mut self) {
+        if self.canvas.is_none() {
+            self.canvas = Some(Canvas::new(&self.geometry));
+        }
+    }
+
+    /// Shows the text again: all of it is drawn.
+    pub fn uncover(&mut self) {
+        if self.canvas.take().is_none() {
+            return;
+        }
+        self.pixels.as_mut().fill(0);
+        for row in 0..self.rows {
+            for column in 0..self.columns {
+                let character = self.cells[row * self.columns + column];
+                if character != b' ' {
+                    self.draw(row, column, character);
+                }
+            }
+        }
+    }
+
+    /// Draws a piece of a guest's screen of text, at most [`STEP_BYTES`] of pixels of it: `columns` cells for each row.
+    /// To be called again and again. Nothing happens unless the text is covered.
+    pub fn paint_text(&mut self, columns: usize, cells: impl Iterator<Item = Cell>) {
+        if let Some(canvas) = &mut self.canvas {
+            canvas.paint_text(self.pixels.as_mut(), columns, cells);
+        }
+    }
+
+    /// Draws a piece of a guest's picture of `width` by `height` pixels, as [`Screen::paint_text`]. `read_row` copies the
+    /// first pixels of a row, 0x..RRGGBB in four bytes each; whether it could.
+    pub fn paint_pixels(
+        &mut self,
+        width: usize,
+        height: usize,
+        read_row: impl FnMut(usize, &mut [u8]) -> bool,
+    ) {
+        if let Some(canvas) = &mut self.canvas {
+            canvas.paint_pixels(self.pixels.as_mut(), (width, height), read_row);
+        }
     }
 
     /// Columns and rows of text.
@@ -134,7 +190,9 @@ impl<P: AsMut<[u8]>> Screen<P> {
         let cell = &mut self.cells[row * self.columns + column];
         if *cell != character {
             *cell = character;
-            self.draw(row, column, character);
+            if self.canvas.is_none() {
+                self.draw(row, column, character);
+            }
         }
     }
 
@@ -162,15 +220,17 @@ impl<P: AsMut<[u8]>> Screen<P> {
 
 /// Stores a grey of `intensity` in a pixel of 1 to 4 bytes.
 fn put(pixel: &mut [u8], intensity: u8, layout: PixelLayout) {
+    put_rgb(pixel, [intensity; 3], layout);
+}
+
+/// Stores a colour, its red, green and blue, in a pixel of 1 to 4 bytes.
+fn put_rgb(pixel: &mut [u8], rgb: [u8; 3], layout: PixelLayout) {
     let value = match layout {
-        PixelLayout::Gray => u32::from(intensity),
-        PixelLayout::Color { red, green, blue } => [red, green, blue]
+        PixelLayout::Gray => gray(rgb),
+        PixelLayout::Color { red, green, blue } => rgb
             .into_iter()
-            .map(|bit| {
-                u32::from(intensity)
-                    .checked_shl(u32::from(bit))
-                    .unwrap_or(0)
-            })
+            .zip([red, green, blue])
+            .map(|(part, bit)| u32::from(part).checked_shl(u32::from(bit)).unwrap_or(0))
             .fold(0, |a, b| a | b),
     };
     match pixel {
@@ -182,6 +242,11 @@ fn put(pixel: &mut [u8], intensity: u8, layout: PixelLayout) {
             }
         }
     }
+}
+
+/// How bright a colour is (ITU-R BT.601, in 256ths).
+fn gray([red, green, blue]: [u8; 3]) -> u32 {
+    (77 * u32::from(red) + 150 * u32::from(green) + 29 * u32::from(blue)) >> 8
 }
 
 #[cfg(test)]

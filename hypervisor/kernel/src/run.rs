@@ -22,7 +22,7 @@ use devices::{VcpuId, lapic::VcpuKick, uart::ConsoleSink};
 use drivers::wall_clock;
 use manage::{
     bundle::{self, Bundle, BundleEnvironment},
-    config::{self, AfterLastVm, Config, DiskConfig, VmConfig},
+    config::{self, AfterLastVm, Config, ConsoleKind, DiskConfig, VmConfig},
     console::{ConsoleId, Input},
     restart::Restarts,
 };
@@ -176,12 +176,16 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
             .chain(named.map(|m| module(m.path(), &m.text)))
             .collect();
         let disks = disks(&vm, vm_number(plans.len()), bundle);
-        let console = vm.console.then(|| console::attach(&vm.name, vm.focus));
+        let vga_rom = vm.boot.firmware.as_ref();
+        let vga_rom = vga_rom.and_then(|firmware| file(&firmware.vga_rom));
+        let has_console = vm.console != ConsoleKind::None;
+        let console = has_console.then(|| console::attach(&vm.name, vm.focus));
         plans.push(Plan {
             config: vm,
             kernel,
             modules,
             firmware,
+            vga_rom,
             disks,
             console,
             lost_input: AtomicU64::new(0),

@@ -14,6 +14,7 @@ mod boot;
 mod check;
 mod cpu;
 mod disks;
+mod display;
 
 use alloc::{
     borrow::ToOwned,
@@ -30,6 +31,7 @@ pub use boot::{Boot, BootModule, FirmwareConfig};
 pub use check::{Environment, FileFacts, FileKind, check, has_multiboot_header};
 pub use cpu::{CPU_FEATURES, CpuBase, CpuConfig};
 pub use disks::{DEFAULT_CHANGES, DiskConfig, MAX_DISKS, MIN_CHANGES};
+pub use display::{ConsoleKind, DisplayKind};
 
 use crate::console::DEFAULT_ESCAPE;
 
@@ -150,8 +152,10 @@ pub struct VmConfig {
     pub cpu: CpuConfig,
     /// `restart`.
     pub restart: Restart,
-    /// `console`: the VM's first serial port is a console on the host's terminal.
-    pub console: bool,
+    /// `display`: what it draws on.
+    pub display: DisplayKind,
+    /// `console`: what of the VM is a console on the host's terminal.
+    pub console: ConsoleKind,
     /// `focus`: the terminal shows this VM first. At most one VM has it.
     pub focus: bool,
     /// `test-devices`: it has what test kernels written for QEMU expect.
@@ -544,6 +548,7 @@ impl<'t> Parser<'t> {
                 "test-devices",
                 "cpu",
                 "features",
+                "display",
             ],
         );
         let (vcpus, vcpus_at) = self.vcpus(&s);
@@ -560,10 +565,11 @@ impl<'t> Parser<'t> {
                 ("always", Restart::Always),
             ],
         );
-        let console = self.boolean(&s, "console").is_none_or(|(value, _)| value);
+        let display = self.display(&s);
+        let console = self.console(&s, display);
         let focus = self.boolean(&s, "focus");
         let focus = match focus {
-            Some((true, at)) if !console => {
+            Some((true, at)) if console == ConsoleKind::None => {
                 let text = "a VM with console = false can't be shown; remove one of the two";
                 self.bad(&s, at, "focus", text.to_owned());
                 true
@@ -591,6 +597,7 @@ impl<'t> Parser<'t> {
                 disks,
                 cpu,
                 restart: restart.unwrap_or_default(),
+                display,
                 console,
                 focus,
                 test_devices: test_devices.is_some_and(|(value, _)| value),

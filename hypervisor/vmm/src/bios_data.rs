@@ -22,9 +22,21 @@ const EXTENDED_SEGMENT: Gpa = Gpa(0x40e);
 const EQUIPMENT: Gpa = Gpa(0x410);
 /// KiB of conventional memory, a word.
 const CONVENTIONAL_KIB: Gpa = Gpa(0x413);
+/// Video mode, a byte; columns of text and bytes of a page, words.
+const VIDEO_MODE: Gpa = Gpa(0x449);
+const VIDEO_COLUMNS: Gpa = Gpa(0x44a);
+const VIDEO_PAGE: Gpa = Gpa(0x44c);
+/// First and last line of the cursor, a word; port of the CRT controller, a word.
+const VIDEO_CURSOR: Gpa = Gpa(0x460);
+const VIDEO_PORT: Gpa = Gpa(0x463);
+/// The last row of text, a byte; lines of a character, a word.
+const VIDEO_LAST_ROW: Gpa = Gpa(0x484);
+const VIDEO_LINES: Gpa = Gpa(0x485);
 
 /// Equipment: a floating-point unit, and one serial port (bits 9 to 11).
 const EQUIPPED: u16 = 1 << 1 | 1 << 9;
+/// Equipment, too: the screen begins as one of 80 columns, in colour.
+const TEXT_SCREEN: u16 = 2 << 4;
 /// Conventional memory: what is below the extended area.
 const KIB: u16 = (EXTENDED_AREA.start.0 >> 10) as u16;
 
@@ -81,11 +93,11 @@ impl Service {
 }
 
 /// Writes the vectors of real mode, and their code.
-fn write_vectors(memory: &GuestMemory) -> Result<(), NotRam> {
+fn write_vectors(memory: &GuestMemory, equipped: u16) -> Result<(), NotRam> {
     let place = |service: Service| CODE + u64::from(service.offset());
     memory.write(place(Service::Return), &RETURN)?;
     memory.write(place(Service::Fail), &FAIL)?;
-    memory.write(place(Service::Equipment), &answer(EQUIPPED))?;
+    memory.write(place(Service::Equipment), &answer(equipped))?;
     memory.write(place(Service::MemorySize), &answer(KIB))?;
     for vector in 0..VECTORS {
         let entry = Gpa(u64::from(vector) * 4);
@@ -96,16 +108,32 @@ fn write_vectors(memory: &GuestMemory) -> Result<(), NotRam> {
     Ok(())
 }
 
-/// Writes it. `com1`: port of the first serial port, the only one.
+/// Writes what there is of a VGA adapter in mode 3: 80 columns and 25 rows of text.
+fn write_video(memory: &GuestMemory) -> Result<(), NotRam> {
+    memory.write_u8(VIDEO_MODE, 3)?;
+    memory.write_u16(VIDEO_COLUMNS, 80)?;
+    memory.write_u16(VIDEO_PAGE, 4096)?;
+    memory.write_u16(VIDEO_CURSOR, 0x0d0e)?;
+    memory.write_u16(VIDEO_PORT, 0x3d4)?;
+    memory.write_u8(VIDEO_LAST_ROW, 24)?;
+    memory.write_u16(VIDEO_LINES, 16)
+}
+
+/// Writes it. `com1`: port of the first serial port, the only one. `text_screen`: there is a VGA adapter.
 ///
 /// # Errors
 /// The VM has no RAM there.
-pub fn write(memory: &GuestMemory, com1: u16) -> Result<(), NotRam> {
-    write_vectors(memory)?;
+pub fn write(memory: &GuestMemory, com1: u16, text_screen: bool) -> Result<(), NotRam> {
+    let mut equipped = EQUIPPED;
+    if text_screen {
+        equipped |= TEXT_SCREEN;
+        write_video(memory)?;
+    }
+    write_vectors(memory, equipped)?;
     let extended = EXTENDED_AREA.start;
     memory.write_u16(SERIAL_PORT, com1)?;
     memory.write_u16(EXTENDED_SEGMENT, (extended.0 >> 4) as u16)?;
-    memory.write_u16(EQUIPMENT, EQUIPPED)?;
+    memory.write_u16(EQUIPMENT, equipped)?;
     memory.write_u16(CONVENTIONAL_KIB, KIB)?;
     // Its first byte is its length in KiB.
     memory.write_u8(extended, (EXTENDED_AREA.bytes >> 10) as u8)
@@ -122,8 +150,9 @@ mod tests {
         let host: &'static FakeMemory = Box::leak(Box::new(FakeMemory::new(2 << 20)));
         let layout = mem::guest::pc_layout(1 << 20);
         let memory = GuestMemory::allocate(host, 1, &layout).unwrap();
-        write(&memory, 0x3f8).unwrap();
+        write(&memory, 0x3f8, false).unwrap();
         let word = |at| memory.read_u16(Gpa(at)).unwrap();
+        assert_eq!((word(0x410), word(0x463)), (0x202, 0), "no screen");
         assert_eq!((word(0x400), word(0x413)), (0x3f8, 639));
         assert_eq!(u64::from(word(0x40e)) << 4, EXTENDED_AREA.start.0);
         assert_eq!(memory.read_u8(EXTENDED_AREA.start), Ok(1));
@@ -138,5 +167,8 @@ mod tests {
         assert_eq!(code(0x12), [0xb8, 0x7f, 0x02, 0xcf]);
         assert_eq!(code(0x15), FAIL[..4]);
         assert_eq!(code(0xff), code(0x10));
+        write(&memory, 0x3f8, true).unwrap();
+        assert_eq!((word(0x410), word(0x44a), word(0x463)), (0x222, 80, 0x3d4));
+        assert_eq!(code(0x11), [0xb8, 0x22, 0x02, 0xcf]);
     }
 }

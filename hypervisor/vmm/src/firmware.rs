@@ -242,7 +242,7 @@ pub(crate) fn pci_layout(memory_bytes: u64) -> PciLayout {
     }
 }
 
-/// Adds the files by which firmware learns of the machine: memory map, ACPI tables, console.
+/// Adds the files by which firmware learns of the machine: memory map and ACPI tables.
 ///
 /// # Errors
 /// Defects only.
@@ -265,10 +265,16 @@ pub(crate) fn add_files(
     for (name, content) in acpi::loader_files(acpi).map_err(FirmwareError::Acpi)? {
         items.add_file(name, content)?;
     }
-    // SeaBIOS then talks to its user by this serial port.
-    let console = u64::from(platform::SERIAL_PORTS[0].port);
-    items.add_file("etc/sercon-port", console.to_le_bytes().to_vec())?;
     Ok(())
+}
+
+/// Has SeaBIOS talk to its user by the first serial port, whatever display there is.
+///
+/// # Errors
+/// Defects only.
+pub(crate) fn add_serial_console(items: &mut FwCfgItems) -> Result<(), FirmwareError> {
+    let port = u64::from(platform::SERIAL_PORTS[0].port);
+    Ok(items.add_file("etc/sercon-port", port.to_le_bytes().to_vec())?)
 }
 
 /// The nested page tables of a VM, for memory that changes while it runs.

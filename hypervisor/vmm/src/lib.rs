@@ -13,6 +13,7 @@ pub mod clock;
 pub mod control;
 pub mod cpuid;
 mod disks;
+pub mod display;
 pub mod emulate;
 pub mod firmware;
 pub mod host;

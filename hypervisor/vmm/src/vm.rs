@@ -28,6 +28,7 @@ use devices::{
     pit::Pit,
     platform,
     pm::{PM_PORTS, PowerManagement, RESET_PORT, ResetControl},
+    ramfb::FrameBuffer,
     rtc::{Rtc, RtcConfig},
     system::{RunState, SystemControl, SystemRequest},
     test_device,
@@ -49,6 +50,7 @@ use crate::{
     control,
     cpuid::{CpuModel, CpuidPolicy, HostCpuid, ModelError},
     disks::{self, Board},
+    display::{self, Display, DisplayKind, DisplaySpec, Picture, Text},
     firmware::{self, Firmware, FirmwareError, NestedControl, SpecialMemory},
     load::{self, BootFiles, BootLayout, LoadError, MapEntry, MapKind},
     pause::PauseControl,
@@ -105,6 +107,8 @@ pub struct VmSpec<'a> {
     pub test_devices: bool,
     /// Its processor model.
     pub cpu: CpuModel,
+    /// What it draws on.
+    pub display: DisplaySpec<'a>,
 }
 
 /// What a VM needs of its host.
@@ -287,6 +291,7 @@ pub struct Vm {
     /// What there is beside RAM, in a VM with firmware.
     pub(crate) special: Option<Arc<SpecialMemory>>,
     debug_port: Option<Arc<DebugPort>>,
+    display: Display,
     timers: Timers,
     /// Earliest deadline of `timers`, in ticks of `clock`; [`NEVER`] if none is armed.
     timer_deadline: AtomicU64,
@@ -372,9 +377,10 @@ fn load_kernel(
     let layout = BootLayout {
         reserved: &reserved,
         rsdp: Some(place_acpi_tables(memory, acpi)?),
+        text_screen: spec.display.kind == DisplayKind::VgaText,
     };
     let [com1, ..] = platform::SERIAL_PORTS;
-    bios_data::write(memory, com1.port).map_err(LoadError::from)?;
+    bios_data::write(memory, com1.port, layout.text_screen).map_err(LoadError::from)?;
     let entry = load::load(memory, &spec.boot, &layout)?;
     Ok(entry.state)
 }
@@ -406,7 +412,8 @@ fn fw_cfg_items(spec: &VmSpec<'_>) -> FwCfgItems {
     command_line.push(0);
     let mut items = FwCfgItems::new();
     items.set(Key::RamSize, spec.memory_bytes.to_le_bytes().to_vec());
-    items.set(Key::NoGraphic, 1u16.to_le_bytes().to_vec());
+    let no_screen = u16::from(spec.display.kind == DisplayKind::None);
+    items.set(Key::NoGraphic, no_screen.to_le_bytes().to_vec());
     items.set(Key::CpuCount, spec.vcpus.to_le_bytes().to_vec());
     items.set(Key::MaxCpus, spec.vcpus.to_le_bytes().to_vec());
     items.set(Key::BootMenu, 0u16.to_le_bytes().to_vec());
@@ -454,6 +461,7 @@ impl Vm {
         if let Some(firmware) = &spec.firmware {
             firmware.place(&mut memory)?;
         }
+        display::place(spec.display.kind, &mut memory)?;
         let memory = Arc::new(memory);
         let special = spec
             .firmware
@@ -503,6 +511,7 @@ impl Vm {
         let uart = Uart::new(irq(com1.irq), host.console.clone());
         ports.insert("com1", com1.port, UART_PORTS, uart.clone())?;
         KeyboardController::new(irq(platform::KEYBOARD_IRQ), system.clone()).attach(&mut ports)?;
+        let display = Display::new(spec.display.kind, &memory, &time, &mut ports)?;
         let power = PowerManagement::new(time, irq(platform::SCI_IRQ), system.clone());
         ports.insert("acpi-pm", platform::PM_BASE, PM_PORTS, power.clone())?;
         ports.insert("reset", RESET_PORT, 1, ResetControl::new(system.clone()))?;
@@ -518,12 +527,19 @@ impl Vm {
             keyboard: false,
             pci: pci_layout.clone(),
         };
-        if spec.test_devices || spec.firmware.is_some() {
+        let is_ramfb = spec.display.kind == DisplayKind::Ramfb;
+        if spec.test_devices || spec.firmware.is_some() || is_ramfb {
             let mut items = fw_cfg_items(&spec);
             if spec.firmware.is_some() {
                 offer_kernel(&mut items, &spec);
                 firmware::add_files(&mut items, spec.memory_bytes, &acpi)?;
+                if !spec.display.is_console {
+                    firmware::add_serial_console(&mut items)?;
+                }
             }
+            display
+                .offer(spec.display.rom, &mut items)
+                .map_err(FirmwareError::from)?;
             let fw_cfg = FwCfg::new(items, memory.clone());
             ports.insert("fw_cfg", FW_CFG_PORT, FW_CFG_PORTS, fw_cfg)?;
         }
@@ -597,6 +613,7 @@ impl Vm {
             uart,
             special,
             debug_port,
+            display,
             timers,
             timer_deadline,
             noting_deadline: Mutex::new(()),
@@ -688,6 +705,17 @@ impl Vm {
         if let Some(port) = &self.debug_port {
             port.resume();
         }
+    }
+
+    /// What its display shows. Text is copied to `text`.
+    pub fn picture(&self, text: &mut Text) -> Picture {
+        self.display.picture(&self.memory, text)
+    }
+
+    /// Copies pixels of one row of its frame buffer, from the first on; `to` has whole pixels, at most a row's. Whether
+    /// they could be had.
+    pub fn read_pixels(&self, buffer: &FrameBuffer, row: usize, to: &mut [u8]) -> bool {
+        self.display.read_row(buffer, row, to)
     }
 
     /// What keeps its vCPUs from running.

@@ -45,6 +45,8 @@ enum Looks {
     Xz,
     /// Firmware: at its end, where a processor starts, is code that jumps away.
     Firmware,
+    /// A ROM for firmware to run, such as that of a video adapter.
+    OptionRom,
     /// The variable store of UEFI firmware.
     Variables,
     /// An EFI program.
@@ -70,6 +72,7 @@ impl Looks {
                 };
                 bytes.len().is_multiple_of(4096) && start.is_some_and(is_code)
             }
+            Self::OptionRom => bytes.starts_with(&[0x55, 0xaa]),
             Self::Variables => bytes.get(0x28..0x2c) == Some(b"_FVH"),
             Self::Efi => bytes.starts_with(b"MZ"),
             Self::Disk => bytes.get(0x1fe..0x200) == Some(&[0x55, 0xaa]),
@@ -133,7 +136,7 @@ const fn module(name: &'static str, wildcard: &'static str) -> Member {
 }
 
 /// The packages that are known.
-static PACKAGES: [Package; 15] = [
+static PACKAGES: [Package; 16] = [
     Package {
         name: "linux-6.1-cloud",
         description: "Debian 12's kernel 6.1 for virtual machines",
@@ -263,6 +266,26 @@ static PACKAGES: [Package; 15] = [
             wildcard: "./usr/share/seabios/bios-256k.bin",
             looks: Looks::Firmware,
         }],
+    },
+    Package {
+        name: "vgabios",
+        description: "Debian 12's video ROMs for SeaBIOS",
+        choice: Choice::Named("seabios"),
+        suites: &[main("bookworm")],
+        members: &[
+            Member {
+                name: "vgabios",
+                file: "vgabios-isavga.bin",
+                wildcard: "./usr/share/seabios/vgabios-isavga.bin",
+                looks: Looks::OptionRom,
+            },
+            Member {
+                name: "vgabios-ramfb",
+                file: "vgabios-ramfb.bin",
+                wildcard: "./usr/share/seabios/vgabios-ramfb.bin",
+                looks: Looks::OptionRom,
+            },
+        ],
     },
     Package {
         name: "ovmf",

@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use devices::{VcpuId, uart::ConsoleSink};
 use manage::{
-    config::{self, AfterLastVm, VmConfig},
+    config::{self, AfterLastVm, ConsoleKind, VmConfig},
     console::ConsoleId,
     restart::{Decision, Ending, MAX_QUICK_FAILURES, Restarts},
 };
@@ -19,6 +19,7 @@ use storage::Disk;
 use virt::{Backend, Exit, VcpuSetup};
 use vmm::{
     clock::TimeSource,
+    display::{DisplayKind, DisplaySpec},
     firmware::Firmware,
     load::{BootFiles, Module},
     vcpu::Vcpu,
@@ -73,6 +74,8 @@ pub(super) struct Plan {
     pub(super) kernel: &'static [u8],
     pub(super) modules: Vec<BootModule>,
     pub(super) firmware: Option<Firmware<'static>>,
+    /// The ROM by which its firmware draws.
+    pub(super) vga_rom: Option<&'static [u8]>,
     /// They outlive the VM: a guest that restarts finds what it has written.
     pub(super) disks: Vec<Arc<dyn Disk>>,
     /// Its console on the terminal, if it is configured to have one.
@@ -221,8 +224,10 @@ impl<B: Backend> World<B> {
             entities: Once::new(),
         });
         let console: Arc<dyn ConsoleSink> = match plan.console {
-            Some(console) => Arc::new(GuestConsole(console)),
-            None => Arc::new(NoConsole),
+            Some(console) if config.console == ConsoleKind::Serial => {
+                Arc::new(GuestConsole(console))
+            }
+            _ => Arc::new(NoConsole),
         };
         let modules: Vec<Module<'_>> = plan
             .modules
@@ -247,6 +252,15 @@ impl<B: Backend> World<B> {
             disks: &plan.disks,
             test_devices: config.test_devices,
             cpu: processor_model(&config.cpu),
+            display: DisplaySpec {
+                kind: match config.display {
+                    config::DisplayKind::None => DisplayKind::None,
+                    config::DisplayKind::VgaText => DisplayKind::VgaText,
+                    config::DisplayKind::Ramfb => DisplayKind::Ramfb,
+                },
+                rom: plan.vga_rom,
+                is_console: config.console == ConsoleKind::Display,
+            },
         };
         let environment = Environment {
             memory: &memory::HOST,

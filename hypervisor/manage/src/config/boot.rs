@@ -30,6 +30,8 @@ pub struct FirmwareConfig {
     pub image: String,
     /// `variables`: path of the template of its variable store as written.
     pub variables: Option<String>,
+    /// `vga-rom`: path of the video ROM that it is given, as written.
+    pub vga_rom: Option<String>,
 }
 
 /// A module of a multiboot kernel: a path, and what the kernel is told.
@@ -52,6 +54,7 @@ impl BootModule {
 pub(super) struct BootPlaces {
     pub(super) firmware: Location,
     pub(super) variables: Location,
+    pub(super) vga_rom: Location,
     pub(super) kernel: Location,
     pub(super) initrd: Location,
 }
@@ -61,7 +64,10 @@ impl Boot {
     pub fn paths(&self) -> impl Iterator<Item = &str> {
         let firmware = self.firmware.iter();
         firmware
-            .flat_map(|firmware| core::iter::once(&firmware.image).chain(&firmware.variables))
+            .flat_map(|firmware| {
+                let image = core::iter::once(&firmware.image);
+                image.chain(&firmware.variables).chain(&firmware.vga_rom)
+            })
             .chain(&self.kernel)
             .chain(&self.initrd)
             .map(String::as_str)
@@ -90,6 +96,7 @@ impl Parser<'_> {
             &[
                 "firmware",
                 "variables",
+                "vga-rom",
                 "kernel",
                 "initrd",
                 "modules",
@@ -102,6 +109,7 @@ impl Parser<'_> {
         }
         for (key, needed) in [
             ("variables", "firmware"),
+            ("vga-rom", "firmware"),
             ("initrd", "kernel"),
             ("modules", "kernel"),
             ("cmdline", "kernel"),
@@ -115,6 +123,7 @@ impl Parser<'_> {
         }
         let image = self.file(s, "firmware");
         let variables = self.file(s, "variables");
+        let vga_rom = self.file(s, "vga-rom");
         let kernel = self.file(s, "kernel");
         let initrd = self.file(s, "initrd");
         let cmdline = match self.string(s, "cmdline") {
@@ -136,13 +145,18 @@ impl Parser<'_> {
         let places = BootPlaces {
             firmware: place(&image),
             variables: place(&variables),
+            vga_rom: place(&vga_rom),
             kernel: place(&kernel),
             initrd: place(&initrd),
         };
         let path = |file: Option<(String, Location)>| file.map(|(path, _)| path);
-        let variables = path(variables);
+        let (variables, vga_rom) = (path(variables), path(vga_rom));
         Some(Boot {
-            firmware: path(image).map(|image| FirmwareConfig { image, variables }),
+            firmware: path(image).map(|image| FirmwareConfig {
+                image,
+                variables,
+                vga_rom,
+            }),
             kernel: path(kernel),
             initrd: path(initrd),
             modules: self.modules(s),

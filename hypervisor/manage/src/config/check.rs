@@ -227,6 +227,18 @@ fn check_variables(facts: FileFacts, image: u64) -> Result<u64, String> {
     ))
 }
 
+/// Most bytes of a video ROM.
+const VGA_ROM_BYTES: u64 = 64 << 10;
+
+/// Whether a video ROM can be one.
+fn check_vga_rom(facts: FileFacts) -> Result<u64, String> {
+    if (1..=VGA_ROM_BYTES).contains(&facts.bytes) {
+        return Ok(facts.bytes);
+    }
+    let (bytes, most) = (facts.bytes, size(VGA_ROM_BYTES));
+    Err(format!("has {bytes} bytes; a video ROM has up to {most}"))
+}
+
 /// Whether what the VM boots is there and can be what it should.
 fn check_files(config: &mut Config, vm: &VmConfig, environment: &dyn Environment) -> bool {
     let boot = &vm.boot;
@@ -259,6 +271,12 @@ fn check_files(config: &mut Config, vm: &VmConfig, environment: &dyn Environment
         places.variables,
         "vm.boot.variables",
         &|facts| check_variables(facts, image),
+    );
+    bytes(
+        firmware.and_then(|f| f.vga_rom.as_deref()),
+        places.vga_rom,
+        "vm.boot.vga-rom",
+        &check_vga_rom,
     );
     let kernel = bytes(
         boot.kernel.as_deref(),

@@ -76,7 +76,7 @@ fn a_good_file_has_no_problems() {
     );
     assert_eq!(
         (linux.restart, linux.console, linux.focus),
-        (Restart::OnFailure, true, true)
+        (Restart::OnFailure, ConsoleKind::Serial, true)
     );
     let boot = Boot {
         kernel: Some("vmlinuz".to_owned()),
@@ -93,7 +93,7 @@ fn a_good_file_has_no_problems() {
     );
     assert_eq!(
         (stub.restart, stub.console, stub.focus),
-        (Restart::Never, false, false)
+        (Restart::Never, ConsoleKind::None, false)
     );
     assert_eq!(
         (stub.boot.initrd.as_ref(), stub.boot.cmdline.as_str()),
@@ -201,7 +201,7 @@ fn bad_values_are_refused_with_what_is_allowed() {
         ),
         (
             "console = \"no\"",
-            "vm.console: must be true or false; found a string",
+            "vm.console: \"no\" is unknown; allowed: true, false, \"display\"",
         ),
         (
             "boot = \"vmlinuz\"",
@@ -214,6 +214,22 @@ fn bad_values_are_refused_with_what_is_allowed() {
         (
             "boot = { kernel = \"k\", variables = \"v\" }",
             "vm.boot.variables: is for a firmware, and there is none",
+        ),
+        (
+            "boot = { kernel = \"k\", vga-rom = \"v\" }",
+            "vm.boot.vga-rom: is for a firmware, and there is none",
+        ),
+        (
+            "display = \"vga\"",
+            "vm.display: \"vga\" is unknown; allowed: \"none\", \"vga-text\", \"ramfb\"",
+        ),
+        (
+            "console = 1",
+            "vm.console: must be true, false or \"display\"",
+        ),
+        (
+            "display = \"ramfb\"\nconsole = \"display\"",
+            "vm.console: only text can be shown; write display = \"vga-text\", too",
         ),
         (
             "boot = { firmware = \"f\", initrd = \"i\" }",
@@ -247,6 +263,23 @@ fn bad_values_are_refused_with_what_is_allowed() {
         assert!(problem.contains(expected), "{line}: {problem}");
         assert_eq!(parse("p", with(line).as_bytes()).vms, [], "{line}");
     }
+}
+
+#[test]
+fn a_display_can_be_the_console() {
+    let text = with("display = \"vga-text\"\nconsole = \"display\"");
+    let config = parse("p", text.as_bytes());
+    let vm = config.vms.first().expect("a VM");
+    assert_eq!(
+        (vm.display, vm.console),
+        (DisplayKind::VgaText, ConsoleKind::Display)
+    );
+    let config = parse("p", with("display = \"ramfb\"").as_bytes());
+    let vm = config.vms.first().expect("a VM");
+    assert_eq!(
+        (vm.display, vm.console),
+        (DisplayKind::Ramfb, ConsoleKind::Serial)
+    );
 }
 
 #[test]
@@ -492,6 +525,11 @@ fn firmware_is_looked_at() {
         let report = report(&[("code", code, other), ("vars", vars, other)]);
         assert!(report.contains(why), "{report}");
     }
+    let with_rom = text.replace("variables", "vga-rom");
+    let mut config = parse("p", with_rom.as_bytes());
+    check(&mut config, &place());
+    let rom = config.report();
+    assert!(rom.contains("vm.boot.vga-rom: vars: "), "{rom}");
     let text = text.replace("variables = \"vars\"", "kernel = \"code\"");
     let mut config = parse("p", text.as_bytes());
     let facts = FileFacts {

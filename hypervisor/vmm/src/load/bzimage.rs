@@ -83,11 +83,41 @@ struct E820Entry {
 /// Lines that the zero page has room for.
 const E820_MAX: usize = 128;
 
+/// The screen as the firmware left it, `struct screen_info`. What has no name here stays zero.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct ScreenInfo {
+    cursor: [u8; 2],
+    before_mode: [u8; 4],
+    mode: u8,
+    columns: u8,
+    before_rows: [u8; 6],
+    rows: u8,
+    is_vga: u8,
+    points: U16,
+    rest: [u8; 0x2e],
+}
+
+const _: () = assert!(offset_of!(ScreenInfo, rows) == 0x0e);
+const _: () = assert!(size_of::<ScreenInfo>() == 0x40);
+
+impl ScreenInfo {
+    /// 80 columns and 25 rows of text on a VGA adapter.
+    fn text() -> Self {
+        let mut info = Self::new_zeroed();
+        (info.mode, info.is_vga) = (3, 1);
+        (info.columns, info.rows) = (80, 25);
+        info.points = 16.into();
+        info
+    }
+}
+
 /// The zero page, `struct boot_params`. What has no name here stays zero.
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct BootParams {
-    before_rsdp: [u8; 0x70],
+    screen_info: ScreenInfo,
+    before_rsdp: [u8; 0x30],
     acpi_rsdp_addr: U64,
     before_ramdisk: [u8; 0x48],
     ext_ramdisk_image: U32,
@@ -267,6 +297,9 @@ pub(super) fn load(mut job: Job<'_>) -> Result<Entry, LoadError> {
             bytes: entry.range.bytes.into(),
             kind: (entry.kind as u32).into(),
         };
+    }
+    if job.layout.text_screen {
+        params.screen_info = ScreenInfo::text();
     }
     if let Some(rsdp) = job.layout.rsdp {
         params.acpi_rsdp_addr = rsdp.0.into();

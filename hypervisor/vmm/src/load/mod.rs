@@ -53,6 +53,8 @@ pub struct BootLayout<'a> {
     pub reserved: &'a [MapEntry],
     /// The ACPI root pointer (RSDP), where there is one.
     pub rsdp: Option<Gpa>,
+    /// There is a VGA adapter, with a screen of 80 columns and 25 rows of text.
+    pub text_screen: bool,
 }
 
 impl BootLayout<'_> {

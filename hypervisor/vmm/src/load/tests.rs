@@ -55,6 +55,7 @@ const RESERVED: [MapEntry; 2] = [
 const LAYOUT: BootLayout<'static> = BootLayout {
     reserved: &RESERVED,
     rsdp: Some(Gpa(0xe_0000)),
+    text_screen: false,
 };
 
 fn bytes(memory: &GuestMemory, at: u64, len: usize) -> Vec<u8> {
@@ -336,6 +337,7 @@ fn what_does_not_fit_is_named() {
     let layout = BootLayout {
         reserved: &everything,
         rsdp: None,
+        text_screen: false,
     };
     assert!(matches!(
         load(&memory, &bzimage(), None, "", &layout),

@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use spin::Mutex;
 use virt::TaskSource;
 
+mod display;
 mod firmware;
 mod pause;
 
@@ -19,6 +20,7 @@ use super::{msrs::MAX_MSR_NOTES, *};
 use crate::{
     clock::TimeSource,
     cpuid::CpuidResult,
+    display::DisplaySpec,
     fake::FakeCpu,
     firmware::Firmware,
     load::BootFiles,
@@ -148,15 +150,20 @@ impl Bench {
 
     /// vCPU `id` of a VM with `vcpus`.
     fn with_vcpus(vcpus: u16, id: u32) -> Self {
-        Self::make(vcpus, id, None).expect("a VM")
+        Self::make(vcpus, id, None, DisplaySpec::default()).expect("a VM")
     }
 
     /// vCPU 0 of a VM that boots firmware.
     fn with_firmware(firmware: Firmware<'_>) -> Result<Self, String> {
-        Self::make(1, 0, Some(firmware))
+        Self::make(1, 0, Some(firmware), DisplaySpec::default())
     }
 
-    fn make(vcpus: u16, id: u32, firmware: Option<Firmware<'_>>) -> Result<Self, String> {
+    fn make(
+        vcpus: u16,
+        id: u32,
+        firmware: Option<Firmware<'_>>,
+        display: DisplaySpec<'_>,
+    ) -> Result<Self, String> {
         let memory: &'static FakeMemory = Box::leak(Box::new(FakeMemory::new(64 << 20)));
         let terminal = Arc::new(Terminal::default());
         let kicks = Arc::new(Kicks::default());
@@ -176,6 +183,7 @@ impl Bench {
             disks: &[],
             test_devices: false,
             cpu: crate::cpuid::CpuModel::default(),
+            display,
         };
         let environment = Environment {
             memory,
