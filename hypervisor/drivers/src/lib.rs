@@ -14,6 +14,7 @@ pub mod apic;
 pub mod clock;
 pub mod firmware;
 pub mod ioapic;
+pub mod line;
 pub mod power;
 pub mod queue;
 pub mod ring;

@@ -2,7 +2,7 @@
 //!
 //! Nothing here waits without a bound: a port that is absent, wedged or held by flow
 //! control costs a fixed number of register reads and then loses bytes, never the host.
-//! Interrupts are off until [`Serial::enable_receive_interrupt`]. Sharing is the caller's business.
+//! Interrupts are off until [`Serial::set_receive_interrupt`]. Sharing is the caller's business.
 
 use uart_16550::{
     BaudRate, Config, Uart16550,
@@ -12,6 +12,8 @@ use uart_16550::{
 
 /// Port numbers of the first serial port of a PC.
 pub const COM1: u16 = 0x3f8;
+/// Port numbers of the second serial port of a PC.
+pub const COM2: u16 = 0x2f8;
 
 /// Register reads before a transmitter that stays full is given up. A read of a real UART takes about
 /// a microsecond and a full FIFO drains in 1.4 ms at 115,200 baud, so this is about 35 FIFOs' time.
@@ -118,9 +120,13 @@ impl Serial {
         }
     }
 
-    /// Lets the port raise its interrupt for each received byte.
-    pub fn enable_receive_interrupt(&mut self) {
-        self.uart.enable_interrupts(IER::DATA_READY);
+    /// Lets the port raise its interrupt for each received byte, or not.
+    pub fn set_receive_interrupt(&mut self, on: bool) {
+        if on {
+            self.uart.enable_interrupts(IER::DATA_READY);
+        } else {
+            self.uart.disable_interrupts(IER::DATA_READY);
+        }
     }
 
     /// Lets the port raise its interrupt when the transmitter has run empty, or not.

@@ -15,6 +15,7 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use drivers::{
     firmware::Firmware,
+    line::{Line, WhenFull},
     power::Emulator,
     queue::ByteQueue,
     serial::{COM1, Serial},
@@ -41,24 +42,12 @@ const LOOK_AT_OUTPUT_US: u64 = 10_000;
 const OUTPUT_BYTES: usize = 16 * 1024;
 /// Bytes moved from the guests' queues at a time: the FIFO of a UART.
 const FIFO_BYTES: usize = 16;
-/// FIFOs filled in one go, where the line takes them. In emulators it is infinitely fast.
-const FIFOS_AT_ONCE: usize = 4;
 /// How often a stuck line is given another chance before the machine stops; each takes about 50 ms.
 const LAST_CHANCES: u32 = 40;
 
 struct Console {
-    port: Option<Serial>,
-    input: ByteQueue<INPUT_BYTES>,
-    output: ByteQueue<OUTPUT_BYTES>,
+    line: Line<Serial, INPUT_BYTES, OUTPUT_BYTES>,
     mux: ConsoleMux,
-    /// Input that came while the queue was full.
-    dropped: u64,
-    /// The port's interrupt drains the output.
-    interrupts: bool,
-    /// The transmitter's interrupt is asked for.
-    draining: bool,
-    /// The last byte sent ended a line.
-    fresh: bool,
     /// A fault report has begun: nothing else is sent any more.
     reporting: bool,
 }
@@ -73,14 +62,8 @@ static WORK: AtomicBool = AtomicBool::new(false);
 static NEXT_LOOK: AtomicU64 = AtomicU64::new(u64::MAX);
 
 static CONSOLE: Lock<Console> = Lock::new(Console {
-    port: None,
-    input: ByteQueue::new(),
-    output: ByteQueue::new(),
+    line: Line::new(WhenFull::Drop),
     mux: ConsoleMux::new(DEFAULT_ESCAPE),
-    dropped: 0,
-    interrupts: false,
-    draining: false,
-    fresh: true,
     reporting: false,
 });
 
@@ -90,7 +73,7 @@ pub fn init() -> bool {
     // COM1 the ports are unused.
     let port = unsafe { Serial::probe(COM1) };
     let found = port.is_some();
-    CONSOLE.lock().port = port;
+    CONSOLE.lock().line.port = port;
     found
 }
 
@@ -99,17 +82,16 @@ pub fn init() -> bool {
 pub fn start_interrupts(firmware: &Firmware) -> bool {
     let mut console = CONSOLE.lock();
     OUTPUT_TICKS.store(time::us_to_ticks(LOOK_AT_OUTPUT_US), Ordering::Relaxed);
-    let Some(port) = console.port.as_mut() else {
+    if console.line.port.is_none() {
         return false;
-    };
+    }
     let routed = interrupts::route_isa(firmware, COM1_IRQ, vector::SERIAL);
     // Bochs 2.7 does not let a host interrupt end a guest's run that was entered with IF = 0 before IF changes.
     if !routed || power::emulator() == Some(Emulator::Bochs) {
         LOOK_TICKS.store(time::us_to_ticks(LOOK_EVERY_US), Ordering::Relaxed);
     }
     if routed {
-        port.enable_receive_interrupt();
-        console.interrupts = true;
+        console.line.use_interrupts();
     }
     routed
 }
@@ -132,7 +114,7 @@ pub fn wake_up_at() -> Option<u64> {
     // Where the port has an interrupt, that wakes a halted processor; in Bochs, too.
     let look = match look_again_at() {
         u64::MAX => u64::MAX,
-        _ if CONSOLE.lock().interrupts => u64::MAX,
+        _ if CONSOLE.lock().line.has_interrupts() => u64::MAX,
         look => look,
     };
     Some(next.min(look)).filter(|&at| at != u64::MAX)
@@ -150,65 +132,30 @@ pub fn attend() -> bool {
 }
 
 impl Console {
-    fn receive(&mut self) {
-        let Some(port) = self.port.as_mut() else {
-            return;
-        };
-        // A port that never runs dry is broken: no more than a queue's worth at a time.
-        for _ in 0..INPUT_BYTES {
-            match port.receive() {
-                Some(byte) if self.input.push(byte) => {}
-                Some(_) => self.dropped += 1,
-                None => break,
-            }
-        }
-    }
-
     /// Moves what goes out next to the output queue, if that is empty.
-    fn fetch(&mut self) {
-        if !self.output.is_empty() || self.reporting {
+    fn fetch(mux: &mut ConsoleMux, reporting: bool, output: &mut ByteQueue<OUTPUT_BYTES>) {
+        if !output.is_empty() || reporting {
             return;
         }
-        let now_us = match self.mux.has_lines() {
+        let now_us = match mux.has_lines() {
             true => time::ns() / 1000,
             false => 0,
         };
         let mut buffer = [0; FIFO_BYTES];
-        let count = self.mux.pull(&mut buffer, now_us);
+        let count = mux.pull(&mut buffer, now_us);
         // An empty queue has room for a FIFO.
-        self.output.extend(&buffer[..count]);
-    }
-
-    /// Hands the port what it takes now.
-    fn transmit(&mut self) {
-        for _ in 0..FIFOS_AT_ONCE {
-            self.fetch();
-            let bytes = self.output.front();
-            let Some(port) = self.port.as_mut().filter(|_| !bytes.is_empty()) else {
-                return;
-            };
-            let sent = port.try_send(bytes);
-            let Some(&last) = bytes[..sent].last() else {
-                return;
-            };
-            self.fresh = last == b'\n';
-            self.output.consume(sent);
-        }
-        self.fetch();
+        output.extend(&buffer[..count]);
     }
 
     /// Moves what has arrived into the input queue, and waiting output to the port as far as it takes it.
     fn pump(&mut self) {
-        self.receive();
-        self.transmit();
-        let waits = !self.output.is_empty();
-        let draining = self.interrupts && waits;
-        if draining != self.draining {
-            if let Some(port) = self.port.as_mut() {
-                port.set_transmit_interrupt(draining);
-            }
-            self.draining = draining;
-        }
+        self.line.receive();
+        let (mux, reporting) = (&mut self.mux, self.reporting);
+        self.line
+            .transmit(|output| Self::fetch(mux, reporting, output));
+        self.line.settle();
+        let waits = !self.line.output.is_empty();
+        let draining = self.line.is_draining();
         // Soon enough for a line that waits for a silent guest, too.
         let look = waits || self.mux.look_again_at().is_some();
         let next = match look {
@@ -216,7 +163,7 @@ impl Console {
             false => u64::MAX,
         };
         let before = NEXT_LOOK.swap(next, Ordering::Relaxed);
-        if !self.input.is_empty() || self.mux.can_resume() {
+        if !self.line.input.is_empty() || self.mux.can_resume() {
             WORK.store(true, Ordering::Relaxed);
         }
         // The first processor looks, and may be halted.
@@ -232,48 +179,24 @@ impl Console {
 
     /// As [`Console::pump`], unless the transmitter's interrupt will do it.
     fn pump_unless_draining(&mut self) {
-        if !self.draining {
+        if !self.line.is_draining() {
             self.pump();
         }
     }
 
-    /// Sends the output queue while the caller waits, within the driver's bound. Input is taken meanwhile.
-    /// `false`: the line is stuck.
-    fn drain(&mut self) -> bool {
-        let Some(port) = self.port.as_mut() else {
-            self.output = ByteQueue::new();
-            return true;
-        };
-        let mut taken = |byte| {
-            if !self.input.push(byte) {
-                self.dropped += 1;
-            }
-        };
-        while !self.output.is_empty() {
-            let bytes = self.output.front();
-            let sent = port.send(bytes, &mut taken);
-            let Some(&last) = bytes[..sent].last() else {
-                return false;
-            };
-            self.fresh = last == b'\n';
-            self.output.consume(sent);
-        }
-        true
-    }
-
-    /// As [`Console::drain`]. What a stuck line does not take is dropped: better than trying again for each byte.
+    /// As [`Line::drain`]. What a stuck line does not take is dropped: better than trying again for each byte.
     fn drain_or_drop(&mut self) {
-        if !self.drain() {
-            self.output = ByteQueue::new();
+        if !self.line.drain() {
+            self.line.output = ByteQueue::new();
         }
     }
 
     fn write_waiting(&mut self, mut bytes: &[u8]) {
         loop {
-            let taken = self.output.extend(bytes);
+            let taken = self.line.output.extend(bytes);
             bytes = &bytes[taken..];
             self.pump();
-            if !self.interrupts {
+            if !self.line.has_interrupts() {
                 self.drain_or_drop();
             }
             if bytes.is_empty() {
@@ -287,7 +210,7 @@ impl Console {
 /// The port's interrupt.
 pub fn on_interrupt() {
     let mut console = CONSOLE.lock();
-    if let Some(port) = console.port.as_mut() {
+    if let Some(port) = console.line.port.as_mut() {
         port.acknowledge();
     }
     console.pump();
@@ -311,7 +234,7 @@ pub fn attach(name: &str, shown: bool) -> ConsoleId {
 /// What was typed, if anything: the oldest key.
 pub fn read() -> Option<Input> {
     let mut console = CONSOLE.lock();
-    let byte = console.input.pop()?;
+    let byte = console.line.input.pop()?;
     let input = console.mux.input(byte);
     if input == Input::Handled {
         console.pump_unless_draining();
@@ -322,7 +245,7 @@ pub fn read() -> Option<Input> {
 /// A guest's output. Returns how many bytes were taken; never waits for the line.
 pub fn guest_output(from: ConsoleId, bytes: &[u8]) -> usize {
     let mut console = CONSOLE.lock();
-    if console.port.is_none() {
+    if console.line.port.is_none() {
         return bytes.len();
     }
     let taken = console.mux.output(from, bytes);
@@ -338,7 +261,7 @@ pub fn pop_resumable() -> Option<ConsoleId> {
 /// A line of the host's among the guests' lines, begun with `[plinth]`; never waits for the line.
 pub fn host_line(text: &[u8]) {
     let mut console = CONSOLE.lock();
-    if console.port.is_some() {
+    if console.line.port.is_some() {
         console.mux.host_line(text);
         console.pump_unless_draining();
     }
@@ -347,9 +270,7 @@ pub fn host_line(text: &[u8]) {
 /// What input was lost before it could be read, in bytes: for want of room in the queue, and (a lower
 /// bound) because the port was not emptied in time.
 pub fn lost_input() -> (u64, u64) {
-    let console = CONSOLE.lock();
-    let overruns = console.port.as_ref().map_or(0, Serial::overruns);
-    (console.dropped, overruns)
+    CONSOLE.lock().line.lost()
 }
 
 /// Writes all of `bytes` as one piece past the guests' queues, waiting for the line, within the driver's bound,
@@ -372,8 +293,8 @@ pub fn report(bytes: &[u8]) {
     if !console.reporting {
         console.reporting = true;
         // A lock that was taken by force may guard a queue that is just being changed.
-        let begun = !console.is_forced() && console.drain();
-        if !(begun && console.fresh) {
+        let begun = !console.is_forced() && console.line.drain();
+        if !(begun && console.line.is_fresh()) {
             console.send_now(b"\r\n");
         }
     }
@@ -381,8 +302,12 @@ pub fn report(bytes: &[u8]) {
 }
 
 impl Console {
+    fn fetch_next(&mut self) {
+        Self::fetch(&mut self.mux, self.reporting, &mut self.line.output);
+    }
+
     fn send_now(&mut self, bytes: &[u8]) {
-        if let Some(port) = self.port.as_mut() {
+        if let Some(port) = self.line.port.as_mut() {
             port.send(bytes, |_| {});
             port.flush();
         }
@@ -396,20 +321,20 @@ pub fn flush() {
         console.mux.hurry();
         let mut chances = LAST_CHANCES;
         loop {
-            if console.drain() {
-                console.fetch();
-                if console.output.is_empty() {
+            if console.line.drain() {
+                console.fetch_next();
+                if console.line.output.is_empty() {
                     break;
                 }
             } else if chances == 0 {
-                console.output = ByteQueue::new();
+                console.line.output = ByteQueue::new();
                 break;
             } else {
                 chances -= 1;
             }
         }
     }
-    if let Some(port) = console.port.as_mut() {
+    if let Some(port) = console.line.port.as_mut() {
         port.flush();
     }
 }
