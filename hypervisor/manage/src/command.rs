@@ -14,6 +14,8 @@ use alloc::{string::String, vec::Vec};
 
 use serde::{Deserialize, Serialize};
 
+use crate::trace::Record;
+
 /// Version of the requests and answers.
 pub const VERSION: u32 = 1;
 
@@ -21,6 +23,9 @@ pub const VERSION: u32 = 1;
 pub const DEFAULT_STOP_TIMEOUT_S: u32 = 30;
 /// Longest time to wait for a guest that is to stop, in seconds.
 pub const MAX_STOP_TIMEOUT_S: u32 = 3600;
+
+/// Most records of a trace in one answer.
+pub const MAX_TRACE_RECORDS: u32 = 512;
 
 /// Something to do or to tell.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,6 +110,26 @@ pub enum Request {
         #[serde(default)]
         lines: Option<u32>,
     },
+    /// Records from now on what the processors do, and forgets what was recorded before: [`Answer::Done`].
+    TraceStart {
+        /// Exits and entries of guests, too: by far the most records. True if absent.
+        #[serde(default)]
+        exits: Option<bool>,
+    },
+    /// Records no more; what was recorded can be read: [`Answer::Done`].
+    TraceStop {},
+    /// What there is of a trace, and the names that its records stand for: [`Answer::Trace`].
+    TraceShow {},
+    /// Records of one host processor: [`Answer::TraceRecords`].
+    TraceRead {
+        /// Which.
+        pcpu: u32,
+        /// Number of the first record that is wanted. If it is overwritten, the answer begins later.
+        from: u64,
+        /// At most so many; [`MAX_TRACE_RECORDS`] if absent, and at most.
+        #[serde(default)]
+        count: Option<u32>,
+    },
 }
 
 /// New scheduling parameters of a VM.
@@ -166,6 +191,16 @@ pub enum Answer {
         /// One each.
         lines: Vec<LogLine>,
     },
+    /// The trace.
+    Trace {
+        /// All about it.
+        trace: TraceDetails,
+    },
+    /// A piece of the trace.
+    TraceRecords {
+        /// The piece.
+        chunk: TraceChunk,
+    },
 }
 
 /// Why a request was refused.
@@ -174,6 +209,8 @@ pub enum Answer {
 pub enum FailureCode {
     /// It cannot be understood: malformed, unknown verb, a value out of range.
     BadRequest,
+    /// The request is of a version that the host does not speak.
+    BadVersion,
     /// There is no VM, vCPU or file of that name.
     NotFound,
     /// There is one of that name already.
@@ -418,6 +455,51 @@ pub struct LogLine {
     pub level: String,
     /// The text.
     pub text: String,
+}
+
+/// The trace: a ring of records per host processor.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceDetails {
+    /// Whether it grows.
+    pub on: bool,
+    /// TSC ticks per second.
+    pub tsc_hz: u64,
+    /// Host TSC when it was started; 0 if it never was.
+    pub started_tsc: u64,
+    /// Records that a ring holds.
+    pub capacity: u64,
+    /// The rings; none if it never was started.
+    pub rings: Vec<TraceRing>,
+    /// Names of exits, by the number that a record has.
+    pub exits: Vec<String>,
+    /// VMs by the number that a record has.
+    pub vms: Vec<(u16, String)>,
+}
+
+/// How far a ring has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceRing {
+    /// Host processor.
+    pub pcpu: u32,
+    /// Number of the oldest record that it still has.
+    pub oldest: u64,
+    /// Number that its next record will have: records since the trace was started.
+    pub next: u64,
+}
+
+/// Records of one host processor, in the order in which they were made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceChunk {
+    /// Host processor.
+    pub pcpu: u32,
+    /// Number of the first record here.
+    pub first: u64,
+    /// Number of the first record behind these: where to read on.
+    pub next: u64,
+    /// Host TSC to which the first record's time is added; each later one's is added to the one before.
+    pub tsc: u64,
+    /// The records.
+    pub records: Vec<Record>,
 }
 
 #[cfg(test)]

@@ -14,3 +14,4 @@ pub mod restart;
 pub mod shell;
 pub mod table;
 pub mod top;
+pub mod trace;
