@@ -15,3 +15,4 @@ pub mod shell;
 pub mod table;
 pub mod top;
 pub mod trace;
+pub mod wire;

@@ -10,9 +10,11 @@ use alloc::{
     vec::Vec,
 };
 
+use crate::trace::Kind;
+
 use crate::command::{
     Answer, Failure, FailureCode, HostDetails, HostStats, LogLine, SchedDetails, SchedParameters,
-    VcpuStats, VmDetails, VmState, VmSummary,
+    TraceChunk, TraceDetails, VcpuStats, VmDetails, VmState, VmSummary,
 };
 
 /// How a column stands.
@@ -102,6 +104,8 @@ pub fn answer(answer: &Answer) -> String {
         Answer::Sched { sched } => sched_details(sched),
         Answer::Stats { stats } => host_stats(stats),
         Answer::Log { lines } => lines.iter().map(log_line).collect(),
+        Answer::Trace { trace } => trace_details(trace),
+        Answer::TraceRecords { chunk } => trace_chunk(chunk),
     }
 }
 
@@ -109,6 +113,7 @@ pub fn answer(answer: &Answer) -> String {
 pub fn failure(failure: &Failure) -> String {
     let kind = match failure.code {
         FailureCode::BadRequest => "bad request",
+        FailureCode::BadVersion => "another version",
         FailureCode::NotFound => "not found",
         FailureCode::Exists => "exists already",
         FailureCode::WrongState => "not in this state",
@@ -447,6 +452,57 @@ fn log_line(line: &LogLine) -> String {
         us / 1_000_000,
         us % 1_000_000
     )
+}
+
+fn trace_details(trace: &TraceDetails) -> String {
+    let is = if trace.on {
+        "is recorded"
+    } else {
+        "is not recorded"
+    };
+    if trace.rings.is_empty() {
+        return format!("a trace {is}, and none was\n");
+    }
+    let columns = [
+        ("PCPU", Align::Right),
+        ("RECORDS", Align::Right),
+        ("OVERWRITTEN", Align::Right),
+    ];
+    let mut table = Table::new(&columns);
+    for ring in &trace.rings {
+        let kept = ring.next.saturating_sub(ring.oldest);
+        table.row([
+            ring.pcpu.to_string(),
+            kept.to_string(),
+            ring.oldest.to_string(),
+        ]);
+    }
+    format!(
+        "a trace {is}; a processor keeps {} records\n{}",
+        trace.capacity,
+        table.render()
+    )
+}
+
+fn trace_chunk(chunk: &TraceChunk) -> String {
+    let columns = ["RECORD", "TICKS", "KIND", "VM", "VCPU", "DETAIL", "EXTRA"];
+    let mut table = Table::new(&columns.map(|name| (name, Align::Right)));
+    for (number, r) in (chunk.first..).zip(&chunk.records) {
+        let kind =
+            Kind::from_number(r.kind).map_or_else(|| r.kind.to_string(), |k| format!("{k:?}"));
+        let (vm, vcpu) = (r.vm.to_string(), r.vcpu.to_string());
+        let (detail, extra) = (r.detail.to_string(), format!("{:#x}", r.extra));
+        table.row([
+            number.to_string(),
+            r.tsc.to_string(),
+            kind,
+            vm,
+            vcpu,
+            detail,
+            extra,
+        ]);
+    }
+    table.render()
 }
 
 #[cfg(test)]

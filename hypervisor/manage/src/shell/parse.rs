@@ -442,6 +442,11 @@ fn command(verb: &Verb, values: &Values<'_>, end: usize) -> Result<Command, Pars
             after: None,
             lines: Some(values.number("--lines").unwrap_or(DEFAULT_LOG_LINES)),
         },
+        VerbId::TraceStart => Request::TraceStart {
+            exits: values.given("--no-exits").map(|_| false),
+        },
+        VerbId::TraceStop => Request::TraceStop {},
+        VerbId::TraceShow => Request::TraceShow {},
         VerbId::Top => {
             let key = values.given("--sort").map_or(SORT_KEYS[0], |g| &g.text);
             return Ok(Command::Top(Sort::named(key).unwrap_or_default()));

@@ -25,6 +25,9 @@ pub enum VerbId {
     Stats,
     Top,
     Log,
+    TraceStart,
+    TraceStop,
+    TraceShow,
     Help,
     Exit,
 }
@@ -292,6 +295,32 @@ pub const VERBS: &[Verb] = &[
             "how many; 20 if absent",
         )],
         "the newest lines of the host's log",
+        "",
+    ),
+    verb(
+        VerbId::TraceStart,
+        &["trace", "start"],
+        &[Argument {
+            name: "--no-exits",
+            form: Form::Flag,
+            kind: Kind::Verb,
+            about: "leave exits and entries out: a longer time fits",
+        }],
+        "record what the processors do, the newest of it",
+        "plinthctl trace reads the records and makes a file for Perfetto of them.",
+    ),
+    verb(
+        VerbId::TraceStop,
+        &["trace", "stop"],
+        &[],
+        "record no more; what was recorded can still be read",
+        "",
+    ),
+    verb(
+        VerbId::TraceShow,
+        &["trace", "show"],
+        &[],
+        "whether a trace is recorded, and how much there is of it",
         "",
     ),
     verb(
