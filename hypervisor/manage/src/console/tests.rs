@@ -2,13 +2,13 @@ use super::*;
 use alloc::{format, vec};
 use proptest::prelude::*;
 
-const LINUX: ConsoleId = ConsoleId(0);
-const STUB: ConsoleId = ConsoleId(1);
+const LINUX: ConsoleId = ConsoleId(1);
+const STUB: ConsoleId = ConsoleId(2);
 
 fn mux() -> ConsoleMux {
     let mut mux = ConsoleMux::new(DEFAULT_ESCAPE);
-    mux.attach("linux");
-    mux.attach("stub");
+    mux.attach(Prepared::new("linux"));
+    mux.attach(Prepared::new("stub"));
     mux
 }
 
@@ -81,8 +81,8 @@ fn escape_commands() {
 #[test]
 fn another_escape_key_leaves_the_default_to_the_guest() {
     let mut m = ConsoleMux::new(0x01);
-    m.attach("linux");
-    m.attach("stub");
+    m.attach(Prepared::new("linux"));
+    m.attach(Prepared::new("stub"));
     assert_eq!(m.input(DEFAULT_ESCAPE), Input::Guest(LINUX, DEFAULT_ESCAPE));
     assert!(typed(&mut m, b"\x012").1.contains("console 2: stub"));
 }
@@ -195,6 +195,185 @@ fn host_lines_that_do_not_fit_are_counted() {
     );
 }
 
+#[test]
+fn the_shell_is_a_console_among_the_guests() {
+    let mut m = mux();
+    write(&mut m, LINUX, "~ # ");
+    shown(&mut m, 0);
+    let (inputs, text) = typed(&mut m, b"\x1d0x");
+    assert_eq!(inputs[2], Input::Shell(b'x'));
+    assert_eq!(text, "\r\n[plinth] console 0: shell\r\n");
+    assert!(m.take_shell_disturbed() && !m.take_shell_disturbed());
+    write(&mut m, ConsoleId::SHELL, "plinth> ");
+    write(&mut m, LINUX, "later");
+    m.host_line(b"stub: powered off");
+    assert_eq!(shown(&mut m, 0), "plinth> ");
+    assert_eq!(
+        shown(&mut m, PATIENCE_US),
+        "\r\n[plinth] stub: powered off\r\n"
+    );
+    assert!(m.take_shell_disturbed(), "its line is to be shown again");
+    m.leave_shell();
+    assert_eq!(shown(&mut m, 0), "[plinth] console 1: linux\r\nlater");
+    assert_eq!(typed(&mut m, b"\x1dsy").0[2], Input::Shell(b'y'));
+}
+
+#[test]
+fn the_next_console_is_a_guests() {
+    let mut m = mux();
+    for (key, wanted) in [
+        (b'n', 2),
+        (b'n', 1),
+        (b'p', 2),
+        (b'p', 1),
+        (b's', 0),
+        (b'p', 2),
+        (b's', 0),
+        (b'n', 1),
+    ] {
+        typed(&mut m, &[DEFAULT_ESCAPE, key]);
+        assert_eq!(m.focus().0, wanted);
+    }
+    let mut none = ConsoleMux::new(DEFAULT_ESCAPE);
+    assert!(
+        typed(&mut none, b"\x1dn")
+            .1
+            .contains("no console 1; there are 0")
+    );
+}
+
+#[test]
+fn a_console_that_goes_leaves_its_number() {
+    let mut m = mux();
+    assert_eq!(m.find("stub"), Some(STUB));
+    assert!(m.detach(LINUX).is_some() && m.detach(LINUX).is_none());
+    let text = shown(&mut m, 0);
+    assert_eq!(
+        text,
+        "[plinth] console 1: linux is gone\r\n[plinth] console 0: shell\r\n"
+    );
+    assert_eq!(m.output(LINUX, b"late"), 4, "nobody waits for it");
+    m.leave_shell();
+    assert_eq!(m.focus(), STUB);
+    assert_eq!(m.attach(Prepared::new("new")), Some(LINUX));
+    assert!(m.detach(ConsoleId::SHELL).is_none());
+    for n in 2..MAX_VMS {
+        assert_eq!(m.attach(Prepared::new("more")), Some(ConsoleId(n + 1)));
+    }
+    assert_eq!(m.attach(Prepared::new("too many")), None);
+}
+
+#[test]
+fn what_a_guest_did_to_the_terminal_ends_with_the_switch() {
+    let mut m = mux();
+    write(&mut m, LINUX, "\x1b[31mred \x1b]0;open");
+    shown(&mut m, 0);
+    let (_, text) = typed(&mut m, b"\x1d2");
+    let calm = String::from_utf8(CALM.to_vec()).unwrap();
+    assert_eq!(text, format!("{calm}\r\n[plinth] console 2: stub\r\n"));
+    let (_, text) = typed(&mut m, b"\x1d1");
+    assert_eq!(text, "[plinth] console 1: linux\r\n", "once is enough");
+}
+
+#[test]
+fn the_last_lines_can_be_shown_again() {
+    let mut m = mux();
+    write(&mut m, LINUX, "one\r\n~ # ");
+    shown(&mut m, 0);
+    let (_, text) = typed(&mut m, b"\x1dr");
+    assert_eq!(text, "\r\n[plinth] once more: linux\r\none\r\n~ # ");
+    write(&mut m, LINUX, &"0123456\r\n".repeat(400));
+    shown(&mut m, 0);
+    let (_, text) = typed(&mut m, b"\x1dr");
+    let lines: Vec<_> = text.lines().skip(1).collect();
+    assert!((200..=2048 / 9).contains(&lines.len()), "{}", lines.len());
+    assert!(
+        lines.iter().all(|line| *line == "0123456"),
+        "from the beginning of a line"
+    );
+}
+
+fn all() -> ConsoleMux {
+    let mut m = mux();
+    let (_, text) = typed(&mut m, b"\x1da");
+    assert_eq!(
+        text,
+        "[plinth] all consoles; what is typed goes to linux\r\n"
+    );
+    m
+}
+
+#[test]
+fn with_all_consoles_shown_lines_stay_whole_and_take_turns() {
+    let mut m = all();
+    write(&mut m, LINUX, "l1\r\nl2\r\nl3\r\nla");
+    write(&mut m, STUB, "s1\r\n");
+    m.host_line(b"from the host");
+    write(&mut m, STUB, "s2\ns");
+    let text = shown(&mut m, 0);
+    assert_eq!(
+        text,
+        "[plinth] from the host\r\n[linux] l1\r\n[stub] s1\r\n[linux] l2\r\n[stub] s2\r\n[linux] l3\r\n"
+    );
+    write(&mut m, STUB, "tub\r\n");
+    assert_eq!(shown(&mut m, 1), "[stub] stub\r\n");
+    assert_eq!(typed(&mut m, b"x").0, [Input::Guest(LINUX, b'x')]);
+}
+
+#[test]
+fn with_all_consoles_shown_unfinished_lines_come_after_a_pause() {
+    let mut m = all();
+    write(&mut m, LINUX, "~ # ");
+    assert_eq!(shown(&mut m, 5), "");
+    assert_eq!(m.look_again_at(), Some(5 + PATIENCE_US));
+    assert_eq!(shown(&mut m, 5 + PATIENCE_US), "[linux] ~ # ");
+    write(&mut m, LINUX, "ls");
+    assert_eq!(
+        shown(&mut m, 6 + PATIENCE_US),
+        "ls",
+        "the row is still its own"
+    );
+    write(&mut m, STUB, "hello\r\n");
+    assert_eq!(shown(&mut m, 7 + PATIENCE_US), "\r\n[stub] hello\r\n");
+    write(&mut m, LINUX, "\r\n");
+    assert_eq!(shown(&mut m, 8 + PATIENCE_US), "[linux] \r\n");
+}
+
+#[test]
+fn with_all_consoles_shown_a_flood_gets_no_more_than_its_turn() {
+    let mut m = all();
+    let flood = "f\r\n".repeat(HISTORY_BYTES / 3);
+    assert!(m.output(LINUX, flood.as_bytes()) <= HISTORY_BYTES);
+    assert_eq!(m.output(LINUX, b"more"), 1, "it is held up");
+    write(&mut m, STUB, &"s\r\n".repeat(10));
+    let text = shown(&mut m, 0);
+    let rows: Vec<_> = text.lines().take(20).collect();
+    assert_eq!(
+        rows.iter().filter(|row| **row == "[stub] s").count(),
+        10,
+        "{rows:?}"
+    );
+    assert_eq!(m.pop_resumable(), Some(LINUX));
+    // An endless line is cut, and the others go on.
+    let endless = "x".repeat(HISTORY_BYTES);
+    assert!(m.output(LINUX, endless.as_bytes()) > 0);
+    write(&mut m, STUB, "s\r\n");
+    let text = shown(&mut m, 0);
+    let at = text.find("[stub] s").unwrap();
+    assert!(at <= 2 * LONGEST_LINE, "{at}");
+}
+
+#[test]
+fn with_all_consoles_shown_control_sequences_are_left_out() {
+    let mut m = all();
+    write(
+        &mut m,
+        LINUX,
+        "\x1b[2J\x1b[Hgone\x1b]0;title\x07 \x1b[31mred\x1b[0m\r50 %\r\n",
+    );
+    assert_eq!(shown(&mut m, 0), "[linux] gone red\r\n[linux] 50 %\r\n");
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Output(usize, Vec<u8>),
@@ -205,11 +384,11 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let text = || prop::collection::vec(prop_oneof![Just(b'\n'), b'a'..=b'z'], 0..40);
+    let text = || prop::collection::vec(prop_oneof![Just(b'\n'), Just(b'\r'), b'a'..=b'z'], 0..40);
     prop_oneof![
         (0usize..3, text()).prop_map(|(from, text)| Step::Output(from, text)),
         prop::collection::vec(b'A'..=b'Z', 1..9).prop_map(Step::HostLine),
-        prop_oneof![Just(DEFAULT_ESCAPE), any::<u8>()].prop_map(Step::Key),
+        prop_oneof![Just(DEFAULT_ESCAPE), any::<u8>(), Just(b'a')].prop_map(Step::Key),
         (1usize..100, 0u64..300_000).prop_map(|(count, now)| Step::Pull(count, now)),
         Just(Step::Resume),
     ]
@@ -222,8 +401,7 @@ proptest! {
     fn host_lines_stay_whole_and_memory_bounded(steps in prop::collection::vec(step(), 0..200)) {
         let mut m = mux();
         let capacity = |m: &ConsoleMux| {
-            let kept: usize = m.consoles.iter().map(|c| c.kept.capacity()).sum();
-            (kept, m.lines.capacity(), m.text.capacity())
+            (m.piece.capacity(), m.lines.capacity(), m.text.capacity())
         };
         let before = capacity(&m);
         let mut out = Vec::new();
@@ -231,7 +409,7 @@ proptest! {
             match step {
                 Step::Output(from, text) => {
                     let taken = m.output(ConsoleId(from), &text);
-                    prop_assert!(taken == text.len() || from == m.focus().0);
+                    prop_assert!(taken == text.len() || m.is_shown(ConsoleId(from)));
                 }
                 Step::HostLine(text) => m.host_line(&text),
                 Step::Key(key) => {
@@ -257,6 +435,55 @@ proptest! {
         // Capitals are the host's, small letters a guest's or an answer's.
         for line in text.lines().filter(|line| !line.starts_with("[plinth] ")) {
             prop_assert!(!line.contains(|c: char| c.is_ascii_uppercase()), "{}", text);
+        }
+    }
+}
+
+proptest! {
+    /// With all consoles shown, each line is one guest's or the host's, and what a guest wrote is there in its order.
+    #[test]
+    fn lines_of_several_guests_do_not_mix(steps in prop::collection::vec(step(), 0..100)) {
+        let mut m = all();
+        let mut out = Vec::new();
+        let mut written = [const { Vec::new() }; 2];
+        let mut now = 0;
+        for step in steps {
+            match step {
+                Step::Output(from @ 1..=2, text) => {
+                    let taken = m.output(ConsoleId(from), &text);
+                    written[from - 1].extend_from_slice(&text[..taken]);
+                }
+                Step::HostLine(text) => m.host_line(&text),
+                Step::Pull(count, later) => {
+                    now += later;
+                    let mut buffer = vec![0; count];
+                    let count = m.pull(&mut buffer, now);
+                    out.extend_from_slice(&buffer[..count]);
+                }
+                Step::Resume => {
+                    m.pop_resumable();
+                }
+                Step::Output(..) | Step::Key(_) => {}
+            }
+        }
+        for _ in 0..4 {
+            now += PATIENCE_US;
+            out.extend(shown(&mut m, now).bytes());
+        }
+        let text = String::from_utf8(out).unwrap();
+        let mut found = [const { String::new() }; 2];
+        for line in text.lines() {
+            let (name, rest) = line.split_once("] ").unwrap_or_else(|| panic!("{line:?} in {text}"));
+            match name {
+                "[linux" => found[0] += rest,
+                "[stub" => found[1] += rest,
+                "[plinth" => prop_assert!(!rest.contains(|c: char| c.is_ascii_lowercase()) || rest.contains("left out")),
+                other => panic!("{other:?} in {text}"),
+            }
+        }
+        for (found, mut written) in found.into_iter().zip(written) {
+            written.retain(|byte| byte.is_ascii_lowercase());
+            prop_assert_eq!(found.as_bytes(), written, "{}", text);
         }
     }
 }
