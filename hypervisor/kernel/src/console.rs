@@ -20,7 +20,7 @@ use drivers::{
     queue::ByteQueue,
     serial::{COM1, Serial},
 };
-use manage::console::{ConsoleId, ConsoleMux, DEFAULT_ESCAPE, Input};
+use manage::console::{ConsoleId, ConsoleMux, DEFAULT_ESCAPE, Input, Prepared};
 
 use crate::{
     interrupts::{self, vector},
@@ -73,7 +73,11 @@ pub fn init() -> bool {
     // COM1 the ports are unused.
     let port = unsafe { Serial::probe(COM1) };
     let found = port.is_some();
-    CONSOLE.lock().line.port = port;
+    let mut console = CONSOLE.lock();
+    console.line.port = port;
+    if !found {
+        console.mux.disconnect();
+    }
     found
 }
 
@@ -137,7 +141,7 @@ impl Console {
         if !output.is_empty() || reporting {
             return;
         }
-        let now_us = match mux.has_lines() {
+        let now_us = match mux.wants_time() {
             true => time::ns() / 1000,
             false => 0,
         };
@@ -216,19 +220,32 @@ pub fn on_interrupt() {
     console.pump();
 }
 
-/// Sets the byte that the escape key sends. Before consoles are attached.
+/// Sets the byte that the escape key sends.
 pub fn set_escape(escape: u8) {
-    CONSOLE.lock().mux = ConsoleMux::new(escape);
+    CONSOLE.lock().mux.set_escape(escape);
 }
 
-/// Adds a guest's console, and takes its memory. The first one is shown, until another one is to be `shown`.
-pub fn attach(name: &str, shown: bool) -> ConsoleId {
+/// Adds a guest's console. The first one is shown, until another one is to be `shown`. `None`: there are as
+/// many as there may be. Memory is asked for outside the lock, but for the very first one.
+pub fn attach(name: &str, shown: bool) -> Option<ConsoleId> {
+    let prepared = Prepared::new(name);
     let mut console = CONSOLE.lock();
-    let id = console.mux.attach(name);
+    let id = console.mux.attach(prepared)?;
     if shown {
         console.mux.show_first(id);
     }
-    id
+    Some(id)
+}
+
+/// Takes a guest's console away. If it was shown, the shell is shown. With no other lock held.
+#[expect(dead_code, reason = "for VMs that are destroyed at run time")]
+pub fn detach(id: ConsoleId) {
+    let mut console = CONSOLE.lock();
+    let prepared = console.mux.detach(id);
+    console.pump_unless_draining();
+    drop(console);
+    // Memory is given back outside the lock.
+    drop(prepared);
 }
 
 /// What was typed, if anything: the oldest key.
@@ -245,11 +262,10 @@ pub fn read() -> Option<Input> {
 /// A guest's output. Returns how many bytes were taken; never waits for the line.
 pub fn guest_output(from: ConsoleId, bytes: &[u8]) -> usize {
     let mut console = CONSOLE.lock();
-    if console.line.port.is_none() {
-        return bytes.len();
-    }
     let taken = console.mux.output(from, bytes);
-    console.pump_unless_draining();
+    if console.line.port.is_some() {
+        console.pump_unless_draining();
+    }
     taken
 }
 

@@ -179,7 +179,9 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         let vga_rom = vm.boot.firmware.as_ref();
         let vga_rom = vga_rom.and_then(|firmware| file(&firmware.vga_rom));
         let has_console = vm.console != ConsoleKind::None;
-        let console = has_console.then(|| console::attach(&vm.name, vm.focus));
+        let console = has_console
+            .then(|| console::attach(&vm.name, vm.focus))
+            .flatten();
         plans.push(Plan {
             config: vm,
             kernel,
@@ -360,7 +362,7 @@ impl<B: Backend> World<B> {
     fn take_input(&self) {
         while let Some(input) = console::read() {
             match input {
-                Input::Handled => {}
+                Input::Handled | Input::Shell(_) => {}
                 Input::Guest(to, byte) => {
                     let Some((plan, vm)) = self.vm_of(to) else {
                         continue;

@@ -245,6 +245,8 @@ pub struct ConsoleMux {
     piece: VecDeque<u8>,
     escape: u8,
     escaped: bool,
+    /// There is no line: nothing is shown.
+    absent: bool,
     at_line_start: bool,
     /// Host lines that wait, oldest first; their text is in `text`.
     lines: VecDeque<Line>,
@@ -276,6 +278,7 @@ impl ConsoleMux {
             piece: VecDeque::new(),
             escape,
             escaped: false,
+            absent: false,
             at_line_start: true,
             lines: VecDeque::new(),
             text: VecDeque::new(),
@@ -377,9 +380,20 @@ impl ConsoleMux {
         core::mem::take(&mut self.shell_disturbed)
     }
 
+    /// Sets the byte that the escape key sends.
+    pub fn set_escape(&mut self, escape: u8) {
+        self.escape = escape;
+    }
+
+    /// There is no line to a terminal: nobody is held up for it.
+    pub fn disconnect(&mut self) {
+        self.absent = true;
+    }
+
     /// Whether output of this console goes to the terminal.
     pub fn is_shown(&self, id: ConsoleId) -> bool {
         match self.view {
+            _ if self.absent => false,
             View::Focus => id == self.focus,
             View::All => id != ConsoleId::SHELL,
         }
