@@ -248,6 +248,16 @@ pub fn detach(id: ConsoleId) {
     drop(prepared);
 }
 
+/// The console that the terminal shows.
+pub fn focus() -> ConsoleId {
+    CONSOLE.lock().mux.focus()
+}
+
+/// The console that the terminal shows alone, as it comes; `None` while it shows all of them.
+pub fn shown_alone() -> Option<ConsoleId> {
+    CONSOLE.lock().mux.shown_alone()
+}
+
 /// What was typed, if anything: the oldest key.
 pub fn read() -> Option<Input> {
     let mut console = CONSOLE.lock();

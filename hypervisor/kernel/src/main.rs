@@ -14,6 +14,7 @@ mod boot;
 mod calibrate;
 mod console;
 mod cpu;
+mod display;
 mod fault;
 mod frame;
 mod gdt;

@@ -22,7 +22,7 @@ use devices::{VcpuId, lapic::VcpuKick, uart::ConsoleSink};
 use drivers::wall_clock;
 use manage::{
     bundle::{self, Bundle, BundleEnvironment},
-    config::{self, AfterLastVm, Config, ConsoleKind, DiskConfig, VmConfig},
+    config::{self, AfterLastVm, Config, ConsoleKind, DiskConfig, DisplayKind, VmConfig},
     console::{ConsoleId, Input},
     restart::Restarts,
 };
@@ -45,7 +45,7 @@ use life::{BootModule, Phase, Plan, Slot};
 
 use crate::{
     boot::Machine,
-    console, cpu, error, fault, frame, info, interrupts, log, memory,
+    console, cpu, display, error, fault, frame, info, interrupts, log, memory,
     percpu::{self, PerCpu},
     power,
     preflight::Vendor,
@@ -182,6 +182,9 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         let console = has_console
             .then(|| console::attach(&vm.name, vm.focus))
             .flatten();
+        if vm.display != DisplayKind::None {
+            display::begin();
+        }
         plans.push(Plan {
             config: vm,
             kernel,
@@ -358,11 +361,33 @@ impl<B: Backend> World<B> {
         Some((&self.plans[index], vm))
     }
 
+    /// Shows a piece of the display of the VM whose console the terminal shows, if it is time. The first processor's
+    /// business.
+    fn show_display(&self) {
+        if !display::is_due() {
+            return;
+        }
+        let console = console::focus();
+        let plans = self.plans.iter();
+        let index = plans.clone().position(|plan| plan.console == Some(console));
+        // Held meanwhile, so that the VM is not taken down here.
+        let slots = self.slots.lock();
+        let slot = index.and_then(|index| slots.get(index));
+        let live = slot.and_then(Slot::live);
+        let plan = index.and_then(|index| self.plans.get(index));
+        display::step(&display::Target {
+            console,
+            vm: live.map(|live| &*live.vm),
+            is_console: plan.is_some_and(|plan| plan.config.console == ConsoleKind::Display),
+        });
+    }
+
     /// Gives what was typed to whom it is for.
     fn take_input(&self) {
         while let Some(input) = console::read() {
             match input {
                 Input::Handled | Input::Shell(_) => {}
+                Input::ToggleDisplay => display::toggle(),
                 Input::Guest(to, byte) => {
                     let Some((plan, vm)) = self.vm_of(to) else {
                         continue;
@@ -421,9 +446,11 @@ impl<B: Backend> World<B> {
         let first = cpu.number == 0;
         let console = first.then(console::wake_up_at).flatten();
         let start = first.then(|| self.next_start.load(Ordering::Relaxed));
+        let display = first.then(display::wake_up_at).flatten();
         let deadline = deadline
             .into_iter()
             .chain(console)
+            .chain(display)
             .chain(start.filter(|&at| at != u64::MAX))
             .min();
         if !work {
@@ -473,6 +500,7 @@ impl<B: Backend> Runner for World<B> {
             self.host_work(cpu);
             if cpu.number == 0 {
                 self.start_waiting();
+                self.show_display();
             }
             let next = {
                 let mut sched = self.sched.lock();

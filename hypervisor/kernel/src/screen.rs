@@ -1,7 +1,7 @@
-//! The host's screen: the log, as text, on the boot loader's frame buffer.
+//! The host's screen: the log, as text, on the boot loader's frame buffer, and a guest's picture over it.
 
 use bootloader_api::info::{FrameBuffer, FrameBufferInfo, PixelFormat};
-use drivers::screen::{Geometry, PixelLayout, Screen};
+use drivers::screen::{Cell, Geometry, PixelLayout, Screen};
 
 use crate::{log, memory, sync::Lock};
 
@@ -66,5 +66,28 @@ pub fn write_line(line: &[u8]) {
     if let Some(screen) = SCREEN.lock().as_mut() {
         screen.write(line);
         screen.write(b"\n");
+    }
+}
+
+/// Draws a piece of a guest's screen of text, which covers the log.
+pub fn paint_text(columns: usize, cells: impl Iterator<Item = Cell>) {
+    if let Some(screen) = SCREEN.lock().as_mut() {
+        screen.cover();
+        screen.paint_text(columns, cells);
+    }
+}
+
+/// Draws a piece of a guest's picture, which covers the log; see [`Screen::paint_pixels`].
+pub fn paint_pixels(width: usize, height: usize, read_row: impl FnMut(usize, &mut [u8]) -> bool) {
+    if let Some(screen) = SCREEN.lock().as_mut() {
+        screen.cover();
+        screen.paint_pixels(width, height, read_row);
+    }
+}
+
+/// Shows the log again, if a guest's picture covers it.
+pub fn uncover() {
+    if let Some(screen) = SCREEN.lock().as_mut() {
+        screen.uncover();
     }
 }

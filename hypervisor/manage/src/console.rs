@@ -76,6 +76,8 @@ pub enum Input {
     Shell(u8),
     /// The terminal now shows something else, or told the person something.
     Handled,
+    /// The person asked for the host's own screen instead of the guest's display, or for that again.
+    ToggleDisplay,
     /// The person asked to power the host off.
     PowerOff,
 }
@@ -367,6 +369,11 @@ impl ConsoleMux {
     /// The console to which typed bytes go: the one that is shown, unless all are.
     pub fn focus(&self) -> ConsoleId {
         self.focus
+    }
+
+    /// The console that the terminal shows alone, as it comes; `None` while it shows all of them.
+    pub fn shown_alone(&self) -> Option<ConsoleId> {
+        (self.view == View::Focus).then_some(self.focus)
     }
 
     /// The guest's console of this name.
@@ -785,6 +792,7 @@ impl ConsoleMux {
             b'a' => self.show_all(),
             b'r' => self.replay(),
             b'l' => self.list(),
+            b'd' => return Input::ToggleDisplay,
             b'q' => return Input::PowerOff,
             _ => self.help(),
         }
@@ -839,7 +847,7 @@ impl ConsoleMux {
             "  0, s  show the shell         1..9  show that guest's console",
             "  n, p  next, previous guest   a     all guests, line by line",
             "  r     the last lines again   l     list the consoles",
-            "  q     power the host off",
+            "  q     power the host off     d     on the screen: the guest's display, or the log",
             "  escape key again: send it to the guest",
         ] {
             self.answer_line(line.as_bytes());

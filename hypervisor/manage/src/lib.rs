@@ -10,6 +10,7 @@ pub mod config;
 pub mod console;
 pub mod limit;
 pub mod line_editor;
+pub mod mirror;
 pub mod restart;
 pub mod shell;
 pub mod table;
