@@ -368,8 +368,8 @@ impl<B: Backend> World<B> {
             return;
         }
         let console = console::focus();
-        let plans = self.plans.iter();
-        let index = plans.clone().position(|plan| plan.console == Some(console));
+        let is_shown = |plan: &Plan| plan.console == Some(console);
+        let index = self.plans.iter().position(is_shown);
         // Held meanwhile, so that the VM is not taken down here.
         let slots = self.slots.lock();
         let slot = index.and_then(|index| slots.get(index));
