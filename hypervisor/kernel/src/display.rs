@@ -43,20 +43,18 @@ struct Show {
     text: Text,
     letters: Vec<Letter>,
     mirror: Mirror,
-    /// The console that the terminal showed the last time.
-    console: Option<ConsoleId>,
+    /// The console that the terminal showed alone the last time.
+    alone: Option<ConsoleId>,
     /// Host TSC of the next look for the terminal.
     next_text: u64,
 }
 
 /// What is to be shown.
 pub struct Target<'a> {
-    /// The console that the terminal shows.
-    pub console: ConsoleId,
-    /// The VM behind it, while it exists.
+    /// The VM that has the focus, while it exists.
     pub vm: Option<&'a Vm>,
-    /// Whether that console is the VM's display.
-    pub is_console: bool,
+    /// Its console, if that is its display.
+    pub console: Option<ConsoleId>,
 }
 
 /// A VM has a display: from now on it is looked at.
@@ -67,7 +65,7 @@ pub fn begin() {
             text: Text::new(),
             letters: Vec::new(),
             mirror: Mirror::new(),
-            console: None,
+            alone: None,
             next_text: 0,
         }));
     }
@@ -97,7 +95,8 @@ pub fn step(target: &Target<'_>) {
     NEXT.store(now + time::us_to_ticks(EVERY_US), Ordering::Relaxed);
     let mut show = SHOW.lock();
     let Some(show) = show.as_mut() else { return };
-    if show.console.replace(target.console) != Some(target.console) {
+    let alone = console::shown_alone();
+    if core::mem::replace(&mut show.alone, alone) != alone {
         show.mirror.forget();
     }
     let picture = match target.vm {
@@ -109,9 +108,11 @@ pub fn step(target: &Target<'_>) {
     } else {
         screen::uncover();
     }
-    if target.is_console && now >= show.next_text {
+    if let Some(console) = target.console.filter(|_| alone == target.console)
+        && now >= show.next_text
+    {
         show.next_text = now + time::us_to_ticks(TEXT_EVERY_US);
-        show.send(picture, target.console);
+        show.send(picture, console);
     }
 }
 

@@ -376,9 +376,10 @@ impl<B: Backend> World<B> {
         let live = slot.and_then(Slot::live);
         let plan = index.and_then(|index| self.plans.get(index));
         display::step(&display::Target {
-            console,
             vm: live.map(|live| &*live.vm),
-            is_console: plan.is_some_and(|plan| plan.config.console == ConsoleKind::Display),
+            console: plan
+                .is_some_and(|plan| plan.config.console == ConsoleKind::Display)
+                .then_some(console),
         });
     }
 
