@@ -11,13 +11,15 @@
 //! distribution or without sources.
 
 use std::{
-    env, fs,
+    env, fmt, fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::process::output_of;
 
@@ -29,6 +31,11 @@ const KEYRINGS: [&str; 2] = [
     "/usr/share/keyrings/debian-archive-keyring.gpg",
     "/usr/share/keyrings/debian-archive-keyring.pgp",
 ];
+
+/// How often a download is tried, and the pause before the next time: mirrors and proxies
+/// refuse at times.
+const ATTEMPTS: u32 = 3;
+const PAUSE: Duration = Duration::from_secs(5);
 
 /// Which of Debian's archives a suite is in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,6 +54,22 @@ pub struct Suite {
     /// "bookworm", "sid".
     pub name: &'static str,
 }
+
+/// A package that no suite has, or that none of them could be asked for: nothing that the program asking
+/// for it has done.
+#[derive(Debug, Default)]
+pub struct Unavailable {
+    /// What each suite said.
+    reasons: Vec<String>,
+}
+
+impl fmt::Display for Unavailable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "tried {ATTEMPTS} times: {}", self.reasons.join("; "))
+    }
+}
+
+impl std::error::Error for Unavailable {}
 
 /// The mirrors of a machine, one per archive.
 #[derive(Debug, PartialEq, Eq)]
@@ -112,8 +135,8 @@ pub struct Apt {
 }
 
 impl Apt {
-    /// Makes the state for `suite` in an empty directory and reads the suite's lists.
-    fn open(directory: &Path, mirrors: &Mirrors, suite: Suite) -> Result<Self> {
+    /// Makes the state for `suite` in an empty directory and reads the suite's lists of `what`.
+    fn open(directory: &Path, mirrors: &Mirrors, suite: Suite, what: What) -> Result<Self> {
         let keyring = KEYRINGS
             .into_iter()
             .find(|path| Path::new(path).is_file())
@@ -124,7 +147,11 @@ impl Apt {
             fs::create_dir_all(directory.join(part))?;
         }
         let source = format!(
-            "deb [signed-by={keyring}] {} {} main\n",
+            "{} [signed-by={keyring}] {} {} main\n",
+            match what {
+                What::Program => "deb",
+                What::Source => "deb-src",
+            },
             mirrors.of(suite.archive),
             suite.name
         );
@@ -175,17 +202,43 @@ impl Apt {
     }
 
     /// Downloads the package; its file is in this state's directory.
-    fn download(&self, package: &str) -> Result<PathBuf> {
-        output_of(self.command("apt-get").args(["-qq", "download", package]))?;
+    fn download(&self, package: &str, what: What) -> Result<PathBuf> {
+        let mut command = self.command("apt-get");
+        command.arg("-qq");
+        let ending = match what {
+            What::Program => {
+                command.arg("download");
+                ".deb"
+            }
+            // As its authors published it, without Debian's changes.
+            What::Source => {
+                command.args(["source", "--download-only", "--tar-only"]);
+                ".orig.tar.xz"
+            }
+        };
+        output_of(command.arg(package))?;
         let files = fs::read_dir(&self.directory)?.filter_map(|entry| Some(entry.ok()?.path()));
         files
-            .filter(|path| path.extension().is_some_and(|extension| extension == "deb"))
-            .find(|path| {
-                let file = path.file_name().unwrap_or_default().to_string_lossy();
-                file.split('_').next() == package.split('=').next()
+            .map(|path| {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                let name = name.into_owned();
+                (path, name)
             })
+            .find(|(_, name)| {
+                name.ends_with(ending) && name.split('_').next() == package.split('=').next()
+            })
+            .map(|(path, _)| path)
             .with_context(|| format!("apt-get downloaded no file for {package}"))
     }
+}
+
+/// Which form of a package.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum What {
+    /// Compiled.
+    Program,
+    /// Its source.
+    Source,
 }
 
 /// A downloaded package.
@@ -277,35 +330,89 @@ impl Drop for Scratch {
 /// `name=version`.
 ///
 /// # Errors
-/// No suite has it, or none can be reached; the error tells of each.
+/// [`Unavailable`]: no suite has it, or none can be reached.
 pub fn fetch(
     cache: &Path,
     suites: &[Suite],
     choose: impl Fn(&Apt) -> Result<String>,
 ) -> Result<Package> {
+    patiently(cache, suites, What::Program, choose)
+}
+
+/// Downloads a package's source, packed by XZ, from the first suite that has it.
+///
+/// # Errors
+/// As [`fetch`].
+pub fn fetch_source(cache: &Path, suites: &[Suite], package: &str) -> Result<Source> {
+    patiently(cache, suites, What::Source, |_| Ok(package.to_owned())).map(Source)
+}
+
+/// Tries all suites, several times.
+fn patiently(
+    cache: &Path,
+    suites: &[Suite],
+    what: What,
+    choose: impl Fn(&Apt) -> Result<String>,
+) -> Result<Package> {
     let mirrors = Mirrors::find()?;
-    let mut failures = Vec::new();
-    for suite in suites {
-        let scratch = Scratch::new(cache, suite.name)?;
-        let attempt =
-            Apt::open(&scratch.0, &mirrors, *suite).and_then(|apt| apt.download(&choose(&apt)?));
-        match attempt {
-            Ok(file) => {
-                let name = file
-                    .file_name()
-                    .unwrap_or_default()
-                    .to_string_lossy()
-                    .into_owned();
-                return Ok(Package {
-                    name,
-                    file,
-                    _scratch: scratch,
-                });
+    let mut attempt = 1;
+    loop {
+        let mut reasons = Vec::new();
+        for suite in suites {
+            match from_suite(cache, &mirrors, *suite, what, &choose) {
+                Ok(package) => return Ok(package),
+                Err(error) => reasons.push(format!("{}: {error:#}", suite.name)),
             }
-            Err(error) => failures.push(format!("{}: {error:#}", suite.name)),
         }
+        if attempt == ATTEMPTS {
+            return Err(Unavailable { reasons }.into());
+        }
+        attempt += 1;
+        thread::sleep(PAUSE);
     }
-    bail!("{}", failures.join("; "))
+}
+
+/// Downloads from this suite.
+fn from_suite(
+    cache: &Path,
+    mirrors: &Mirrors,
+    suite: Suite,
+    what: What,
+    choose: impl Fn(&Apt) -> Result<String>,
+) -> Result<Package> {
+    let scratch = Scratch::new(cache, suite.name)?;
+    let apt = Apt::open(&scratch.0, mirrors, suite, what)?;
+    let file = apt.download(&choose(&apt)?, what)?;
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    Ok(Package {
+        name: name.into_owned(),
+        file,
+        _scratch: scratch,
+    })
+}
+
+/// A downloaded source.
+pub struct Source(Package);
+
+impl Source {
+    /// Unpacks the members that match these `tar` wildcards into a folder, without the topmost folder of
+    /// their names.
+    ///
+    /// # Errors
+    /// None matches one of them, or the folder cannot be written.
+    pub fn unpack(&self, folder: &Path, wildcards: &[&str]) -> Result<()> {
+        fs::create_dir_all(folder)?;
+        output_of(
+            Command::new("tar")
+                .args(["--extract", "--strip-components=1", "--wildcards", "--file"])
+                .arg(&self.0.file)
+                .arg("--directory")
+                .arg(folder)
+                .args(wildcards),
+        )
+        .with_context(|| format!("unpacking {}", self.0.name))
+        .map(drop)
+    }
 }
 
 #[cfg(test)]

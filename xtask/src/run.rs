@@ -84,7 +84,8 @@ pub struct Args {
     /// Emulator: QEMU has AMD-V (or the workstation's own, see --accel), Bochs has VT-x.
     #[arg(long, value_enum, default_value = "qemu")]
     emulator: Emulator,
-    /// QEMU to use instead of the installed one, such as a newer one.
+    /// QEMU to use instead of the installed one: a program, or 10 for QEMU 10 of Debian 12's backports,
+    /// which is fetched.
     #[arg(long, value_name = "PROGRAM")]
     qemu: Option<PathBuf>,
     /// What the machine starts with [default: uefi in QEMU, bios in Bochs].
@@ -486,7 +487,11 @@ impl Drop for ImageFolder {
 /// The machine that the arguments ask for.
 fn describe(args: &Args, folder: &ImageFolder) -> anyhow::Result<Machine> {
     let mut machine = Machine::new(args.emulator, &folder.0.join("plinth.img"));
-    machine.qemu.clone_from(&args.qemu);
+    machine.qemu = args
+        .qemu
+        .as_deref()
+        .map(emulator::newer::named)
+        .transpose()?;
     machine.firmware = args.firmware.unwrap_or(machine.firmware);
     machine.cpus = args.host_cpus.unwrap_or(machine.cpus);
     machine.memory_mib = args.host_memory.unwrap_or(machine.memory_mib);

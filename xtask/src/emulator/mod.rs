@@ -9,6 +9,7 @@
 
 mod bochs;
 pub mod kvm;
+pub mod newer;
 mod pty;
 mod qemu;
 mod serial;

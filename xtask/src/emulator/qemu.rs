@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::Context;
 
-use super::{Acceleration, End, EndSource, Firmware, Machine, Time};
+use super::{Acceleration, End, EndSource, Firmware, Machine, Time, newer::firmware_folders};
 use crate::{
     deps::{self, Program},
     process::{Guarded, dies_with_us, last_lines},
@@ -74,6 +74,13 @@ fn arguments(
     let mut args: Vec<String> = Vec::new();
     let mut add = |parts: &[&str]| args.extend(parts.iter().map(ToString::to_string));
     add(&["-nodefaults", "-no-user-config", "-display", "none"]);
+    for folder in machine
+        .qemu
+        .iter()
+        .flat_map(|program| firmware_folders(program))
+    {
+        add(&["-L", &folder.display().to_string()]);
+    }
     add(&["-machine", "q35", "-no-reboot"]);
     add(&["-smp", &machine.cpus.to_string()]);
     add(&["-m", &format!("{}M", machine.memory_mib)]);

@@ -5,6 +5,7 @@
 
 use std::{
     fmt::{self, Write},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -66,6 +67,8 @@ pub struct Guest {
     initrd: Option<&'static str>,
     /// For the kernel.
     command_line: &'static str,
+    /// Whether it has the devices that test kernels written for QEMU expect.
+    test_devices: bool,
     /// Memory, in MiB.
     pub memory_mib: u32,
     /// Virtual processors.
@@ -114,6 +117,7 @@ const fn linux(
         disks: &[],
         initrd: Some("@initramfs"),
         command_line: "console=ttyS0",
+        test_devices: false,
         memory_mib: 256,
         vcpus: 1,
         proof: SHELL,
@@ -142,6 +146,7 @@ const fn firmware(
         disks,
         initrd: None,
         command_line: "",
+        test_devices: false,
         memory_mib: 256,
         vcpus: 1,
         proof,
@@ -150,6 +155,24 @@ const fn firmware(
         // Firmware waits for time by asking for it again and again.
         shift: Some(5),
         seconds: Places { qemu_s, bochs_s },
+    }
+}
+
+/// A test kernel of QEMU's own; it ends by powering its machine off.
+const fn qemu_test(
+    name: &'static str,
+    description: &'static str,
+    kernel: &'static str,
+    proof: &'static str,
+) -> Guest {
+    Guest {
+        boot: Boot::Pvh,
+        initrd: None,
+        command_line: "",
+        test_devices: true,
+        memory_mib: 64,
+        proof,
+        ..linux(name, description, kernel, None, seconds(3, 10))
     }
 }
 
@@ -179,7 +202,7 @@ const fn seconds(qemu_s: u32, bochs_s: u32) -> Places {
 }
 
 /// The guests that can be run by name; the first is what `@linux` means.
-pub static CATALOGUE: [Guest; 21] = [
+pub static CATALOGUE: [Guest; 23] = [
     linux(
         "linux-6.1-cloud",
         "Debian 12's kernel for virtual machines, a busybox shell",
@@ -280,9 +303,21 @@ pub static CATALOGUE: [Guest; 21] = [
             "linux-6.1-cloud runs the x86 self-tests of its own source",
             "@linux-6.1-cloud",
             None,
-            seconds(130, 900),
+            seconds(60, 900),
         )
     },
+    qemu_test(
+        "qemu-test-hello",
+        "QEMU's own system test hello, compiled from its source",
+        "@qemu-test-hello",
+        "Hello World",
+    ),
+    qemu_test(
+        "qemu-test-memory",
+        "QEMU's own system test memory: accesses of all sizes and offsets",
+        "@qemu-test-memory",
+        "Test complete: PASSED",
+    ),
     Guest {
         name: "memtest86+",
         description: "Debian 12's 6.10: a pass of all its tests by two processors, no errors",
@@ -291,6 +326,7 @@ pub static CATALOGUE: [Guest; 21] = [
         disks: &[],
         initrd: None,
         command_line: "console=ttyS0,115200",
+        test_devices: false,
         memory_mib: 16,
         vcpus: 2,
         proof: MEMTEST_PASS,
@@ -308,6 +344,7 @@ pub static CATALOGUE: [Guest; 21] = [
         disks: &[],
         initrd: None,
         command_line: "console=ttyS0,115200 testlist=0,1,2,3",
+        test_devices: false,
         memory_mib: 16,
         vcpus: 2,
         proof: MEMTEST_PASS,
@@ -324,6 +361,7 @@ pub static CATALOGUE: [Guest; 21] = [
         disks: &[],
         initrd: Some("@debian-installer-initrd"),
         command_line: "console=ttyS0 TERM=vt102",
+        test_devices: false,
         memory_mib: 1024,
         vcpus: 1,
         proof: "Select a language",
@@ -439,6 +477,9 @@ impl Guest {
             let disks: Vec<_> = disks.collect();
             writeln!(text, "disks = [{}]", disks.join(", ")).expect("a String takes any text");
         }
+        if self.test_devices {
+            text += "test-devices = true\n";
+        }
         text += "\n[vm.boot]\n";
         if self.boot == Boot::Firmware {
             writeln!(text, "firmware = \"{}\"", self.kernel).expect("a String takes any text");
@@ -456,6 +497,32 @@ impl Guest {
         }
         writeln!(text, "cmdline = \"{}\"", self.command_line).expect("a String takes any text");
         text
+    }
+
+    /// The names of its files, as its configuration has them.
+    pub fn files(&self) -> impl Iterator<Item = &'static str> {
+        let boot = [Some(self.kernel), self.initrd].into_iter().flatten();
+        boot.chain(self.disks.iter().copied())
+    }
+
+    /// The arguments by which QEMU starts it without Plinth; `file` finds its files.
+    ///
+    /// # Errors
+    /// A file is not found, or it is none that QEMU starts by itself.
+    pub fn qemu_arguments(
+        &self,
+        file: impl Fn(&str) -> anyhow::Result<PathBuf>,
+    ) -> anyhow::Result<Vec<String>> {
+        let direct = matches!(self.boot, Boot::BzImage | Boot::Pvh) && self.disks.is_empty();
+        anyhow::ensure!(direct, "{} is not started by its kernel alone", self.name);
+        let mut arguments = Vec::new();
+        let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
+        add("-kernel", file(self.kernel)?.display().to_string());
+        if let Some(initrd) = self.initrd {
+            add("-initrd", file(initrd)?.display().to_string());
+        }
+        add("-append", self.command_line.to_owned());
+        Ok(arguments)
     }
 
     /// Memory of a PC that Plinth runs it on, in MiB: its image is in it twice, and Plinth.
@@ -563,12 +630,12 @@ mod tests {
     fn every_file_of_a_guest_is_known() {
         let known = super::super::packages::names();
         for guest in &CATALOGUE {
-            let boot = [Some(guest.kernel), guest.initrd].into_iter().flatten();
-            for name in boot.chain(guest.disks.iter().copied()) {
+            for name in guest.files() {
                 let name = name.strip_prefix('@').unwrap();
                 let name = name.strip_suffix(super::super::ELF_SUFFIX).unwrap_or(name);
                 assert!(
                     known.contains(&name)
+                        || name.starts_with(super::super::qemu_tests::PREFIX)
                         || ["initramfs", "boot-disk", "selftests"].contains(&name),
                     "{name}"
                 );

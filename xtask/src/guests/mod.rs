@@ -10,6 +10,7 @@
 pub mod boot_disk;
 mod catalogue;
 mod packages;
+pub mod qemu_tests;
 pub mod selftests;
 mod vmlinux;
 

@@ -7,8 +7,6 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    thread,
-    time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -19,11 +17,6 @@ use crate::{
     paths,
     progress::Step,
 };
-
-/// How often a download is tried, and the pause before the next time: mirrors and proxies
-/// refuse at times.
-const ATTEMPTS: u32 = 3;
-const PAUSE: Duration = Duration::from_secs(5);
 
 /// Which package of a suite to take.
 #[derive(Clone, Copy, Debug)]
@@ -449,21 +442,8 @@ fn wildcards(package: &Package) -> String {
 /// Downloads the package, puts its files into `directory` and gives the package's file name.
 fn download(cache: &Path, package: &Package, directory: &Path) -> Result<String> {
     let step = Step::start(format!("Fetching {}", package.description));
-    let mut attempt = 1;
-    let fetched = loop {
-        let fetched = fetch(cache, package.suites, |apt| package.choice.name(apt));
-        match fetched {
-            Err(_) if attempt < ATTEMPTS => thread::sleep(PAUSE),
-            other => break other,
-        }
-        attempt += 1;
-    };
-    let fetched = fetched.with_context(|| {
-        format!(
-            "cannot fetch {}, tried {ATTEMPTS} times",
-            package.description
-        )
-    })?;
+    let fetched = fetch(cache, package.suites, |apt| package.choice.name(apt))
+        .with_context(|| format!("cannot fetch {}", package.description))?;
     for member in package.members {
         let bytes = fetched.member(member.wildcard)?;
         ensure!(

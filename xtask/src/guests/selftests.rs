@@ -32,7 +32,7 @@ const SOURCES: &str = "tools/testing/selftests/x86";
 /// The tests for 64 bits, and what the compiler is told beside.
 ///
 /// `sysret_ss_attrs` is not among them: on QEMU 7.2 it makes the guest's kernel fail, without Plinth as well.
-const TESTS: [(&str, &[&str]); 20] = [
+pub const TESTS: [(&str, &[&str]); 20] = [
     ("amx", &[]),
     ("check_initial_reg_state", &["-Wl,-ereal_start"]),
     ("corrupt_xstate_header", &[]),

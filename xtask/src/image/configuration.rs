@@ -11,6 +11,7 @@
 //! | `@initramfs` | a small system around busybox |
 //! | `@stub` | Plinth's own test guest |
 //! | `@selftests` | the small system, with Linux' x86 self-tests in `/x86` |
+//! | `@qemu-test-memory`, .. | that test kernel of QEMU's own (`guests::qemu_tests`) |
 //! | `@boot-disk` | a disk with Linux, and GRUB for UEFI |
 //!
 //! The image has the files under the very names that the configuration gives them, so the
@@ -122,6 +123,25 @@ impl Configuration {
         })
     }
 
+    /// The file that a name stands for, made or fetched if need be.
+    ///
+    /// # Errors
+    /// It cannot be had; [`Unavailable`](crate::apt::Unavailable) where a package cannot.
+    pub fn obtain(&self, name: &str) -> anyhow::Result<PathBuf> {
+        match name.strip_prefix('@') {
+            Some(special) => {
+                let path = self.special_file(special)?;
+                let found = self
+                    .found
+                    .borrow_mut()
+                    .insert(name.to_owned(), Ok(path.clone()));
+                drop(found);
+                Ok(path)
+            }
+            None => Ok(self.folder.join(name)),
+        }
+    }
+
     /// What `@name` stands for.
     fn special_file(&self, name: &str) -> anyhow::Result<PathBuf> {
         let cache = paths::cache();
@@ -129,6 +149,9 @@ impl Configuration {
             "initramfs" => return initramfs::ensure(&cache),
             "stub" => return stub::ensure(),
             "boot-disk" => return guests::boot_disk::ensure(&cache),
+            name if name.starts_with(guests::qemu_tests::PREFIX) => {
+                return guests::qemu_tests::program(&cache, name);
+            }
             "selftests" => return guests::selftests::ensure(&cache),
             "linux" => guests::default_linux(&cache)?,
             other => guests::file(&cache, other).context("after @: linux, initramfs, stub, or")?,

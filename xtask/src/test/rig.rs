@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::{place::Place, scenarios::Scenario, session::Session};
 use crate::{
     deps,
-    emulator::{Machine, Time, kvm},
+    emulator::{Machine, Time, kvm, newer},
     guests::{self, Guest},
     image::{self, Configuration},
     initramfs, paths, stub,
@@ -176,6 +176,10 @@ impl Rig {
                 && let Err(why) = kvm::trial()
             {
                 obstacles.push((place, why));
+            } else if matches!(place, Place::Qemu10 | Place::Qemu10X2Apic)
+                && let Err(error) = newer::ensure()
+            {
+                obstacles.push((place, format!("{error:#}")));
             }
         }
         let builder = scenarios
@@ -259,6 +263,9 @@ impl Rig {
         let builder = self.builder.as_ref();
         let text = guest.configuration(guest.memory_mib.into(), vcpus);
         let configuration = Configuration::new("plinth.toml", text, self.files.clone());
+        for name in guest.files() {
+            configuration.obtain(name)?;
+        }
         // The kernel would say it, too, but less of why.
         let checked = configuration.check();
         ensure!(checked.problems.is_empty(), "{}", checked.report());
@@ -275,6 +282,24 @@ impl Rig {
         }
         let patience = start.place.patience() + guest.patience(start.place.emulator());
         Session::start(&machine, &start.log, patience)
+    }
+
+    /// Boots a guest of the catalogue on the bare emulator, the one and the processors that Plinth's guest has
+    /// in this place; the log stands beside that of the scenario.
+    ///
+    /// # Errors
+    /// A file cannot be fetched, or QEMU does not start, or cannot start such a guest.
+    pub fn boot_guest_bare(&self, start: &Start, guest: &Guest) -> Result<Session> {
+        let configuration = Configuration::new("plinth.toml", "", self.files.clone());
+        let mut machine = Place::Bare.machine(&self.files.join(EMPTY_DISK));
+        let place = start.place.machine(&machine.image);
+        machine.qemu = place.qemu;
+        machine.cpu_model = place.cpu_model;
+        machine.memory_mib = guest.memory_mib;
+        machine.cpus = guest.vcpus;
+        machine.extra = guest.qemu_arguments(|name| configuration.obtain(name))?;
+        let patience = start.place.patience() + guest.patience(start.place.emulator());
+        Session::start(&machine, &start.log.with_extension("bare.log"), patience)
     }
 
     /// Boots the kernel that tries itself, on a machine that `change` may change; `word`

@@ -11,13 +11,15 @@ use anyhow::Result;
 use super::{
     consoles, host,
     place::Place,
-    refusals,
+    qemu_tests, refusals,
     report::Outcome,
     rig::{Rig, Start},
-    running, test_kernels,
+    running, selftests, test_kernels,
 };
 use crate::{
+    apt::Unavailable,
     emulator::Emulator,
+    exit::{Code, Stop},
     guests::{self, Guest},
 };
 
@@ -151,12 +153,23 @@ impl Scenario {
         };
         match result {
             Ok(remark) => Outcome::Passed(remark),
-            Err(error) => match error.downcast::<CannotTell>() {
-                Ok(CannotTell(why)) => Outcome::Skipped(why.to_owned()),
-                Err(error) => Outcome::Failed(format!("{error:#}")),
-            },
+            Err(error) => outcome(&error),
         }
     }
+}
+
+/// How a scenario ended that could not go on.
+fn outcome(error: &anyhow::Error) -> Outcome {
+    if let Some(CannotTell(why)) = error.downcast_ref() {
+        return Outcome::Skipped((*why).to_owned());
+    }
+    let why = format!("{error:#}");
+    // Not there to be fetched: that says nothing of Plinth.
+    let missing = Stop::code_of(error) == Code::MissingProgram;
+    if missing || error.downcast_ref::<Unavailable>().is_some() {
+        return Outcome::Skipped(why);
+    }
+    Outcome::Failed(why)
 }
 
 /// A scenario found that what it looks at was not there.
@@ -210,6 +223,16 @@ pub fn all() -> Vec<Scenario> {
         all.push(Scenario::new(place, "host-backend", 5, host::backend).selftest());
         all.push(Scenario::new(place, "host-interrupts", 5, host::interrupts).selftest());
     }
+    all.push(Scenario::new(Place::Qemu10, "stub", 8, running::stub));
+    for place in [Place::Qemu10, Place::Qemu10X2Apic] {
+        all.push(slow(
+            Scenario::new(place, "host-backend", 5, host::backend).selftest(),
+        ));
+        all.push(slow(
+            Scenario::new(place, "host-interrupts", 5, host::interrupts).selftest(),
+        ));
+        all.push(slow(linux(place, newer, 1)));
+    }
     all.extend(catalogued());
     // QEMU's serial port waits until it is read; Bochs' forgets, as a PC's does.
     all.push(Scenario::new(
@@ -219,6 +242,12 @@ pub fn all() -> Vec<Scenario> {
         consoles::input,
     ));
     let place = Place::QEMU_BIOS;
+    let tests = Scenario::new(place, "linux-selftests", 70, selftests::selftests);
+    all.push(slow(tests));
+    for place in [Place::QEMU_BIOS, Place::Bochs] {
+        let tests = Scenario::new(place, "qemu-tests", 40, qemu_tests::qemu_tests);
+        all.push(slow(tests));
+    }
     all.push(Scenario::new(place, "restarts", 15, consoles::restarts));
     all.push(Scenario::new(place, "host-keys", 8, consoles::host_keys));
     all.push(Scenario::new(place, "host-absent-processor", 3, host::absent_processor).selftest());
@@ -265,6 +294,14 @@ pub fn all() -> Vec<Scenario> {
     all
 }
 
+/// Leaves a scenario to `--all`.
+fn slow(scenario: Scenario) -> Scenario {
+    Scenario {
+        slow: true,
+        ..scenario
+    }
+}
+
 /// Linux boots, converses, and powers off.
 fn linux(place: Place, guest: &'static Guest, vcpus: u32) -> Scenario {
     let name = guest.name.trim_end_matches("-cloud");
@@ -293,6 +330,9 @@ fn catalogued() -> Vec<Scenario> {
         (Place::QEMU_BIOS, "u-boot", 1, false),
         (Place::Bochs, "grub-rescue", 1, false),
         (Place::QEMU_BIOS, "memtest86+", 2, true),
+        (Place::Qemu10X2Apic, "linux-newest-cloud", 2, false),
+        (Place::Qemu10, "linux-newest-cloud", 2, true),
+        (Place::Qemu10, "linux-6.12-cloud", 4, true),
     ];
     let named = wanted.into_iter().map(|(place, name, vcpus, slow)| {
         let guest = guests::by_name(name).expect("the catalogue has this guest");
@@ -320,6 +360,15 @@ pub fn reference() -> Vec<Scenario> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_be_fetched_is_skipped_and_all_else_fails() {
+        use crate::apt::Unavailable;
+        let missing = anyhow::Error::new(Unavailable::default()).context("cannot fetch it");
+        assert!(matches!(outcome(&missing), Outcome::Skipped(_)));
+        let wrong = anyhow::anyhow!("x is not what it was").context("cannot fetch it");
+        assert!(matches!(outcome(&wrong), Outcome::Failed(_)));
+    }
 
     #[test]
     fn names_are_unique_and_places_have_theirs() {

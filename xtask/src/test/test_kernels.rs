@@ -20,17 +20,23 @@ use crate::{emulator::Emulator, exit::Code};
 /// Longest time of one run, in seconds, but for those that are to last longer than they may.
 const LIMIT_S: u64 = 300;
 
-/// How to run the stub.
+/// How to run a test kernel.
 #[derive(Clone, Copy)]
-struct Run<'r> {
-    kernel: &'r Path,
-    emulator: Emulator,
-    log: &'r Path,
+pub struct Run<'r> {
+    /// The test kernel.
+    pub kernel: &'r Path,
+    /// Where.
+    pub emulator: Emulator,
+    /// All that the command prints is added to this file.
+    pub log: &'r Path,
 }
 
 impl Run<'_> {
     /// Runs it with this command line and these further arguments.
-    fn with(self, append: &str, limit_s: u64, arguments: &[&str]) -> Result<Output> {
+    ///
+    /// # Errors
+    /// The command did not start.
+    pub fn with(self, append: &str, limit_s: u64, arguments: &[&str]) -> Result<Output> {
         let emulator = match self.emulator {
             Emulator::Qemu => "qemu",
             Emulator::Bochs => "bochs",
