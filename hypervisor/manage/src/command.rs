@@ -90,6 +90,8 @@ pub enum Request {
     },
     /// The machine: [`Answer::Host`].
     HostShow {},
+    /// Powers the machine off; VMs that run are not asked: [`Answer::Done`], and then no more.
+    HostPowerOff {},
     /// The scheduler's pools and parameters: [`Answer::Sched`].
     SchedShow {},
     /// Changes a VM's scheduling; what is absent stays as it is: [`Answer::Done`].

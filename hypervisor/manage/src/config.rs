@@ -10,6 +10,7 @@
 //! replaced by its default. A file that is no TOML yields one error and no VMs. The size of the
 //! file, the number of VMs and the number of problems kept are limited, so that no file exhausts memory.
 
+mod added;
 mod boot;
 mod check;
 mod cpu;
@@ -27,6 +28,7 @@ use core::fmt;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+pub use added::{AddError, parse_added};
 pub use boot::{Boot, BootModule, FirmwareConfig};
 pub use check::{Environment, FileFacts, FileKind, check, has_multiboot_header};
 pub use cpu::{CPU_FEATURES, CpuBase, CpuConfig};
@@ -53,6 +55,8 @@ pub const MAX_NAME: usize = 32;
 pub const MAX_CMDLINE: usize = 2047;
 /// Most modules of a multiboot kernel.
 pub const MAX_MODULES: usize = 32;
+/// Most files of `[host]`.
+const MAX_FILES: usize = 64;
 /// Longest path of a file, in bytes.
 pub const MAX_PATH: usize = 180;
 /// Length of the word that marks a console's frame: hard to guess.
@@ -78,6 +82,8 @@ pub enum AfterLastVm {
     PowerOff,
     /// Stops and leaves the screen as it is.
     Halt,
+    /// Stays up, for the operator to start others.
+    Stay,
 }
 
 /// Least important messages that are logged.
@@ -106,6 +112,16 @@ pub struct HostConfig {
     pub figures: bool,
     /// `console-frame`: the word between two lines with which the serial port shows guests' output alone.
     pub console_frame: Option<String>,
+    /// `files`: what the image carries for VMs that are created while the host runs.
+    pub files: Vec<HostFile>,
+}
+
+/// A file of `[host]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostFile {
+    /// As written, relative to the configuration file.
+    pub path: String,
+    place: Location,
 }
 
 impl Default for HostConfig {
@@ -117,6 +133,7 @@ impl Default for HostConfig {
             console_escape: DEFAULT_ESCAPE,
             figures: false,
             console_frame: None,
+            files: Vec::new(),
         }
     }
 }
@@ -158,6 +175,8 @@ pub struct VmConfig {
     pub console: ConsoleKind,
     /// `focus`: the terminal shows this VM first. At most one VM has it.
     pub focus: bool,
+    /// `autostart`: it starts when the host does.
+    pub autostart: bool,
     /// `test-devices`: it has what test kernels written for QEMU expect.
     pub test_devices: bool,
     places: Places,
@@ -405,6 +424,7 @@ impl<'t> Parser<'t> {
                 "console-escape",
                 "figures",
                 "console-frame",
+                "files",
             ],
         );
         let default = HostConfig::default();
@@ -423,6 +443,7 @@ impl<'t> Parser<'t> {
                     &[
                         ("power-off", AfterLastVm::PowerOff),
                         ("halt", AfterLastVm::Halt),
+                        ("stay", AfterLastVm::Stay),
                     ],
                 )
                 .unwrap_or(default.after_last_vm),
@@ -443,7 +464,39 @@ impl<'t> Parser<'t> {
                 .boolean(s, "figures")
                 .map_or(default.figures, |(value, _)| value),
             console_frame: self.console_frame(s),
+            files: self.host_files(s),
         };
+    }
+
+    fn host_files(&mut self, s: &Section<'_>) -> Vec<HostFile> {
+        let (list, at) = match self.value(s, "files") {
+            None => return Vec::new(),
+            Some((DeValue::Array(list), at)) => (list, at),
+            Some((other, at)) => {
+                self.wrong_type(s, at, "files", "a list of paths", other);
+                return Vec::new();
+            }
+        };
+        if list.len() > MAX_FILES {
+            let text = format!("there are {} files; allowed: up to {MAX_FILES}", list.len());
+            self.bad(s, at, "files", text);
+            return Vec::new();
+        }
+        list.iter()
+            .filter_map(|value| {
+                let at = self.location(value.span().start);
+                match value.get_ref() {
+                    DeValue::String(text) => {
+                        let (path, place) = self.path(s, "files", text, at)?;
+                        Some(HostFile { path, place })
+                    }
+                    other => {
+                        self.wrong_type(s, at, "files", "a list of paths", other);
+                        None
+                    }
+                }
+            })
+            .collect()
     }
 
     fn console_frame(&mut self, s: &Section<'_>) -> Option<String> {
@@ -545,6 +598,7 @@ impl<'t> Parser<'t> {
                 "restart",
                 "console",
                 "focus",
+                "autostart",
                 "test-devices",
                 "cpu",
                 "features",
@@ -583,6 +637,7 @@ impl<'t> Parser<'t> {
             }
             other => other.is_some_and(|(value, _)| value),
         };
+        let autostart = self.boolean(&s, "autostart");
         let test_devices = self.boolean(&s, "test-devices");
         let ok =
             s.vm.as_ref()
@@ -600,6 +655,7 @@ impl<'t> Parser<'t> {
                 display,
                 console,
                 focus,
+                autostart: autostart.is_none_or(|(value, _)| value),
                 test_devices: test_devices.is_some_and(|(value, _)| value),
                 places: Places {
                     vcpus: vcpus_at,

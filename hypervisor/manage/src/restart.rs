@@ -45,13 +45,21 @@ pub enum Decision {
 }
 
 /// What is remembered of a VM's ends.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Restarts {
     quick_failures: u32,
     quick_ends: u32,
 }
 
 impl Restarts {
+    /// Nothing is remembered.
+    pub const fn new() -> Self {
+        Restarts {
+            quick_failures: 0,
+            quick_ends: 0,
+        }
+    }
+
     /// The VM, with this policy, has ended so, `ran_ms` milliseconds after its start.
     pub fn decide(&mut self, policy: Restart, ending: Ending, ran_ms: u64) -> Decision {
         let wanted = match ending {

@@ -97,12 +97,18 @@ impl Configuration {
     pub fn files(&self) -> Vec<(String, PathBuf)> {
         let config = config::parse(&self.name, &self.text);
         let mut files = BTreeMap::new();
+        let mut add = |name: &str| {
+            if let Ok(path) = self.find(name) {
+                files.insert(name.to_owned(), path);
+            }
+        };
+        for file in &config.host.files {
+            add(&file.path);
+        }
         for vm in &config.vms {
             let disks = vm.disks.iter().map(|disk| disk.image.as_str());
             for name in vm.boot.paths().chain(disks) {
-                if let Ok(path) = self.find(name) {
-                    files.insert(name.to_owned(), path);
-                }
+                add(name);
             }
         }
         files.into_iter().collect()

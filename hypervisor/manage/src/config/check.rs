@@ -91,18 +91,29 @@ pub fn has_multiboot_header(head: &[u8]) -> bool {
 }
 
 /// Compares a configuration with what is there. A VM that asks for what isn't is disabled; host
-/// memory is given out in the order of the file.
+/// memory is given out in the order of the file, to the VMs that start with the host.
 pub fn check(config: &mut Config, environment: &dyn Environment) {
     let total = environment.memory_bytes();
     let processors = environment.processors();
+    for file in core::mem::take(&mut config.host.files) {
+        match environment.file(&file.path) {
+            Ok(_) => config.host.files.push(file),
+            Err(why) => {
+                let text = format!("{}: {why}", file.path);
+                config.note(Severity::Error, file.place, None, "host.files", text);
+            }
+        }
+    }
     let mut given = 0;
     for mut vm in core::mem::take(&mut config.vms) {
         let mut fine = check_files(config, &vm, environment);
         fine &= check_disks(config, &mut vm, environment);
         let changes = vm.disks.iter().map(|disk| disk.changes);
         let needed = changes.fold(vm.memory, u64::saturating_add);
+        // One that does not start with the host gets what is left when it does.
+        let given_before = if vm.autostart { given } else { 0 };
         if let Some(total) = total
-            && needed > total.saturating_sub(given)
+            && needed > total.saturating_sub(given_before)
         {
             let what = if needed == vm.memory {
                 size(needed)
@@ -113,7 +124,7 @@ pub fn check(config: &mut Config, environment: &dyn Environment) {
                     size(needed - vm.memory)
                 )
             };
-            let text = if given == 0 {
+            let text = if given_before == 0 {
                 format!(
                     "{what} is more than the host has for VMs; allowed: up to {}",
                     size(total)
@@ -136,7 +147,7 @@ pub fn check(config: &mut Config, environment: &dyn Environment) {
             config.note(Severity::Warning, at, name, "vm.vcpus", text);
         }
         if fine {
-            given += needed;
+            given += if vm.autostart { needed } else { 0 };
             config.vms.push(vm);
         }
     }

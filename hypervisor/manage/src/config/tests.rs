@@ -65,6 +65,7 @@ fn a_good_file_has_no_problems() {
             console_escape: 1,
             figures: true,
             console_frame: None,
+            files: Vec::new(),
         }
     );
     let [linux, stub] = &config.vms[..] else {

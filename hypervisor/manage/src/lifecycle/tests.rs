@@ -1,0 +1,320 @@
+use super::*;
+use alloc::vec::Vec;
+use proptest::prelude::*;
+
+const STOP: Verb = Verb::Stop { at_once: false };
+const FORCE: Verb = Verb::Stop { at_once: true };
+const DESTROY: Verb = Verb::Destroy { force: false };
+const DESTROY_BY_FORCE: Verb = Verb::Destroy { force: true };
+
+fn running() -> Life {
+    let mut life = Life::starting();
+    assert_eq!(life.made(), Made::Run);
+    life
+}
+
+fn step(life: &mut Life, verb: Verb) -> Option<Step> {
+    life.ask(verb).ok().map(|(step, _)| step)
+}
+
+#[test]
+fn each_verb_is_done_or_refused_in_each_state() {
+    use Step::{Force, Make, Nmi, Noted, Pause, PressButton, Remove, Reset, Resume};
+    let in_state = |state| Life {
+        state,
+        ..Life::off()
+    };
+    let verbs = [
+        Verb::Start,
+        STOP,
+        FORCE,
+        Verb::Pause,
+        Verb::Resume,
+        Verb::Reset,
+        DESTROY,
+        DESTROY_BY_FORCE,
+        Verb::Nmi,
+    ];
+    #[rustfmt::skip]
+    let table = [
+        (VmState::Off,
+            [Some(Make), None, None, None, None, None, Some(Remove), Some(Remove), None]),
+        (VmState::Starting,
+            [None, Some(Noted), Some(Noted), None, None, None, None, Some(Noted), None]),
+        (VmState::Running,
+            [None, Some(PressButton), Some(Force), Some(Pause), None, Some(Reset), None, Some(Force), Some(Nmi)]),
+        (VmState::Paused,
+            [None, None, Some(Force), None, Some(Resume), Some(Reset), None, Some(Force), Some(Nmi)]),
+        (VmState::Stopping,
+            [None, Some(PressButton), Some(Force), None, None, Some(Reset), None, Some(Force), Some(Nmi)]),
+        (VmState::Ending,
+            [Some(Noted), Some(Noted), Some(Noted), None, None, None, None, Some(Noted), None]),
+        (VmState::Waiting,
+            [Some(Make), Some(Noted), Some(Noted), None, None, None, None, Some(Remove), None]),
+    ];
+    for (state, expected) in table {
+        for (verb, expected) in verbs.into_iter().zip(expected) {
+            let mut life = in_state(state);
+            assert_eq!(step(&mut life, verb), expected, "{verb:?} in {state:?}");
+            if expected.is_none() {
+                assert_eq!(life, in_state(state), "a refused {verb:?} changes nothing");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stopped_vm_stays_off_whatever_its_policy_and_however_it_ends() {
+    for ending in [Ending::Done, Ending::Reset, Ending::Failed] {
+        for verb in [STOP, FORCE] {
+            let mut life = running();
+            life.ask(verb).unwrap();
+            life.at_rest();
+            let after = life.down(Restart::Always, ending, 100_000);
+            assert_eq!(after, After::Off(Off::Operator), "{verb:?} {ending:?}");
+        }
+    }
+}
+
+#[test]
+fn what_was_asked_last_decides() {
+    let mut life = running();
+    life.ask(FORCE).unwrap();
+    assert_eq!(step(&mut life, Verb::Start), Some(Step::Noted));
+    assert_eq!(
+        life.ask(Verb::Start).unwrap_err(),
+        "starts again already when it has been taken down"
+    );
+    life.at_rest();
+    assert_eq!(life.down(Restart::Never, Ending::Done, 0), After::Make);
+    assert_eq!(life.state(), VmState::Starting);
+    // The start is called off, wanted again, and called off by destroying the VM.
+    assert_eq!(step(&mut life, STOP), Some(Step::Noted));
+    assert_eq!(step(&mut life, STOP), None);
+    assert_eq!(step(&mut life, Verb::Start), Some(Step::Noted));
+    assert_eq!(step(&mut life, DESTROY_BY_FORCE), Some(Step::Noted));
+    for verb in [Verb::Start, STOP, DESTROY, DESTROY_BY_FORCE] {
+        assert_eq!(life.ask(verb), Err("is being destroyed"));
+    }
+    assert_eq!(life.made(), Made::Discard);
+    assert_eq!(life.down(Restart::Always, Ending::Done, 0), After::Remove);
+}
+
+#[test]
+fn a_guest_that_ignores_the_button_is_forced_off_once() {
+    let mut life = running();
+    life.ask(STOP).unwrap();
+    assert_eq!(life.state(), VmState::Stopping);
+    assert!(life.timed_out());
+    assert!(!life.timed_out());
+    life.at_rest();
+    let after = life.down(Restart::OnFailure, Ending::Done, 0);
+    assert_eq!(after, After::Off(Off::Operator));
+}
+
+#[test]
+fn a_reset_by_the_operator_comes_at_once() {
+    let mut life = running();
+    for _ in 0..50 {
+        life.ask(Verb::Reset).unwrap();
+        life.at_rest();
+        assert_eq!(life.down(Restart::Never, Ending::Reset, 0), After::Make);
+        assert_eq!(life.made(), Made::Run);
+    }
+    assert_eq!(life.starts(), 51);
+}
+
+#[test]
+fn an_operator_gives_a_vm_that_failed_too_often_a_new_chance() {
+    let mut life = running();
+    let after = loop {
+        life.at_rest();
+        match life.down(Restart::OnFailure, Ending::Failed, 20_000) {
+            After::Make => assert_eq!(life.made(), Made::Run),
+            other => break other,
+        }
+    };
+    assert_eq!(after, After::Off(Off::GaveUp));
+    life.ask(Verb::Start).unwrap();
+    assert_eq!(life.made(), Made::Run);
+    life.at_rest();
+    let after = life.down(Restart::OnFailure, Ending::Failed, 20_000);
+    assert_eq!(after, After::Make);
+}
+
+#[test]
+fn a_start_that_fails_is_told_from_a_restart_that_fails() {
+    let mut life = Life::off();
+    life.ask(Verb::Start).unwrap();
+    assert_eq!(life.not_made(), After::Off(Off::Operator));
+    assert_eq!(life, Life::off());
+    let mut life = running();
+    life.at_rest();
+    assert_eq!(life.down(Restart::Always, Ending::Done, 0), After::Make);
+    assert_eq!(life.not_made(), After::Off(Off::Itself));
+}
+
+/// What whoever runs the VM has of it.
+#[derive(Debug, Default, PartialEq)]
+struct Machine {
+    making: bool,
+    exists: bool,
+    paused: bool,
+    /// Its vCPUs are at rest.
+    rests: bool,
+    waiting: bool,
+    removed: bool,
+}
+
+impl Machine {
+    fn step(&mut self, step: Step) {
+        match step {
+            Step::Noted => {}
+            Step::Make => {
+                assert!(!self.exists && !self.making, "made twice");
+                (self.making, self.waiting) = (true, false);
+            }
+            Step::Pause => {
+                assert!(self.exists && !self.rests && !self.paused);
+                self.paused = true;
+            }
+            Step::Resume => {
+                assert!(self.exists && !self.rests && self.paused);
+                self.paused = false;
+            }
+            Step::PressButton => assert!(self.exists && !self.rests && !self.paused),
+            Step::Force | Step::Reset | Step::Nmi => assert!(self.exists && !self.rests),
+            Step::Remove => self.remove(),
+        }
+    }
+
+    fn remove(&mut self) {
+        assert!(!self.exists && !self.making, "removed while it exists");
+        *self = Machine {
+            removed: true,
+            ..Machine::default()
+        };
+    }
+
+    fn after(&mut self, after: After) {
+        match after {
+            After::Make => self.step(Step::Make),
+            After::Wait { .. } => self.waiting = true,
+            After::Off(_) => {}
+            After::Remove => self.remove(),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Happens {
+    Asked(Verb),
+    Made(bool),
+    Rest,
+    Down(Restart, Ending, u64),
+    WaitOver,
+    TimedOut,
+    WatchdogPauses,
+}
+
+fn happens() -> impl Strategy<Value = Happens> {
+    let verb = prop::sample::select(Vec::from([
+        Verb::Start,
+        Verb::Start,
+        STOP,
+        FORCE,
+        Verb::Pause,
+        Verb::Resume,
+        Verb::Reset,
+        DESTROY,
+        DESTROY_BY_FORCE,
+        Verb::Nmi,
+    ]));
+    let policy = prop::sample::select(Vec::from([
+        Restart::Never,
+        Restart::OnFailure,
+        Restart::Always,
+    ]));
+    let ending = prop::sample::select(Vec::from([Ending::Reset, Ending::Done, Ending::Failed]));
+    prop_oneof![
+        4 => verb.prop_map(Happens::Asked),
+        2 => any::<bool>().prop_map(Happens::Made),
+        2 => Just(Happens::Rest),
+        2 => (policy, ending, 0..70_000u64).prop_map(|(p, e, ms)| Happens::Down(p, e, ms)),
+        1 => Just(Happens::WaitOver),
+        1 => Just(Happens::TimedOut),
+        1 => Just(Happens::WatchdogPauses),
+    ]
+}
+
+proptest! {
+    /// Whatever comes in whatever order, nothing is made twice, nothing is asked of what is not there,
+    /// nothing goes while it exists, and the state says how things are.
+    #[test]
+    fn steps_suit_the_machine(events in prop::collection::vec(happens(), 0..200)) {
+        let mut life = Life::off();
+        let mut machine = Machine::default();
+        for event in events {
+            match event {
+                Happens::Asked(verb) => {
+                    let before = life;
+                    match life.ask(verb) {
+                        Ok((step, _)) => machine.step(step),
+                        Err(_) => prop_assert_eq!(life, before),
+                    }
+                }
+                Happens::Made(true) if machine.making => {
+                    machine.making = false;
+                    machine.exists = true;
+                    if life.made() == Made::Discard {
+                        machine.rests = true;
+                    }
+                }
+                Happens::Made(false) if machine.making => {
+                    machine.making = false;
+                    let after = life.not_made();
+                    machine.after(after);
+                }
+                Happens::Rest if machine.exists && !machine.rests => {
+                    machine.rests = true;
+                    life.at_rest();
+                }
+                Happens::Down(policy, ending, ms) if machine.rests => {
+                    (machine.exists, machine.rests, machine.paused) = (false, false, false);
+                    let after = life.down(policy, ending, ms);
+                    machine.after(after);
+                }
+                Happens::WaitOver => {
+                    let make = life.wait_over();
+                    prop_assert_eq!(make, machine.waiting);
+                    if make {
+                        machine.step(Step::Make);
+                    }
+                }
+                Happens::TimedOut if life.timed_out() => machine.step(Step::Force),
+                Happens::WatchdogPauses if machine.exists && !machine.rests => {
+                    if life.paused_itself() {
+                        machine.step(Step::Pause);
+                    }
+                }
+                _ => {}
+            }
+            if machine.removed {
+                prop_assert!(life.is_going());
+                (life, machine) = (Life::off(), Machine::default());
+            }
+            if life.state() == VmState::Off {
+                machine.waiting = false;
+            }
+            let live = machine.exists && !machine.rests;
+            match life.state() {
+                VmState::Off => prop_assert!(!machine.exists && !machine.making),
+                VmState::Waiting => prop_assert!(machine.waiting && !machine.exists && !machine.making),
+                VmState::Starting => prop_assert!(machine.making && !machine.exists),
+                VmState::Paused => prop_assert!(live && machine.paused),
+                VmState::Running | VmState::Stopping => prop_assert!(live && !machine.paused),
+                VmState::Ending => prop_assert!(machine.exists),
+            }
+        }
+    }
+}
