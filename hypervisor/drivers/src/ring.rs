@@ -8,6 +8,8 @@ pub struct LogRing<const N: usize> {
     bytes: [u8; N],
     /// Bytes ever written; the newest is at `(written - 1) % N`.
     written: u64,
+    /// Lines ever written.
+    lines: u64,
 }
 
 impl<const N: usize> LogRing<N> {
@@ -17,6 +19,7 @@ impl<const N: usize> LogRing<N> {
         LogRing {
             bytes: [0; N],
             written: 0,
+            lines: 0,
         }
     }
 
@@ -26,6 +29,12 @@ impl<const N: usize> LogRing<N> {
             self.put(if byte == b'\n' { b' ' } else { byte });
         }
         self.put(b'\n');
+        self.lines += 1;
+    }
+
+    /// Lines ever appended.
+    pub fn lines(&self) -> u64 {
+        self.lines
     }
 
     fn put(&mut self, byte: u8) {
@@ -97,6 +106,7 @@ mod tests {
         for text in ["one", "two", "three"] {
             ring.push(text.as_bytes());
         }
+        assert_eq!(ring.lines(), 3);
         assert_eq!(lines(&ring, 2), ["two", "three"]);
         assert_eq!(lines(&ring, 9), ["one", "two", "three"]);
     }

@@ -238,7 +238,6 @@ pub fn attach(name: &str, shown: bool) -> Option<ConsoleId> {
 }
 
 /// Takes a guest's console away. If it was shown, the shell is shown. With no other lock held.
-#[expect(dead_code, reason = "for VMs that are destroyed at run time")]
 pub fn detach(id: ConsoleId) {
     let mut console = CONSOLE.lock();
     let prepared = console.mux.detach(id);

@@ -4,13 +4,14 @@
 //! processors never mix. Formatting happens outside every lock: a `Display` that faults or
 //! logs cannot deadlock. Works from the first instruction of the kernel, without a heap.
 
+use alloc::{string::String, vec::Vec};
 use core::{
     fmt::{self, Write},
     sync::atomic::{AtomicBool, AtomicU8, Ordering},
 };
 
 use drivers::ring::LogRing;
-use manage::{console::Text, limit::Limit};
+use manage::{command::LogLine, console::Text, limit::Limit};
 
 use crate::{console, fault, frame, screen, sync::Lock, time};
 
@@ -76,6 +77,57 @@ pub fn last_lines(count: usize, each: impl FnMut(&[u8], bool)) {
     RING.lock().last_lines(count, each);
 }
 
+/// The last lines that are remembered, `most` at most, and only those after number `after`. Lines count from 0.
+pub fn lines_after(after: Option<u64>, most: usize) -> Vec<LogLine> {
+    // Taken before the lock.
+    let mut text = Vec::with_capacity(RING_BYTES);
+    let count = {
+        let ring = RING.lock();
+        let count = ring.lines();
+        let wanted = count.saturating_sub(after.map_or(0, |after| after.saturating_add(1)));
+        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX).min(most);
+        ring.last_lines(wanted, |piece, ends| {
+            text.extend_from_slice(piece);
+            if ends {
+                text.push(b'\n');
+            }
+        });
+        count
+    };
+    let text = String::from_utf8_lossy(&text);
+    let lines = text.lines().count() as u64;
+    (count - lines..)
+        .zip(text.lines())
+        .map(|(number, line)| log_line(number, line))
+        .collect()
+}
+
+/// Takes a line apart again.
+fn log_line(number: u64, line: &str) -> LogLine {
+    let (stamp, rest) = line
+        .strip_prefix('[')
+        .and_then(|line| line.split_once("] "))
+        .unwrap_or(("", line));
+    let (seconds, micros) = stamp.trim_start().split_once('.').unwrap_or(("", ""));
+    let seconds: u64 = seconds.parse().unwrap_or(0);
+    let micros: u64 = micros.parse().unwrap_or(0);
+    let names = [
+        ("error: ", "error"),
+        ("warning: ", "warn"),
+        ("debug: ", "debug"),
+    ];
+    let named = names
+        .into_iter()
+        .find_map(|(prefix, name)| Some((name, rest.strip_prefix(prefix)?)));
+    let (level, text) = named.unwrap_or(("info", rest));
+    LogLine {
+        number,
+        at_ns: (seconds * 1_000_000 + micros) * 1_000,
+        level: String::from(level),
+        text: String::from(text),
+    }
+}
+
 struct LineWriter {
     level: Level,
     line: [u8; LINE_BYTES],
@@ -109,7 +161,8 @@ impl LineWriter {
         writer.push_all(match level {
             Level::Error => b"error: ",
             Level::Warn => b"warning: ",
-            Level::Info | Level::Debug => b"",
+            Level::Info => b"",
+            Level::Debug => b"debug: ",
         });
         writer
     }

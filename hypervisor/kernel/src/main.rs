@@ -15,6 +15,7 @@ mod calibrate;
 mod console;
 mod cpu;
 mod display;
+mod doors;
 mod fault;
 mod frame;
 mod gdt;

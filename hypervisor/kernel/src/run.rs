@@ -4,48 +4,52 @@
 //! pCPU then runs its loop. That loop lets host interrupts in, asks `sched` for a vCPU, runs it
 //! until it pauses, and halts when there is none. The vendor is chosen once, here.
 //!
+//! What an operator asks for is done here, too ([`verbs`]): only in the first pCPU's loop, where no lock is held and no
+//! vCPU is loaded. Nobody waits there for a guest, or for a VM to be made: that is a job for another pCPU, if there is one.
+//!
 //! Lock order: one vCPU, then `slots`, then `entities`, then a device's, then `sched` (a kick comes
 //! from under a device's lock), then the console's (guest output comes from under the serial port's). All
 //! locks of the host are in one table in docs/ARCHITECTURE.md. No lock is held while a guest runs, but for
 //! the vCPU's own, which nobody else waits for.
 
 mod life;
+mod slots;
 mod tables;
+mod verbs;
 
 use alloc::{boxed::Box, format, string::String, sync::Arc, vec::Vec};
 use core::{
     convert::Infallible,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use devices::{VcpuId, lapic::VcpuKick, uart::ConsoleSink};
 use drivers::wall_clock;
 use manage::{
     bundle::{self, Bundle, BundleEnvironment},
-    config::{self, AfterLastVm, Config, ConsoleKind, DiskConfig, DisplayKind, VmConfig},
+    command::VmState,
+    config::{self, AfterLastVm, Config, ConsoleKind},
     console::{ConsoleId, Input},
-    restart::Restarts,
+    lifecycle::Life,
 };
-use mem::Owner;
 use sched::{
     EntityId,
     run_queue::{RunQueue, Wake},
 };
 use spin::Once;
-use storage::{Disk, ImageDisk};
 use virt::{Backend, svm::Svm, vtx::Vtx};
 use vmm::{
-    firmware::{Firmware, Variables},
     host::{Attention, Host},
     vcpu::{Pause, Vcpu},
     vm::Vm,
 };
 
-use life::{BootModule, Phase, Plan, Slot};
+use slots::{Plan, Slot, Slots, VmNumber};
+use verbs::Published;
 
 use crate::{
     boot::Machine,
-    console, cpu, display, error, fault, frame, info, interrupts, log, memory,
+    console, cpu, display, doors, error, fault, frame, info, interrupts, log, memory,
     percpu::{self, PerCpu},
     power,
     preflight::Vendor,
@@ -67,15 +71,17 @@ static WORLD: Once<&'static dyn Runner> = Once::new();
 
 /// One vCPU and where it belongs.
 struct Entity<B: Backend> {
-    slot: usize,
+    vm: VmNumber,
     /// Host TSC when it first ran, 0 before; noted only for figures.
     first_run: AtomicU64,
     vcpu: Lock<Vcpu<B::Vcpu>>,
+    exits: Published,
 }
 
 /// Everything that runs on this host.
 struct World<B: Backend> {
     backend: &'static B,
+    bundle: Bundle<'static>,
     /// Unix time at which this host's kernel was entered, in seconds.
     boot_epoch: u64,
     after_last_vm: AfterLastVm,
@@ -83,11 +89,15 @@ struct World<B: Backend> {
     figures: bool,
     sched: Lock<RunQueue>,
     entities: Lock<Vec<Option<Arc<Entity<B>>>>>,
-    plans: Vec<Plan>,
-    /// One for each plan.
-    slots: Lock<Vec<Slot<B>>>,
-    /// Host TSC at which the first of the VMs that wait starts again; `u64::MAX` if none waits.
-    next_start: AtomicU64,
+    slots: Lock<Slots<B>>,
+    /// Host TSC at which the first VM's wait, or its time to shut down, is over; `u64::MAX` if there is none.
+    next_due: AtomicU64,
+    /// There is a VM to be made or removed.
+    jobs: AtomicBool,
+    /// A bit per pCPU but the first that runs VMs.
+    others: AtomicU64,
+    /// The operator wants the machine off.
+    power_off: AtomicBool,
     /// Losses of input by the host's port that were told.
     told_lost_input: AtomicU64,
     /// A bit per pCPU that halts for want of work.
@@ -158,65 +168,42 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
     let config = read_config(bundle)?;
 
     console::set_escape(config.host.console_escape);
-    let mut plans = Vec::new();
-    for vm in config.vms {
-        let file = |path: &Option<String>| path.as_deref().and_then(|path| bundle.guest_file(path));
-        let kernel = file(&vm.boot.kernel).unwrap_or_default();
-        let firmware = vm.boot.firmware.as_ref().map(|firmware| Firmware {
-            image: bundle.guest_file(&firmware.image).unwrap_or_default(),
-            variables: file(&firmware.variables).map(Variables::new),
-        });
-        let module = |path: &str, text: &str| BootModule {
-            data: bundle.guest_file(path).unwrap_or_default(),
-            text: String::from(text),
-        };
-        let initrd = vm.boot.initrd.iter().map(|path| module(path, path));
-        let named = vm.boot.modules.iter();
-        let modules = initrd
-            .chain(named.map(|m| module(m.path(), &m.text)))
-            .collect();
-        let disks = disks(&vm, vm_number(plans.len()), bundle);
-        let vga_rom = vm.boot.firmware.as_ref();
-        let vga_rom = vga_rom.and_then(|firmware| file(&firmware.vga_rom));
-        let has_console = vm.console != ConsoleKind::None;
-        let console = has_console
-            .then(|| console::attach(&vm.name, vm.focus))
-            .flatten();
-        if vm.display != DisplayKind::None {
-            display::begin();
-        }
-        plans.push(Plan {
-            config: vm,
-            kernel,
-            modules,
-            firmware,
-            vga_rom,
-            disks,
-            console,
-            lost_input: AtomicU64::new(0),
-        });
-    }
     let now = wall_clock::read_epoch().unwrap_or_else(|| {
         warn!("the CMOS clock shows no date: guests start in 1970");
         0
     });
-    let count = plans.len();
-    let slots = (0..count).map(|_| Slot {
-        // So that none that ends at once is taken for the last.
-        phase: Phase::Changing,
-        started_ns: 0,
-        restarts: Restarts::default(),
-    });
+    let slots: Vec<Slot<B>> = (1..)
+        .map(VmNumber)
+        .zip(config.vms)
+        .map(|(number, vm)| {
+            let life = match vm.autostart {
+                true => Life::starting(),
+                false => Life::off(),
+            };
+            let mut slot = Slot::new(number, Plan::new(vm, number, bundle), life);
+            // This processor makes it, below.
+            slot.claimed = life.state() == VmState::Starting;
+            slot
+        })
+        .collect();
+    let starting: Vec<VmNumber> = slots
+        .iter()
+        .filter(|slot| slot.claimed)
+        .map(|slot| slot.number)
+        .collect();
     let world: &'static World<B> = Box::leak(Box::new(World {
         backend,
+        bundle: machine.bundle.clone(),
         boot_epoch: now.saturating_sub(time::ns() / NS_PER_SECOND),
         after_last_vm: config.host.after_last_vm,
         figures: config.host.figures,
         sched: Lock::new(RunQueue::new()),
         entities: Lock::new(Vec::new()),
-        slots: Lock::new(slots.collect()),
-        plans,
-        next_start: AtomicU64::new(u64::MAX),
+        slots: Lock::new(Slots::new(slots)),
+        next_due: AtomicU64::new(u64::MAX),
+        jobs: AtomicBool::new(false),
+        others: AtomicU64::new(0),
+        power_off: AtomicBool::new(false),
         told_lost_input: AtomicU64::new(0),
         idle: AtomicU64::new(0),
     }));
@@ -225,8 +212,12 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         frame::begin(word);
     }
     WORLD.call_once(|| world);
-    let made: Vec<_> = (0..count).filter_map(|slot| world.ready_vm(slot)).collect();
-    if made.is_empty() {
+    let wanted = starting.len();
+    let made: Vec<_> = starting
+        .into_iter()
+        .filter_map(|vm| world.ready_vm(vm).ok())
+        .collect();
+    if made.is_empty() && wanted > 0 && world.after_last_vm != AfterLastVm::Stay {
         return Err(String::from("no VM could be started"));
     }
     // From here on the serial line is the guests'.
@@ -235,26 +226,15 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         world.wake(boot);
     }
     // Those that started may have ended while the others were made.
-    world.finish_if_none_is_left();
+    if wanted > 0 {
+        world.finish_if_none_is_left();
+    }
     for number in 0..percpu::count() {
         if let Some(other) = percpu::get(number).filter(|other| other.number != cpu.number) {
             interrupts::kick(other);
         }
     }
     world.run(cpu)
-}
-
-/// The disks of a VM, with what was written to them: nothing yet.
-fn disks(vm: &VmConfig, number: u16, bundle: &Bundle<'static>) -> Vec<Arc<dyn Disk>> {
-    let disk = |disk: &DiskConfig| -> Arc<dyn Disk> {
-        let image = bundle.guest_file(&disk.image).unwrap_or_default();
-        Arc::new(if disk.readonly {
-            ImageDisk::read_only(&memory::HOST, image)
-        } else {
-            ImageDisk::writable(&memory::HOST, Owner::VmDisks(number), image, disk.changes)
-        })
-    };
-    vm.disks.iter().map(disk).collect()
 }
 
 /// Reads `plinth.toml`, says what is wrong with it, and puts its `[host]` part into force.
@@ -295,11 +275,6 @@ fn read_config(bundle: &Bundle<'_>) -> Result<Config, String> {
     Ok(config)
 }
 
-/// The number of a slot's VM, with which its memory is marked.
-fn vm_number(index: usize) -> u16 {
-    index as u16 + 1
-}
-
 /// The loop of every processor but the first: waits until there are VMs, then runs them.
 pub fn cpu_main(cpu: &'static PerCpu) -> ! {
     loop {
@@ -334,6 +309,7 @@ impl<B: Backend> World<B> {
             let until = wake_up.map_or(slice_end, |at| at.min(slice_end));
             let pause = vcpu.run(&mut HostCpu { world: self, cpu }, until);
             vcpu.unload();
+            entity.exits.publish(vcpu.counters());
             pause
         };
         match pause {
@@ -342,23 +318,21 @@ impl<B: Backend> World<B> {
             Pause::Ended => {
                 // The kick that ended the VM must not bring this vCPU to rest a second time.
                 self.sched.lock().retire(id);
-                let slot = entity.slot;
+                let vm = entity.vm;
                 // Else this pCPU would hold the VM's memory while the VM is made anew.
                 drop(entity);
-                self.at_rest(slot);
+                self.at_rest(vm);
             }
         }
     }
 
-    /// The VM behind a console, if it exists, and what it is made of.
-    fn vm_of(&self, console: ConsoleId) -> Option<(&Plan, Arc<Vm>)> {
-        let index = self
-            .plans
-            .iter()
-            .position(|plan| plan.console == Some(console))?;
+    /// Does something with the VM behind a console, if it is made.
+    fn with_vm_of<R>(&self, console: ConsoleId, act: impl FnOnce(&Plan, &Vm) -> R) -> Option<R> {
         let slots = self.slots.lock();
-        let vm = slots[index].live()?.vm.clone();
-        Some((&self.plans[index], vm))
+        let slot = slots
+            .iter()
+            .find(|slot| slot.plan.console == Some(console))?;
+        Some(act(&slot.plan, &slot.live.as_ref()?.vm))
     }
 
     /// Shows a piece of the display of the VM whose console the terminal shows, if it is time. The first processor's
@@ -368,17 +342,14 @@ impl<B: Backend> World<B> {
             return;
         }
         let console = console::focus();
-        let is_shown = |plan: &Plan| plan.console == Some(console);
-        let index = self.plans.iter().position(is_shown);
         // Held meanwhile, so that the VM is not taken down here.
         let slots = self.slots.lock();
-        let slot = index.and_then(|index| slots.get(index));
-        let live = slot.and_then(Slot::live);
-        let plan = index.and_then(|index| self.plans.get(index));
+        let slot = slots.iter().find(|slot| slot.plan.console == Some(console));
+        let live = slot.and_then(|slot| slot.live.as_ref());
         display::step(&display::Target {
             vm: live.map(|live| &*live.vm),
-            console: plan
-                .is_some_and(|plan| plan.config.console == ConsoleKind::Display)
+            console: slot
+                .is_some_and(|slot| slot.plan.config.console == ConsoleKind::Display)
                 .then_some(console),
         });
     }
@@ -390,16 +361,17 @@ impl<B: Backend> World<B> {
                 Input::Handled | Input::Shell(_) => {}
                 Input::ToggleDisplay => display::toggle(),
                 Input::Guest(to, byte) => {
-                    let Some((plan, vm)) = self.vm_of(to) else {
-                        continue;
-                    };
-                    if vm.receive(&[byte]) == 0 {
-                        let lost = plan.lost_input.fetch_add(1, Ordering::Relaxed) + 1;
-                        // So that the note does not become a flood.
-                        if lost.is_power_of_two() {
-                            let name = &plan.config.name;
-                            warn!("{name}: reads no input: {lost} typed bytes are lost");
-                        }
+                    let lost = self.with_vm_of(to, |plan, vm| {
+                        (vm.receive(&[byte]) == 0).then(|| {
+                            let lost = plan.lost_input.fetch_add(1, Ordering::Relaxed) + 1;
+                            (lost, plan.config.name.clone())
+                        })
+                    });
+                    // So that the note does not become a flood.
+                    if let Some(Some((lost, name))) = lost
+                        && lost.is_power_of_two()
+                    {
+                        warn!("{name}: reads no input: {lost} typed bytes are lost");
                     }
                 }
                 Input::PowerOff => {
@@ -429,9 +401,7 @@ impl<B: Backend> World<B> {
         if cpu.number == 0 && console::attend() {
             self.take_input();
             while let Some(console) = console::pop_resumable() {
-                if let Some((_, vm)) = self.vm_of(console) {
-                    vm.resume_output();
-                }
+                self.with_vm_of(console, |_, vm| vm.resume_output());
             }
         }
     }
@@ -446,15 +416,15 @@ impl<B: Backend> World<B> {
         };
         let first = cpu.number == 0;
         let console = first.then(console::wake_up_at).flatten();
-        let start = first.then(|| self.next_start.load(Ordering::Relaxed));
+        let due = first.then(|| self.next_due.load(Ordering::Relaxed));
         let display = first.then(display::wake_up_at).flatten();
         let deadline = deadline
             .into_iter()
             .chain(console)
             .chain(display)
-            .chain(start.filter(|&at| at != u64::MAX))
+            .chain(due.filter(|&at| at != u64::MAX))
             .min();
-        if !work {
+        if !work && !self.is_wanted(cpu) {
             match deadline {
                 Some(at) => interrupts::arm_timer(at),
                 None => interrupts::disarm_timer(),
@@ -497,12 +467,20 @@ impl<B: Backend> Runner for World<B> {
             warn!("processor {} runs no VMs: {e}", cpu.number);
             cpu::halt_forever();
         }
+        if cpu.number != 0 {
+            self.others.fetch_or(1 << cpu.number, Ordering::Relaxed);
+        }
         loop {
             self.host_work(cpu);
             if cpu.number == 0 {
-                self.start_waiting();
+                doors::serve(self);
+                if self.power_off.load(Ordering::Relaxed) {
+                    power::off();
+                }
+                self.look_at_clock();
                 self.show_display();
             }
+            self.do_jobs(cpu);
             let next = {
                 let mut sched = self.sched.lock();
                 sched.expire(time::now_tsc());
@@ -540,7 +518,10 @@ impl<B: Backend> Host for HostCpu<B> {
 
     fn take_interrupts(&mut self) -> Attention {
         self.world.host_work(self.cpu);
-        Attention::GoOn
+        match self.world.is_wanted(self.cpu) {
+            true => Attention::GiveWay,
+            false => Attention::GoOn,
+        }
     }
 
     fn take_nmi(&mut self) {

@@ -120,7 +120,7 @@ impl fmt::Display for BundleError {
 }
 
 /// An archive, read.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Bundle<'a> {
     files: Vec<(String, &'a [u8])>,
 }

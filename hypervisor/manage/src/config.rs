@@ -321,8 +321,8 @@ fn vms(count: usize) -> String {
     }
 }
 
-/// Memory size in the largest unit that suits.
-fn size(bytes: u64) -> String {
+/// An amount of memory in the largest unit that suits, for people.
+pub fn size(bytes: u64) -> String {
     const UNITS: [(u64, &str); 4] = [
         (1 << 40, "TiB"),
         (1 << 30, "GiB"),

@@ -1,43 +1,51 @@
-//! The life of a VM: made from its plan, started, taken down when its last vCPU has come to rest, started again.
+//! The life of a VM: made from its plan, started, taken down when its last vCPU has come to rest, started again, removed.
 //!
-//! Making and taking down are long work: memory is zeroed. They are done with interrupts on and no lock held, by the
-//! one processor that put the VM's slot into [`Phase::Changing`].
+//! What is to be done when is decided by [`manage::lifecycle::Life`], which every slot has. Making, taking down
+//! and removing are long work: memory is zeroed. They are done with interrupts on and no lock held, by the
+//! one processor that has claimed the slot, or taken [`Live`] out of it.
 
 use alloc::{format, string::String, sync::Arc, vec::Vec};
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use devices::{VcpuId, uart::ConsoleSink};
 use manage::{
-    config::{self, AfterLastVm, ConsoleKind, VmConfig},
-    console::ConsoleId,
-    restart::{Decision, Ending, MAX_QUICK_FAILURES, Restarts},
+    command::VmState,
+    config::{self, AfterLastVm, ConsoleKind},
+    lifecycle::{After, Made, Off},
+    restart::{Ending, MAX_QUICK_FAILURES},
 };
 use mem::Owner;
 use sched::EntityId;
 use spin::Once;
-use storage::Disk;
 use virt::{Backend, Exit, VcpuSetup};
 use vmm::{
     clock::TimeSource,
     display::{DisplayKind, DisplaySpec},
-    firmware::Firmware,
     load::{BootFiles, Module},
     vcpu::Vcpu,
     vm::{EndReason, Environment, Vm, VmSpec},
 };
 
 use super::{
-    Entity, GuestConsole, Kick, NS_PER_SECOND, NoConsole, Runner, World, tables::GuestTables,
-    vm_number,
+    Entity, GuestConsole, Kick, NS_PER_SECOND, NoConsole, Runner, World,
+    slots::{Plan, Slot, VmNumber},
+    tables::GuestTables,
+    verbs::Published,
 };
-use crate::{console, cpu, frame, info, interrupts, memory, percpu, power, sync::Lock, time};
+use crate::{
+    console, cpu, doors, frame, info, interrupts, memory,
+    percpu::{self, PerCpu},
+    power,
+    sync::Lock,
+    time,
+};
 
 const NS_PER_MS: u64 = 1_000_000;
 
 /// A VM that exists.
 pub(super) struct Live<B: Backend> {
     pub(super) vm: Arc<Vm>,
-    entities: Vec<EntityId>,
+    pub(super) entities: Vec<EntityId>,
     /// vCPUs that have not come to rest since the VM ended.
     running: usize,
     begun: Beginning,
@@ -60,71 +68,10 @@ impl Beginning {
     }
 }
 
-/// A file that a VM's kernel is given.
-pub(super) struct BootModule {
-    pub(super) data: &'static [u8],
-    /// What the kernel is told of it.
-    pub(super) text: String,
-}
-
-/// A VM of the configuration: what it is made of, each time.
-pub(super) struct Plan {
-    pub(super) config: VmConfig,
-    /// Empty where firmware finds its system itself.
-    pub(super) kernel: &'static [u8],
-    pub(super) modules: Vec<BootModule>,
-    pub(super) firmware: Option<Firmware<'static>>,
-    /// The ROM by which its firmware draws.
-    pub(super) vga_rom: Option<&'static [u8]>,
-    /// They outlive the VM: a guest that restarts finds what it has written.
-    pub(super) disks: Vec<Arc<dyn Disk>>,
-    /// Its console on the terminal, if it is configured to have one.
-    pub(super) console: Option<ConsoleId>,
-    /// Bytes typed that it had no room for.
-    pub(super) lost_input: AtomicU64,
-}
-
-/// What there is of a VM of the configuration.
-pub(super) enum Phase<B: Backend> {
-    /// Nothing, and nobody is about to make it.
-    Off,
-    /// One processor makes it or takes it down.
-    Changing,
-    /// Nothing; it starts again at this host TSC.
-    Waiting(u64),
-    Live(Live<B>),
-}
-
-/// The state of a VM of the configuration.
-pub(super) struct Slot<B: Backend> {
-    pub(super) phase: Phase<B>,
-    /// Host time of its last start, in nanoseconds.
-    pub(super) started_ns: u64,
-    pub(super) restarts: Restarts,
-}
-
-impl<B: Backend> Slot<B> {
-    pub(super) fn live(&self) -> Option<&Live<B>> {
-        match &self.phase {
-            Phase::Live(live) => Some(live),
-            Phase::Off | Phase::Changing | Phase::Waiting(_) => None,
-        }
-    }
-
-    /// A vCPU has come to rest. After the last one the VM is handed out, to be taken down.
-    fn vcpu_at_rest(&mut self) -> Option<Live<B>> {
-        let Phase::Live(live) = &mut self.phase else {
-            return None;
-        };
-        live.running = live.running.saturating_sub(1);
-        if live.running > 0 {
-            return None;
-        }
-        match core::mem::replace(&mut self.phase, Phase::Changing) {
-            Phase::Live(live) => Some(live),
-            Phase::Off | Phase::Changing | Phase::Waiting(_) => None,
-        }
-    }
+/// Long work on a VM, for one processor.
+enum Job<B: Backend> {
+    Make(VmNumber),
+    Remove(Slot<B>),
 }
 
 /// What kind of end this is.
@@ -161,64 +108,173 @@ fn processor_model(cpu: &config::CpuConfig) -> vmm::cpuid::CpuModel {
 }
 
 impl<B: Backend> World<B> {
-    /// Makes the VM of a slot that is `Changing`. Returns its boot vCPU, which is to be woken. Says so, or why not;
-    /// then the slot is `Off`.
-    pub(super) fn ready_vm(&self, index: usize) -> Option<EntityId> {
-        let plan = &self.plans[index];
+    /// Whether a pCPU is needed for something else than running vCPUs.
+    pub(super) fn is_wanted(&self, cpu: &PerCpu) -> bool {
+        (cpu.number == 0 && doors::is_waiting())
+            || (self.jobs.load(Ordering::Relaxed) && self.does_jobs(cpu))
+    }
+
+    /// Whether this pCPU makes VMs: the first one, to which the operator talks, only where there is no other.
+    fn does_jobs(&self, cpu: &PerCpu) -> bool {
+        cpu.number != 0 || self.others.load(Ordering::Relaxed) == 0
+    }
+
+    /// There is a VM to be made or removed: has a pCPU do it.
+    pub(super) fn has_job(&self) {
+        self.jobs.store(true, Ordering::Release);
+        let others = self.others.load(Ordering::Relaxed);
+        let idle = others & self.idle.load(Ordering::Acquire);
+        let this = percpu::current();
+        let takers = if idle != 0 { idle } else { others };
+        let taker = percpu::get(takers.trailing_zeros() as usize).or(percpu::get(0));
+        // This one comes by itself to its loop.
+        if let Some(taker) = taker
+            && taker.number != this.number
+        {
+            interrupts::kick(taker);
+        }
+    }
+
+    /// Makes and removes VMs, if that is this pCPU's business. In its loop, with no lock held.
+    pub(super) fn do_jobs(&self, cpu: &PerCpu) {
+        if !self.jobs.load(Ordering::Relaxed) || !self.does_jobs(cpu) {
+            return;
+        }
+        self.jobs.store(false, Ordering::Relaxed);
+        while let Some(job) = self.next_job() {
+            match job {
+                Job::Make(number) => match self.ready_vm(number) {
+                    Ok(boot) => self.wake(boot),
+                    Err(after) => self.follow(number, after),
+                },
+                Job::Remove(slot) => {
+                    if let Some(console) = slot.plan.console {
+                        console::detach(console);
+                    }
+                    let name = &slot.plan.config.name;
+                    self.say(&format!("{name}: destroyed"));
+                    // What its disks have kept is scrubbed.
+                    interrupts::open(|| drop(slot));
+                }
+            }
+        }
+    }
+
+    /// Claims the next VM that is to be made, or takes out one that is to be removed.
+    fn next_job(&self) -> Option<Job<B>> {
+        let mut slots = self.slots.lock();
+        let slot = slots.iter_mut().find(|slot| {
+            let nothing_there = slot.live.is_none() && !slot.claimed;
+            let starting = slot.life.state() == VmState::Starting;
+            nothing_there && (starting || slot.life.is_going())
+        })?;
+        let number = slot.number;
+        if slot.life.state() == VmState::Starting {
+            slot.claimed = true;
+            return Some(Job::Make(number));
+        }
+        slots.remove(number).map(Job::Remove)
+    }
+
+    /// Makes the VM of a slot that the caller has claimed. Returns its boot vCPU, which is to be woken. Says so,
+    /// or why not.
+    ///
+    /// # Errors
+    /// It was not made, or is not wanted any more: what is to become of it.
+    pub(super) fn ready_vm(&self, number: VmNumber) -> Result<EntityId, After> {
+        let gone = After::Off(Off::Operator);
+        let plan = {
+            let mut slots = self.slots.lock();
+            let slot = slots.get(number).ok_or(gone)?;
+            if !slot.life.is_wanted() {
+                slot.claimed = false;
+                return Err(slot.life.not_made());
+            }
+            slot.plan.clone()
+        };
         let name = &plan.config.name;
-        match self.make_vm(index, plan) {
-            Ok((live, boot)) => {
-                let slot = &mut self.slots.lock()[index];
-                slot.phase = Phase::Live(live);
-                slot.started_ns = time::ns();
-                info!("{name}: starting");
-                Some(boot)
-            }
+        let made = self.make_vm(number, &plan);
+        if let Err(why) = &made {
+            self.say(&format!("{name}: cannot start: {why}"));
+        }
+        let mut slots = self.slots.lock();
+        let slot = slots.get(number).ok_or(gone)?;
+        match made {
             Err(why) => {
-                self.say(&format!("{name}: cannot start: {why}"));
-                self.slots.lock()[index].phase = Phase::Off;
-                None
+                slot.claimed = false;
+                slot.last_end = Some(format!("cannot start: {why}"));
+                Err(slot.life.not_made())
             }
+            Ok((live, boot)) => match slot.life.made() {
+                Made::Run => {
+                    slot.claimed = false;
+                    slot.live = Some(live);
+                    slot.started_ns = time::ns();
+                    drop(slots);
+                    info!("{name}: starting");
+                    Ok(boot)
+                }
+                Made::Discard => {
+                    drop(slots);
+                    self.take_down(live);
+                    Err(self.down(number, Ending::Done))
+                }
+            },
         }
     }
 
-    /// As [`World::ready_vm`], and wakes it; the host's work may end with it.
-    fn start_again(&self, index: usize) {
-        match self.ready_vm(index) {
-            Some(boot) => self.wake(boot),
-            None => self.finish_if_none_is_left(),
-        }
-    }
-
-    /// Starts the VMs whose wait is over. The first processor's business.
-    pub(super) fn start_waiting(&self) {
+    /// Looks whose wait, or time to shut down, is over. The first processor's business.
+    pub(super) fn look_at_clock(&self) {
         let now = time::now_tsc();
-        if now < self.next_start.load(Ordering::Relaxed) {
+        if now < self.next_due.load(Ordering::Relaxed) {
             return;
         }
         let mut next = u64::MAX;
-        let mut due = Vec::new();
+        let mut any_job = false;
+        let mut forced = Vec::new();
         let mut slots = self.slots.lock();
-        for (index, slot) in slots.iter_mut().enumerate() {
-            match slot.phase {
-                Phase::Waiting(at) if at <= now => {
-                    slot.phase = Phase::Changing;
-                    due.push(index);
+        for slot in slots.iter_mut() {
+            match slot.due {
+                Some(at) if at <= now => {
+                    slot.due = None;
+                    any_job |= slot.life.wait_over();
+                    if slot.life.timed_out()
+                        && let Some(live) = &slot.live
+                    {
+                        live.vm.end(EndReason::Forced);
+                        forced.push(slot.plan.clone());
+                    }
                 }
-                Phase::Waiting(at) => next = next.min(at),
-                Phase::Off | Phase::Changing | Phase::Live(_) => {}
+                Some(at) => next = next.min(at),
+                None => {}
             }
         }
-        self.next_start.store(next, Ordering::Relaxed);
+        self.next_due.store(next, Ordering::Relaxed);
         drop(slots);
-        for index in due {
-            self.start_again(index);
+        for plan in forced {
+            let name = &plan.config.name;
+            self.say(&format!("{name}: does not shut down: forced off"));
+        }
+        if any_job {
+            self.has_job();
         }
     }
 
-    fn make_vm(&self, index: usize, plan: &Plan) -> Result<(Live<B>, EntityId), String> {
+    /// Has the first processor look at the clock at this host TSC.
+    pub(super) fn look_at(&self, slot: &mut Slot<B>, at: u64) {
+        slot.due = Some(at);
+        self.next_due.fetch_min(at, Ordering::Relaxed);
+        // It may be halted.
+        if percpu::current().number != 0
+            && let Some(first) = percpu::get(0)
+        {
+            interrupts::kick(first);
+        }
+    }
+
+    fn make_vm(&self, number: VmNumber, plan: &Plan) -> Result<(Live<B>, EntityId), String> {
         let begun = Beginning::now();
-        let id = vm_number(index);
+        let id = number.0;
         let config = &plan.config;
         let kick = Arc::new(Kick {
             entities: Once::new(),
@@ -286,30 +342,31 @@ impl<B: Backend> World<B> {
 
         let pcpu = percpu::current().number;
         let mut entities = Vec::new();
-        for number in 0..config.vcpus {
+        for vcpu in 0..config.vcpus {
             let entity = self.sched.lock().add(None);
             let made = self
                 .backend
                 .create_vcpu(VcpuSetup {
                     vm: id,
-                    vcpu: number,
+                    vcpu,
                     tag: entity.0 + 1,
                     nested_root: tables.root(),
                 })
                 .map_err(|e| format!("{e}"))
                 .and_then(|hw| {
-                    let start = (number == 0).then_some(&entry);
-                    Vcpu::new(vm.clone(), VcpuId(u32::from(number)), hw, start, pcpu)
-                        .ok_or_else(|| format!("there is no vCPU {number}"))
+                    let start = (vcpu == 0).then_some(&entry);
+                    Vcpu::new(vm.clone(), VcpuId(u32::from(vcpu)), hw, start, pcpu)
+                        .ok_or_else(|| format!("there is no vCPU {vcpu}"))
                 });
             entities.push(entity);
             match made {
                 Ok(vcpu) => self.place(
                     entity,
                     Entity {
-                        slot: index,
+                        vm: number,
                         first_run: AtomicU64::new(0),
                         vcpu: Lock::new(vcpu),
+                        exits: Published::default(),
                     },
                 ),
                 Err(why) => {
@@ -353,11 +410,36 @@ impl<B: Backend> World<B> {
         }
     }
 
+    /// Takes a VM down that does not run: nothing is left of it.
+    fn take_down(&self, live: Live<B>) {
+        for &entity in &live.entities {
+            self.bury(entity);
+        }
+        // Its memory is zeroed: long work.
+        interrupts::open(|| drop(live));
+    }
+
+    /// A vCPU of an ended VM has come to rest. After the last one the VM is handed out, to be taken down.
+    fn take_ended(&self, number: VmNumber) -> Option<Live<B>> {
+        let mut slots = self.slots.lock();
+        let slot = slots.get(number)?;
+        let live = slot.live.as_mut()?;
+        live.running = live.running.saturating_sub(1);
+        if live.running > 0 {
+            return None;
+        }
+        slot.life.at_rest();
+        slot.claimed = true;
+        slot.due = None;
+        slot.live.take()
+    }
+
     /// A vCPU of an ended VM has come to rest. After the last one the VM is taken down, and
     /// made anew if it is to run again.
-    pub(super) fn at_rest(&self, index: usize) {
-        let ended = self.slots.lock()[index].vcpu_at_rest();
-        let Some(live) = ended else { return };
+    pub(super) fn at_rest(&self, number: VmNumber) {
+        let Some(live) = self.take_ended(number) else {
+            return;
+        };
         let reason = live.vm.take_end_reason();
         // What its devices still hold: a FIFO at most, or as much as goes out while a reader waits for it.
         if frame::is_used() {
@@ -368,13 +450,9 @@ impl<B: Backend> World<B> {
         let name = live.vm.name.clone();
         self.log_exits(&name, &live.entities);
         if self.figures {
-            self.say_figures(&name, index, &live);
+            self.say_figures(&name, number, &live);
         }
-        for &entity in &live.entities {
-            self.bury(entity);
-        }
-        // Its memory is zeroed: long work.
-        interrupts::open(|| drop(live));
+        self.take_down(live);
         let text = match &reason {
             Some(reason) => format!("{reason}"),
             None => String::from("ended"),
@@ -386,47 +464,57 @@ impl<B: Backend> World<B> {
                 self.say(line);
             }
         }
-        if frame::is_used() {
-            self.slots.lock()[index].phase = Phase::Off;
-        } else {
-            self.after_end(index, ending(reason.as_ref()));
+        if let Some(slot) = self.slots.lock().get(number) {
+            slot.last_end = text.lines().next().map(String::from);
         }
-        self.finish_if_none_is_left();
+        let after = self.down(number, ending(reason.as_ref()));
+        self.follow(number, after);
     }
 
-    /// Starts a VM that was taken down again, now or later, or leaves it at that.
-    fn after_end(&self, index: usize, ending: Ending) {
-        let config = &self.plans[index].config;
-        let name = &config.name;
-        let decision = {
-            let slot = &mut self.slots.lock()[index];
-            let ran_ms = time::ns().saturating_sub(slot.started_ns) / NS_PER_MS;
-            slot.restarts.decide(config.restart, ending, ran_ms)
+    /// Nothing is left of a VM that ended so: what is to become of it.
+    fn down(&self, number: VmNumber, ending: Ending) -> After {
+        let mut slots = self.slots.lock();
+        let Some(slot) = slots.get(number) else {
+            return After::Off(Off::Operator);
         };
-        match decision {
-            Decision::Again { wait_ms: 0 } => return self.start_again(index),
-            Decision::Again { wait_ms } => {
-                self.say(&format!(
-                    "{name}: ended soon after its start, again: starts in {} s",
-                    wait_ms / 1000
-                ));
-                let at = time::now_tsc() + time::us_to_ticks(wait_ms * 1000);
-                let mut slots = self.slots.lock();
-                slots[index].phase = Phase::Waiting(at);
-                self.next_start.fetch_min(at, Ordering::Relaxed);
-                drop(slots);
-                // The first processor starts it, and may be halted.
-                if let Some(first) = percpu::get(0) {
-                    interrupts::kick(first);
-                }
+        slot.claimed = false;
+        let ran_ms = time::ns().saturating_sub(slot.started_ns) / NS_PER_MS;
+        // A frame is for one run.
+        let (policy, ending) = match frame::is_used() {
+            true => (config::Restart::Never, Ending::Done),
+            false => (slot.plan.config.restart, ending),
+        };
+        slot.life.down(policy, ending, ran_ms)
+    }
+
+    /// Does what is to become of a VM of which nothing is left.
+    fn follow(&self, number: VmNumber, after: After) {
+        let name = {
+            let mut slots = self.slots.lock();
+            let Some(slot) = slots.get(number) else {
                 return;
+            };
+            if let After::Wait { ms } = after {
+                let at = time::now_tsc() + time::us_to_ticks(ms * 1000);
+                self.look_at(slot, at);
             }
-            Decision::GiveUp => self.say(&format!(
-                "{name}: failed {MAX_QUICK_FAILURES} times soon after its start: not restarted any more"
+            slot.plan.config.name.clone()
+        };
+        match after {
+            After::Make | After::Remove => self.has_job(),
+            After::Wait { ms } => self.say(&format!(
+                "{name}: ended soon after its start, again: starts in {} s",
+                ms / 1000
             )),
-            Decision::Stay => {}
+            After::Off(Off::Operator) => {}
+            After::Off(Off::Itself) => self.finish_if_none_is_left(),
+            After::Off(Off::GaveUp) => {
+                self.say(&format!(
+                    "{name}: failed {MAX_QUICK_FAILURES} times soon after its start: not restarted any more"
+                ));
+                self.finish_if_none_is_left();
+            }
         }
-        self.slots.lock()[index].phase = Phase::Off;
     }
 
     fn log_exits(&self, name: &str, entities: &[EntityId]) {
@@ -451,7 +539,7 @@ impl<B: Backend> World<B> {
     }
 
     /// What `cargo xtask bench` reads of a VM that has come to rest (docs/MEASURING.md).
-    fn say_figures(&self, name: &str, index: usize, live: &Live<B>) {
+    fn say_figures(&self, name: &str, number: VmNumber, live: &Live<B>) {
         let boot = live.entities.first().and_then(|id| {
             let entities = self.entities.lock();
             entities.get(id.0 as usize).cloned().flatten()
@@ -459,7 +547,7 @@ impl<B: Backend> World<B> {
         let Some(boot) = boot else { return };
         let first_run = boot.first_run.load(Ordering::Relaxed);
         let since = |start: u64| first_run.wrapping_sub(start);
-        let tables = memory::HOST.used(Owner::VmTables(vm_number(index)));
+        let tables = memory::HOST.used(Owner::VmTables(number.0));
         let beside_tables = tables.saturating_sub(live.tables.frames()) * mem::PAGE_SIZE;
         let heap = memory::heap_used().saturating_sub(live.begun.heap_bytes) as u64;
         self.say(&format!(
@@ -473,9 +561,9 @@ impl<B: Backend> World<B> {
         ));
     }
 
-    /// Ends the host's work when all VMs have ended.
+    /// Ends the host's work, as it is configured, when all VMs have ended.
     pub(super) fn finish_if_none_is_left(&self) {
-        let is_off = |slot: &Slot<B>| matches!(slot.phase, Phase::Off);
+        let is_off = |slot: &Slot<B>| slot.life.state() == VmState::Off;
         if !self.slots.lock().iter().all(is_off) {
             return;
         }
@@ -489,6 +577,7 @@ impl<B: Backend> World<B> {
                 console::flush();
                 cpu::halt_forever()
             }
+            AfterLastVm::Stay => self.say("the last VM has ended"),
         }
     }
 }
