@@ -177,7 +177,7 @@ fn a_jump_stores_the_old_task_and_loads_the_new() {
     assert!(b.busy(NEW) && !b.busy(OLD));
     assert_eq!(b.u32(OLD_TSS + 32), 0x507, "behind the instruction");
     assert_eq!(b.u32(OLD_TSS + 52), 0xb0b0);
-    assert_eq!(b.u32(OLD_TSS + 76), CODE.into());
+    assert_eq!(b.u32(OLD_TSS + 76), u32::from(CODE));
 }
 
 #[test]
@@ -185,7 +185,7 @@ fn a_call_nests_and_an_iret_comes_back() {
     let mut b = Bench::new();
     assert_eq!(b.switch(NEW, TaskSource::Call, None), Outcome::Done);
     assert_eq!(b.cpu.rflags(), 0x202 | RFLAGS_NT);
-    assert_eq!(b.u32(NEW_TSS) & 0xffff, OLD.into(), "the link");
+    assert_eq!(b.u32(NEW_TSS) & 0xffff, u32::from(OLD), "the link");
     assert!(b.busy(NEW) && b.busy(OLD));
     assert_eq!(b.switch(OLD, TaskSource::Iret, None), Outcome::Done);
     assert_eq!(b.cpu.rip(), 0x507);
