@@ -1,8 +1,9 @@
 //! The keyboard controller's ports 0x60/0x64 and system control port A at 0x92.
 //!
-//! A controller with no keyboard and no mouse attached: self-test, configuration byte and
-//! output port work, and the reset line it drives does. A byte sent to the keyboard gets
-//! the controller's own time-out answer, as on a PC with nothing plugged in. There is no
+//! A controller with or without a [`Keyboard`], and without a mouse: self-test, configuration byte and
+//! output port work, and the reset line it drives does. Without a keyboard a byte sent to it gets
+//! the controller's own time-out answer, as on a PC with nothing plugged in. A keyboard's bytes are
+//! translated to scan code set 1 when the configuration says so. There is no
 //! second (mouse) port: its commands are ignored. A20 is stored but never masks an address.
 
 use alloc::sync::Arc;
@@ -13,6 +14,7 @@ use mem::Width;
 use spin::Mutex;
 
 use crate::bus::{IoError, Overlap, PortBus, PortDevice, byte_only};
+use crate::keyboard::{Keyboard, Translation};
 use crate::line::Line;
 use crate::system::{ResetSource, SystemControl, SystemRequest};
 
@@ -102,6 +104,8 @@ struct State {
     /// The command that takes the next data byte.
     awaiting: Option<Command>,
     a20: bool,
+    keyboard: Option<Keyboard>,
+    translation: Translation,
 }
 
 /// The controller, with port A beside it as both drive A20 and reset.
@@ -113,7 +117,7 @@ pub struct KeyboardController {
 
 impl KeyboardController {
     /// A controller that passed its power-on test. `irq` is ISA IRQ 1.
-    pub fn new(irq: Line, system: Arc<dyn SystemControl>) -> Arc<Self> {
+    pub fn new(irq: Line, system: Arc<dyn SystemControl>, keyboard: Option<Keyboard>) -> Arc<Self> {
         Arc::new(KeyboardController {
             state: Mutex::new(State {
                 status: Status::SYSTEM_FLAG | Status::UNLOCKED | Status::COMMAND,
@@ -124,6 +128,8 @@ impl KeyboardController {
                 output: 0,
                 awaiting: None,
                 a20: true,
+                keyboard,
+                translation: Translation::default(),
             }),
             irq,
             system,
@@ -161,6 +167,34 @@ impl KeyboardController {
         );
     }
 
+    /// Bytes that a terminal sent, as keys of the keyboard. Returns how many were taken.
+    pub fn type_bytes(&self, bytes: &[u8]) -> usize {
+        let mut state = self.state.lock();
+        let Some(keyboard) = &mut state.keyboard else {
+            return 0;
+        };
+        let taken = bytes.iter().take_while(|&&byte| keyboard.type_byte(byte));
+        let taken = taken.count();
+        self.fetch(&mut state);
+        taken
+    }
+
+    /// Takes the next byte from the keyboard, if the buffer is empty.
+    fn fetch(&self, state: &mut State) {
+        while !state.status.contains(Status::OUTPUT_FULL) {
+            let codes = !state.configuration.keyboard_off();
+            let next = state.keyboard.as_mut().and_then(|k| k.pop(codes));
+            let Some(byte) = next else { return };
+            let byte = match state.configuration.translate() {
+                true => state.translation.translate(byte),
+                false => Some(byte),
+            };
+            if let Some(byte) = byte {
+                self.answer(state, byte);
+            }
+        }
+    }
+
     fn answer(&self, state: &mut State, byte: u8) {
         state.output = byte;
         state.status |= Status::OUTPUT_FULL;
@@ -172,7 +206,9 @@ impl KeyboardController {
         let mut state = self.state.lock();
         state.status -= Status::OUTPUT_FULL | Status::TIMEOUT;
         self.update_irq(&state);
-        state.output
+        let byte = state.output;
+        self.fetch(&mut state);
+        byte
     }
 
     fn write_command(&self, byte: u8) {
@@ -196,7 +232,10 @@ impl KeyboardController {
             // No fault on the lines.
             Command::TestKeyboardPort => self.answer(&mut state, 0),
             Command::DisableKeyboard => state.configuration.set_keyboard_off(true),
-            Command::EnableKeyboard => state.configuration.set_keyboard_off(false),
+            Command::EnableKeyboard => {
+                state.configuration.set_keyboard_off(false);
+                self.fetch(&mut state);
+            }
             // Keyboard not locked.
             Command::ReadInputPort => self.answer(&mut state, 0x80),
             Command::ReadOutputPort => {
@@ -225,6 +264,7 @@ impl KeyboardController {
                 let flag = state.configuration.system_flag();
                 state.status.set(Status::SYSTEM_FLAG, flag);
                 self.update_irq(&state);
+                self.fetch(&mut state);
             }
             Some(Command::WriteOutputPort) => {
                 let port = OutputPort::from_bits(byte);
@@ -236,7 +276,11 @@ impl KeyboardController {
             }
             Some(Command::WriteOutputBuffer) => self.answer(&mut state, byte),
             _ => {
-                // For the keyboard; nobody takes it.
+                if let Some(keyboard) = &mut state.keyboard {
+                    keyboard.command(byte);
+                    return self.fetch(&mut state);
+                }
+                // Nobody takes it.
                 self.answer(&mut state, KEYBOARD_TIMEOUT);
                 state.status |= Status::TIMEOUT;
             }
@@ -301,19 +345,25 @@ mod tests {
     use proptest::prelude::*;
 
     struct Setup {
+        controller: Arc<KeyboardController>,
         ports: PortBus,
         irq: Arc<RecordingSink>,
         requests: Arc<Requests>,
     }
 
     fn setup() -> Setup {
+        with(None)
+    }
+
+    fn with(keyboard: Option<Keyboard>) -> Setup {
         let irq = Arc::new(RecordingSink::default());
         let requests = Arc::new(Requests::default());
         let mut ports = PortBus::new();
-        KeyboardController::new(Line::new(irq.clone(), 1), requests.clone())
-            .attach(&mut ports)
-            .unwrap();
+        let line = Line::new(irq.clone(), 1);
+        let controller = KeyboardController::new(line, requests.clone(), keyboard);
+        controller.attach(&mut ports).unwrap();
         Setup {
+            controller,
             ports,
             irq,
             requests,
@@ -371,6 +421,38 @@ mod tests {
         assert!(s.irq.is_high(1));
         assert_eq!(s.inb(0x60), 0x1c);
         assert!(!s.irq.is_high(1));
+    }
+
+    /// SeaBIOS' src/hw/ps2port.c: self-test, reset, set 2, translation on, interrupt on; then a key.
+    #[test]
+    fn a_keyboard_is_set_up_and_typed_on() {
+        let s = with(Some(Keyboard::new()));
+        assert_eq!(s.command(0xaa), 0x55);
+        assert_eq!(s.controller.type_bytes(b"x"), 1);
+        assert_eq!(s.inb(0x64) & 1, 0, "the self-test turned it off");
+        s.out(0x60, 0xff);
+        assert_eq!([s.inb(0x60), s.inb(0x60)], [0xfa, 0xaa]);
+        assert_eq!(s.inb(0x64) & 1, 0, "the reset forgot the key");
+        s.out(0x64, 0x60);
+        s.out(0x60, 0x61);
+        assert_eq!(s.controller.type_bytes(b"a"), 1);
+        assert!(s.irq.is_high(1));
+        s.irq.take();
+        assert_eq!(s.inb(0x60), 0x1e);
+        assert_eq!(
+            s.irq.take(),
+            [(1, false), (1, true)],
+            "an edge for each byte"
+        );
+        assert_eq!(s.inb(0x60), 0x9e);
+        assert!(!s.irq.is_high(1));
+        s.out(0x64, 0x60);
+        s.out(0x60, 0x21);
+        s.controller.type_bytes(b"a");
+        let raw = [(); 3].map(|()| s.inb(0x60));
+        assert_eq!(raw, [0x1c, 0xf0, 0x1c], "without translation");
+        let nobody = setup();
+        assert_eq!(nobody.controller.type_bytes(b"a"), 0);
     }
 
     #[test]

@@ -36,6 +36,7 @@ pub mod fw_cfg;
 pub mod hpet;
 pub mod i8042;
 pub mod ioapic;
+pub mod keyboard;
 pub mod lapic;
 pub mod line;
 pub mod pci;

@@ -21,6 +21,7 @@ use devices::{
     hpet::{HPET_BASE, HPET_LEN, Hpet, LegacyGate},
     i8042::KeyboardController,
     ioapic::{IOAPIC_BASE, IOAPIC_LEN, IoApic},
+    keyboard::Keyboard,
     lapic::{ApicBus, IntrPin, VcpuKick},
     line::{GsiRouter, InterruptSink, Line},
     pci::{ECAM_BUS_LEN, HostBridge, PciBus, PciLayout, PciLines},
@@ -292,6 +293,8 @@ pub struct Vm {
     pub(crate) special: Option<Arc<SpecialMemory>>,
     debug_port: Option<Arc<DebugPort>>,
     display: Display,
+    /// The keyboard's controller, if typed input goes to a keyboard.
+    keyboard: Option<Arc<KeyboardController>>,
     timers: Timers,
     /// Earliest deadline of `timers`, in ticks of `clock`; [`NEVER`] if none is armed.
     timer_deadline: AtomicU64,
@@ -510,7 +513,9 @@ impl Vm {
         let [com1, ..] = platform::SERIAL_PORTS;
         let uart = Uart::new(irq(com1.irq), host.console.clone());
         ports.insert("com1", com1.port, UART_PORTS, uart.clone())?;
-        KeyboardController::new(irq(platform::KEYBOARD_IRQ), system.clone()).attach(&mut ports)?;
+        let keyboard = spec.display.is_console.then(Keyboard::new);
+        let i8042 = KeyboardController::new(irq(platform::KEYBOARD_IRQ), system.clone(), keyboard);
+        i8042.attach(&mut ports)?;
         let display = Display::new(spec.display.kind, &memory, &time, &mut ports)?;
         let power = PowerManagement::new(time, irq(platform::SCI_IRQ), system.clone());
         ports.insert("acpi-pm", platform::PM_BASE, PM_PORTS, power.clone())?;
@@ -524,7 +529,7 @@ impl Vm {
             apic_ids: &apic_ids,
             ioapic_id: IOAPIC_ID,
             serial_ports: &[com1],
-            keyboard: false,
+            keyboard: spec.display.is_console,
             pci: pci_layout.clone(),
         };
         let is_ramfb = spec.display.kind == DisplayKind::Ramfb;
@@ -614,6 +619,7 @@ impl Vm {
             special,
             debug_port,
             display,
+            keyboard: spec.display.is_console.then_some(i8042),
             timers,
             timer_deadline,
             noting_deadline: Mutex::new(()),
@@ -632,9 +638,13 @@ impl Vm {
         }
     }
 
-    /// Input for the first serial port, as much as its queue takes. Returns how many bytes that were.
+    /// Input from the VM's console, for its first serial port or for its keyboard, as much as has room there. Returns how
+    /// many bytes that were.
     pub fn receive(&self, bytes: &[u8]) -> usize {
-        self.uart.receive(bytes)
+        match &self.keyboard {
+            Some(keyboard) => keyboard.type_bytes(bytes),
+            None => self.uart.receive(bytes),
+        }
     }
 
     /// Ends the VM, unless it has ended already.
