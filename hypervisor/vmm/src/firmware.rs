@@ -1,7 +1,7 @@
 //! A VM that boots PC firmware: ROM, shadowed ROM, variable store, and what `fw_cfg` tells.
 //!
 //! The firmware's image ends at 4 GiB, and the boot processor starts in it at the reset vector. Its
-//! last 128 KiB show also below 1 MiB, read-only until the firmware unlocks them. A variable store is
+//! last 128 KiB show also below 1 MiB, until the firmware turns to the RAM behind them ([`shadow`](crate::shadow)). A variable store is
 //! flash right below the image; its content outlives the VM's restarts.
 //!
 //! Invariant: what the guest may do with ROM, shadow and flash changes first in
@@ -17,7 +17,7 @@ use core::{
 use devices::{
     VcpuId,
     acpi::{self, AcpiConfig, BadBase},
-    chipset::{SHADOW, SHADOW_SEGMENTS, ShadowControl},
+    chipset::SHADOW_SEGMENTS,
     flash::{BLOCK_BYTES, Flash, FlashArray},
     fw_cfg::{FileError, FwCfgItems},
     lapic::VcpuKick,
@@ -31,13 +31,13 @@ use mem::{
 use spin::{Mutex, Once};
 
 /// Least bytes of a firmware image: what shows below 1 MiB.
-pub const MIN_IMAGE: u64 = ALIAS_BYTES;
+pub const MIN_IMAGE: u64 = ROM_ALIAS;
 /// Most bytes of a firmware image and its variable store together: what lies above the APICs.
 pub const MAX_IMAGE: u64 = 16 << 20;
-/// The end of the image shows below 1 MiB, too.
-const ALIAS_BYTES: u64 = 0x2_0000;
+/// Bytes of the image's end that show below 1 MiB, too.
+pub(crate) const ROM_ALIAS: u64 = 0x2_0000;
 /// Where the image ends.
-const TOP: u64 = 1 << 32;
+pub(crate) const ROM_TOP: u64 = 1 << 32;
 /// PCI memory below 4 GiB ends here; RAM may reach up to 3 GiB, and firmware counts on PCI from 2 GiB.
 const PCI_END: u64 = 0xfec0_0000;
 const PCI_START: u64 = 0x8000_0000;
@@ -147,7 +147,7 @@ impl Firmware<'_> {
             return Err(FirmwareError::ImageSize { bytes });
         }
         let image = GuestRange {
-            start: Gpa(TOP - bytes),
+            start: Gpa(ROM_TOP - bytes),
             bytes,
         };
         let Some(variables) = &self.variables else {
@@ -180,9 +180,6 @@ impl Firmware<'_> {
         for segment in SHADOW_SEGMENTS {
             memory.add_special(segment, Access::ReadOnly)?;
         }
-        let alias = &self.image[self.image.len() - ALIAS_BYTES as usize..];
-        let written = memory.write_special(Gpa(SHADOW.end().0 - ALIAS_BYTES), alias);
-        debug_assert!(written.is_ok(), "the segments were just added");
         if let (Some(store), Some(variables)) = (store, &self.variables) {
             memory.add_special(store, Access::ReadOnly)?;
             let written = memory.write_special(store.start, &variables.0.lock());
@@ -327,8 +324,14 @@ impl SpecialMemory {
     }
 }
 
-impl ShadowControl for SpecialMemory {
-    fn set_access(&self, range: GuestRange, access: Access) {
+impl SpecialMemory {
+    /// The VM's memory.
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// From now on the guest may do this, and no more, with the special memory in `range`.
+    pub(crate) fn set_access(&self, range: GuestRange, access: Access) {
         self.memory.set_special_access(range, access);
         if let Some(nested) = self.nested.get()
             && nested.refresh(&self.memory, range).is_err()

@@ -20,6 +20,7 @@ pub mod host;
 pub mod load;
 pub mod msr;
 mod pause;
+mod shadow;
 pub mod task;
 pub mod vcpu;
 pub mod vm;

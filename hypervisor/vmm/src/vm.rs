@@ -14,7 +14,9 @@ use devices::{
     VcpuId,
     acpi::{self, AcpiConfig},
     bus::{MmioBus, Overlap, PortBus, Swallow},
-    chipset::{I440Fx, IsaBridge, MOVED_PM_BASE, PciInterruptRouter, PmAlias, PowerFunction},
+    chipset::{
+        I440Fx, IsaBridge, MOVED_PM_BASE, PciInterruptRouter, PmAlias, PowerFunction, SHADOW,
+    },
     debug_exit::{self, DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, DebugExit},
     debug_port::{DEBUG_PORT, DebugPort, FIRMWARE_DEBUG_PORT},
     fw_cfg::{FW_CFG_PORT, FW_CFG_PORTS, FwCfg, FwCfgItems, Key},
@@ -55,6 +57,7 @@ use crate::{
     firmware::{self, Firmware, FirmwareError, NestedControl, SpecialMemory},
     load::{self, BootFiles, BootLayout, LoadError, MapEntry, MapKind},
     pause::PauseControl,
+    shadow::Shadow,
     vcpu::Dump,
 };
 
@@ -562,7 +565,9 @@ impl Vm {
         match &special {
             None => pci.insert(0, 0, HostBridge::new())?,
             Some(special) => {
-                pci.insert(0, 0, I440Fx::new(special.clone()))?;
+                let shadow = Shadow::new(special.clone());
+                mmio.insert("shadow", SHADOW.start.0, SHADOW.bytes, shadow.clone())?;
+                pci.insert(0, 0, I440Fx::new(shadow))?;
                 pci.insert(1, 0, IsaBridge::new(pci_router))?;
                 let function = PowerFunction::new();
                 pci.insert(1, 3, function.clone())?;

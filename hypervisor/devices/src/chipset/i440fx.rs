@@ -2,16 +2,14 @@
 //!
 //! The programmable attribute map (82441FX data sheet, section 3.2.18, PAM0 to PAM6) says for
 //! each of 13 segments from 0xC0000 to 0xFFFFF whether reads and writes go to RAM or to the
-//! bus. The RAM begins as a copy of the ROM, and is always what the guest reads: a guest that changes it and
-//! then turns reads back to the ROM sees the change. Writes go to the RAM or nowhere.
+//! bus, where the ROM is: each apart from the other.
 
 use alloc::sync::Arc;
 
-use mem::guest::Access;
 use mem::{Gpa, GuestRange, Width};
 use spin::Mutex;
 
-use super::{SUBSYSTEM, SUBSYSTEM_VENDOR, ShadowControl};
+use super::{SUBSYSTEM, SUBSYSTEM_VENDOR, ShadowAccess, ShadowControl};
 use crate::pci::{ConfigSpace, FunctionId, PciFunction};
 
 const ID: FunctionId = FunctionId {
@@ -34,8 +32,6 @@ pub const SHADOW: GuestRange = GuestRange {
 /// Register PAM0; six more follow.
 const PAM0: u16 = 0x59;
 const PAM_REGISTERS: usize = 7;
-/// Write enable, in each half of a PAM register.
-const WRITE_ENABLE: u8 = 1 << 1;
 /// Read and write enable of both segments of a register.
 const PAM_WRITABLE: u8 = 0x33;
 /// PAM0 has the upper segment only.
@@ -73,7 +69,7 @@ pub struct I440Fx {
 }
 
 impl I440Fx {
-    /// The bridge after reset: all shadow RAM is locked.
+    /// The bridge after reset: the ROM is read, and writes go nowhere.
     pub fn new(memory: Arc<dyn ShadowControl>) -> Arc<Self> {
         let mut config = ConfigSpace::new(&ID);
         let mut writable = [PAM_WRITABLE; PAM_REGISTERS];
@@ -105,19 +101,19 @@ impl PciFunction for I440Fx {
         if before == after {
             return;
         }
-        for (n, segment) in SHADOW_SEGMENTS.into_iter().enumerate() {
-            let (register, shift) = attribute(n);
-            let writable = |pam: &[u8; PAM_REGISTERS]| pam[register] >> shift & WRITE_ENABLE != 0;
-            if writable(&before) != writable(&after) {
-                let access = if writable(&after) {
-                    Access::ReadWrite
-                } else {
-                    Access::ReadOnly
-                };
+        for segment in 0..SHADOW_SEGMENTS.len() {
+            let access = access(&after, segment);
+            if access != self::access(&before, segment) {
                 self.memory.set_access(segment, access);
             }
         }
     }
+}
+
+/// What the PAM registers say of a segment.
+fn access(pam: &[u8; PAM_REGISTERS], segment: usize) -> ShadowAccess {
+    let (register, shift) = attribute(segment);
+    ShadowAccess::from_bits_truncate(pam[register] >> shift)
 }
 
 #[cfg(test)]
@@ -127,11 +123,11 @@ mod tests {
     use proptest::prelude::*;
 
     #[derive(Default)]
-    struct View(Mutex<Vec<(u64, u64, Access)>>);
+    struct View(Mutex<Vec<(usize, ShadowAccess)>>);
 
     impl ShadowControl for View {
-        fn set_access(&self, range: GuestRange, access: Access) {
-            self.0.lock().push((range.start.0, range.bytes, access));
+        fn set_access(&self, number: usize, access: ShadowAccess) {
+            self.0.lock().push((number, access));
         }
     }
 
@@ -152,35 +148,27 @@ mod tests {
     }
 
     #[test]
-    fn each_register_unlocks_its_segments() {
+    fn each_register_governs_its_segments() {
+        const READ: ShadowAccess = ShadowAccess::READ;
+        const WRITE: ShadowAccess = ShadowAccess::WRITE;
+        let both = READ | WRITE;
         let (view, bridge) = bridge();
-        bridge.config_write(0x59, Width::Byte, 0x30);
+        let told = |offset, width, value| {
+            bridge.config_write(offset, width, value);
+            view.0.lock().split_off(0)
+        };
+        assert_eq!(told(0x59, Width::Byte, 0x30), [(12, both)]);
+        assert_eq!(told(0x5a, Width::Byte, 0x20), [(1, WRITE)]);
+        assert_eq!(told(0x5a, Width::Byte, 0x12), [(0, WRITE), (1, READ)]);
         assert_eq!(
-            view.0.lock().split_off(0),
-            [(0xf_0000, 0x1_0000, Access::ReadWrite)]
+            told(0x5e, Width::Word, 0x3303),
+            [(8, both), (10, both), (11, both)]
         );
-        bridge.config_write(0x5a, Width::Byte, 0x20);
-        assert_eq!(
-            view.0.lock().split_off(0),
-            [(0xc_4000, 0x4000, Access::ReadWrite)]
-        );
-        bridge.config_write(0x5e, Width::Word, 0x3303);
-        assert_eq!(
-            view.0.lock().split_off(0),
-            [
-                (0xe_0000, 0x4000, Access::ReadWrite),
-                (0xe_8000, 0x4000, Access::ReadWrite),
-                (0xe_c000, 0x4000, Access::ReadWrite),
-            ]
-        );
-        bridge.config_write(0x59, Width::Byte, 0x10);
-        assert_eq!(
-            view.0.lock().split_off(0),
-            [(0xf_0000, 0x1_0000, Access::ReadOnly)]
-        );
-        bridge.config_write(0x59, Width::Byte, 0xdf);
-        assert!(view.0.lock().is_empty(), "only defined bits stay");
+        assert_eq!(told(0x59, Width::Byte, 0x10), [(12, READ)]);
+        assert_eq!(told(0x59, Width::Byte, 0xdf), [], "only defined bits stay");
         assert_eq!(bridge.config_read(0x59, Width::Byte), 0x10);
+        assert_eq!(SHADOW_SEGMENTS[12].start, Gpa(0xf_0000));
+        assert_eq!(SHADOW_SEGMENTS[8].start, Gpa(0xe_0000));
     }
 
     proptest! {
@@ -193,12 +181,12 @@ mod tests {
                 let width = [Width::Byte, Width::Word, Width::Dword][width];
                 bridge.config_write(offset & !(width.bytes() as u16 - 1), width, value);
             }
-            for (n, segment) in SHADOW_SEGMENTS.into_iter().enumerate() {
+            for n in 0..SHADOW_SEGMENTS.len() {
                 let (register, shift) = attribute(n);
                 let bits = bridge.config_read(PAM0 + register as u16, Width::Byte) as u8 >> shift;
-                let told = view.0.lock().iter().rev().find(|t| t.0 == segment.start.0).map(|t| t.2);
-                let writable = told == Some(Access::ReadWrite);
-                prop_assert_eq!(bits & WRITE_ENABLE != 0, writable);
+                let told = view.0.lock().iter().rev().find(|told| told.0 == n).map(|told| told.1);
+                let told = told.unwrap_or(ShadowAccess::empty());
+                prop_assert_eq!(bits & 3, told.bits());
             }
         }
     }

@@ -14,16 +14,26 @@ mod piix;
 pub use i440fx::{I440Fx, SHADOW, SHADOW_SEGMENTS};
 pub use piix::{IsaBridge, MOVED_PM_BASE, PciInterruptRouter, PmAlias, PowerFunction};
 
-use mem::GuestRange;
-use mem::guest::Access;
+use bitflags::bitflags;
 
 /// Subsystem numbers of virtual hardware, as firmware expects them.
 const SUBSYSTEM_VENDOR: u16 = 0x1af4;
 const SUBSYSTEM: u16 = 0x1100;
 
-/// Shadowed ROM, as far as the chip set governs it.
+bitflags! {
+    /// What the chip set sends to the RAM behind the ROM, not to the ROM: the bits of a PAM register's half.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct ShadowAccess: u8 {
+        /// Reads.
+        const READ = 1 << 0;
+        /// Writes; else they go nowhere.
+        const WRITE = 1 << 1;
+    }
+}
+
+/// Shadow RAM, as far as the chip set governs it.
 pub trait ShadowControl: Send + Sync {
-    /// From now on the guest may do this, and no more, with the special memory in `range`. Called with the
+    /// From now on the guest meets RAM in segment `number` of [`SHADOW_SEGMENTS`] as `access` says. Called with the
     /// host bridge's lock held.
-    fn set_access(&self, range: GuestRange, access: Access);
+    fn set_access(&self, number: usize, access: ShadowAccess);
 }

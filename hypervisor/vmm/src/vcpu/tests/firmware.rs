@@ -99,7 +99,7 @@ fn the_reset_vector_is_in_the_rom_and_the_rom_cannot_be_written() {
     assert_eq!(bench.byte(ROM), Some(0));
     assert_eq!(bench.byte(0xe_0000), Some(0x20), "the last 128 KiB again");
     assert_eq!(bench.byte(0xf_ffff), Some(0x3f));
-    assert_eq!(bench.byte(0xd_ffff), Some(0), "no more than those");
+    assert_eq!(bench.byte(0xd_ffff), Some(0xff), "no more than those");
     assert_eq!(bench.byte(0xa_0000), None, "VGA memory is not RAM");
     for at in [0xffff_fff0, ROM, 0xf_0000] {
         let before = bench.byte(at);
@@ -140,6 +140,39 @@ fn firmware_unlocks_its_shadow() {
     bench.store_byte(0xf_0000, 0xaa);
     assert_eq!(bench.byte(0xf_0000), Some(0x55), "locked again");
     assert_eq!(bench.byte(0xffff_0000), Some(0x30), "the ROM is as it was");
+}
+
+/// Reads and writes are governed apart (82441FX data sheet, section 3.2.18).
+#[test]
+fn reads_and_writes_of_the_shadow_go_where_the_registers_say() {
+    let (mut bench, _) = boot(&store());
+    let at = 0xf_1234;
+    // Writes to RAM, reads from the ROM: nothing of it is seen yet.
+    bench.pci_write(0x59, 0x20);
+    bench.store_byte(at, 0x77);
+    assert_eq!(bench.byte(at), Some(0x31));
+    // Reads from RAM, which has what was written, and else nothing of the ROM.
+    bench.pci_write(0x59, 0x10);
+    assert_eq!(bench.byte(at), Some(0x77));
+    assert_eq!(bench.byte(at + 1), Some(0));
+    bench.store_byte(at, 0x78);
+    assert_eq!(bench.byte(at), Some(0x77), "writes go nowhere");
+    bench.pci_write(0x59, 0x30);
+    assert!(bench.vcpu.vm().memory.write_u8(Gpa(at + 1), 0x79).is_ok());
+    // The ROM again, and the RAM keeps what it has meanwhile.
+    bench.pci_write(0x59, 0x00);
+    bench.store_byte(at, 0x7a);
+    assert_eq!(bench.byte(at), Some(0x31));
+    bench.pci_write(0x59, 0x30);
+    assert_eq!(
+        (bench.byte(at), bench.byte(at + 1)),
+        (Some(0x77), Some(0x79))
+    );
+    // Below the image there is no ROM.
+    assert_eq!(bench.byte(0xc_0000), Some(0xff));
+    bench.pci_write(0x5a, 0x03);
+    assert_eq!(bench.byte(0xc_0000), Some(0));
+    assert_eq!(bench.byte(0xc_4000), Some(0xff), "each segment for itself");
 }
 
 #[test]
