@@ -129,4 +129,13 @@ impl HostMemory for FakeMemory {
         assert!(to.is_aligned(8));
         self.write(to, &value.to_le_bytes());
     }
+
+    fn replace_u8(&self, at: Hpa, old: u8, new: u8) -> bool {
+        let byte = &mut self.inner.lock().bytes[Self::offset(at)];
+        let same = *byte == old;
+        if same {
+            *byte = new;
+        }
+        same
+    }
 }

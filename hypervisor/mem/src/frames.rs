@@ -448,6 +448,14 @@ impl HostMemory for Frames {
         // Release: what an entry points to is visible before the entry.
         unsafe { AtomicU64::from_ptr(start.cast()) }.store(value, Ordering::Release);
     }
+
+    fn replace_u8(&self, at: Hpa, old: u8, new: u8) -> bool {
+        let start = self.checked(at, 1);
+        // SAFETY: `checked` saw that the byte is RAM behind the window.
+        unsafe { AtomicU8::from_ptr(start) }
+            .compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
 }
 
 #[cfg(test)]

@@ -288,6 +288,13 @@ impl GuestMemory {
         }
     }
 
+    /// Replaces a byte of RAM if it is still `old`, in one access: flags in an entry of the guest's page tables.
+    /// Returns whether it was; never is where there is no RAM.
+    pub fn replace_u8(&self, gpa: Gpa, old: u8, new: u8) -> bool {
+        self.within_one(gpa, 1)
+            .is_some_and(|hpa| self.memory.replace_u8(hpa, old, new))
+    }
+
     /// The RAM that was reached last, for a few reads of which all but the first are likely to hit it too.
     #[inline]
     pub fn recent(&self) -> Recent<'_> {
@@ -557,6 +564,9 @@ mod tests {
             }
             fn write_u64(&self, to: Hpa, value: u64) {
                 self.0.write_u64(to, value);
+            }
+            fn replace_u8(&self, at: Hpa, old: u8, new: u8) -> bool {
+                self.0.replace_u8(at, old, new)
             }
         }
         let host: &'static Checking = Box::leak(Box::new(Checking(FakeMemory::new(MIB))));

@@ -89,4 +89,7 @@ pub trait HostMemory: Send + Sync {
 
     /// Writes an aligned 64-bit word in one access (page-table entries).
     fn write_u64(&self, to: Hpa, value: u64);
+
+    /// Replaces a byte if it is still `old`, in one access. Returns whether it was.
+    fn replace_u8(&self, at: Hpa, old: u8, new: u8) -> bool;
 }

@@ -171,6 +171,11 @@ impl FpuFeatures {
         }
     }
 
+    /// Whether there are protection keys, and their register is switched.
+    const fn has_pkru(&self) -> bool {
+        self.mask & xcr0::PKRU != 0
+    }
+
     /// XCR0 bits that a guest may set, 1 when the processor has no XSAVE.
     pub const fn xcr0_mask(&self) -> u64 {
         self.mask
@@ -192,8 +197,10 @@ impl FpuFeatures {
     pub unsafe fn prepare(&self) {
         let mut cr4 = Cr4Flags::OSFXSR | Cr4Flags::OSXMMEXCPT_ENABLE;
         cr4.set(Cr4Flags::OSXSAVE, self.xsave);
+        // For RDPKRU: the hypervisor maps no user pages, so that keys bar it from nothing.
+        cr4.set(Cr4Flags::PROTECTION_KEY_USER, self.has_pkru());
         // SAFETY: every x86-64 processor has FXSR and SSE; OSXSAVE is set only where CPUID
-        // reports XSAVE. None of these bits affects memory safety.
+        // reports XSAVE, PKE where it reports PKRU. None of these bits affects memory safety.
         unsafe {
             Cr0::update(|f| {
                 f.insert(Cr0Flags::MONITOR_COPROCESSOR);
@@ -314,6 +321,19 @@ impl GuestFpu {
         } else {
             self.xcr0
         }
+    }
+
+    /// The guest's PKRU while its state is `loaded`; 0 otherwise, and where there is none.
+    pub fn pkru(&self, loaded: bool) -> u32 {
+        if !loaded || !self.features.has_pkru() {
+            return 0;
+        }
+        let pkru: u32;
+        // SAFETY: the processor has protection keys and `prepare` set CR4.PKE, so RDPKRU with ECX = 0 only reads.
+        unsafe {
+            asm!("rdpkru", in("ecx") 0, out("eax") pkru, out("edx") _, options(nomem, nostack, preserves_flags));
+        }
+        pkru
     }
 
     /// Sets the guest's XCR0. While `loaded`, also the register. A value that the processor

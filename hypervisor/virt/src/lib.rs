@@ -191,6 +191,8 @@ pub trait VirtualCpu: Send + 'static {
     fn mmx(&mut self, number: u8) -> u64;
     /// Sets an MMX register and, as MMX instructions do, marks all as in use. As slow.
     fn set_mmx(&mut self, number: u8, value: u64);
+    /// PKRU; 0 where there is none.
+    fn pkru(&self) -> u32;
     /// XCR0.
     fn xcr0(&self) -> u64;
     /// Sets XCR0, already checked by the caller.

@@ -171,6 +171,9 @@ impl VirtualCpu for FakeCpu {
     fn set_mmx(&mut self, number: u8, value: u64) {
         self.mmx[usize::from(number)] = value;
     }
+    fn pkru(&self) -> u32 {
+        0
+    }
     fn xcr0(&self) -> u64 {
         self.state.xcr0
     }

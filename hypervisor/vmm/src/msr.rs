@@ -20,6 +20,7 @@ pub mod number {
     pub const TSC_ADJUST: u32 = 0x3b;
     pub const SPEC_CTRL: u32 = 0x48;
     pub const BIOS_SIGN_ID: u32 = 0x8b;
+    pub const PLATFORM_INFO: u32 = 0xce;
     pub const MTRR_CAP: u32 = 0xfe;
     pub const MCG_CAP: u32 = 0x179;
     pub const MCG_STATUS: u32 = 0x17a;
@@ -97,6 +98,13 @@ pub const MISC_ENABLE_RESET: u64 = 1 | (1 << 11) | (1 << 12);
 /// back, without effect. AMD processors lack the register; systems read it there under other hypervisors.
 pub const MISC_ENABLE_WRITABLE: u64 =
     1 | (1 << 3) | (1 << 7) | (1 << 16) | (1 << 18) | (1 << 20) | (1 << 22) | (1 << 23) | (1 << 34);
+
+/// MSR_PLATFORM_INFO of a processor whose TSC runs at `tsc_hz` (SDM vol. 4, table 2-20): its ratio to the bus of
+/// 100 MHz, 255 at most, and no other feature. AMD processors lack it; systems read it there, too, under other hypervisors.
+pub fn platform_info(tsc_hz: u64) -> u64 {
+    const BUS_HZ: u64 = 100_000_000;
+    (tsc_hz / BUS_HZ).clamp(1, 255) << 8
+}
 
 /// Whether a byte is a memory type that MTRRs may hold (SDM vol. 3A, table 12-8).
 fn valid_type(value: u8) -> bool {
@@ -226,6 +234,13 @@ mod tests {
         assert_eq!(m.write(0x250, 0x0606_0606_0606_0607, 40), Some(false));
         assert_eq!(m.write(MTRR_CAP, 0, 40), None, "read-only");
         assert_eq!(m.read(0x210), None, "a ninth pair");
+    }
+
+    #[test]
+    fn the_ratio_is_that_of_the_tsc() {
+        assert_eq!(platform_info(2_899_999_999), 28 << 8);
+        assert_eq!(platform_info(1_000), 1 << 8, "never zero");
+        assert_eq!(platform_info(u64::MAX), 255 << 8);
     }
 
     #[test]

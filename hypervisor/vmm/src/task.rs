@@ -311,7 +311,7 @@ pub fn switch<V: VirtualCpu>(
         request.event,
         Some(Event::Interrupt(_) | Event::Nmi | Event::Exception { .. })
     );
-    let paging = system_paging(cpu);
+    let paging = system_paging(cpu, context.policy.physical_bits());
     let mut switch = Switch {
         cpu,
         context,
@@ -350,8 +350,8 @@ fn after(event: Option<Event>, exception: Exception) -> Outcome {
     })
 }
 
-fn system_paging<V: VirtualCpu>(cpu: &V) -> Paging {
-    let mut paging = Paging::of(cpu);
+fn system_paging<V: VirtualCpu>(cpu: &V, physical_bits: u8) -> Paging {
+    let mut paging = Paging::of(cpu, physical_bits);
     paging.cpl = 0;
     paging.rflags &= !RFLAGS_AC;
     paging
@@ -514,7 +514,7 @@ impl<V: VirtualCpu> Switch<'_, V> {
         if let Some(cr3) = cr3 {
             control::write_cr3(cpu, self.context, cr3.into())?;
         }
-        self.paging = system_paging(self.cpu);
+        self.paging = system_paging(self.cpu, self.context.policy.physical_bits());
         if virtual_8086 {
             self.cpu.set_rflags(flags);
             for (index, name) in SEGMENTS.into_iter().enumerate() {

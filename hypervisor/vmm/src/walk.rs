@@ -2,9 +2,9 @@
 //!
 //! Used only to emulate an instruction: to fetch its bytes and to reach its operands. Covers
 //! no paging, 32-bit, PAE, 4-level and 5-level paging with the access checks of SDM vol. 3A,
-//! section 4.6. Entries are read once each; a table outside the guest's RAM reads as zero
-//! (not present). Accessed and dirty bits are not set: the processor's own walk has set
-//! accessed bits before the exit that leads here, and MMIO pages need no dirty bit.
+//! section 4.6, protection keys, and reserved bits among them. Entries are read once each; a table outside
+//! the guest's RAM reads as zero (not present). A walk that ends well marks its entries as accessed, and the
+//! page as dirty if it is to be written, as the processor does.
 
 use mem::{
     Gpa, Gva,
@@ -19,6 +19,7 @@ const CR4_PAE: u64 = 1 << 5;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_SMEP: u64 = 1 << 20;
 const CR4_SMAP: u64 = 1 << 21;
+const CR4_PKE: u64 = 1 << 22;
 const EFER_LMA: u64 = 1 << 10;
 const EFER_NXE: u64 = 1 << 11;
 const RFLAGS_AC: u64 = 1 << 18;
@@ -26,9 +27,17 @@ const RFLAGS_AC: u64 = 1 << 18;
 const PTE_PRESENT: u64 = 1 << 0;
 const PTE_WRITE: u64 = 1 << 1;
 const PTE_USER: u64 = 1 << 2;
+const PTE_ACCESSED: u64 = 1 << 5;
+const PTE_DIRTY: u64 = 1 << 6;
 const PTE_LARGE: u64 = 1 << 7;
 const PTE_NX: u64 = 1 << 63;
 const PTE_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// Bits of a page fault's error code (SDM vol. 3A, section 4.7).
+const CODE_RESERVED: u32 = 1 << 3;
+const CODE_KEY: u32 = 1 << 5;
+/// How often a walk starts anew because another processor changes the tables under it.
+const MAX_WALKS: u32 = 8;
 
 /// What the access is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,18 +116,32 @@ pub struct Paging {
     pub rflags: u64,
     /// Current privilege level.
     pub cpl: u8,
+    /// PKRU, if protection keys are on.
+    pub pkru: u32,
+    /// Physical address bits of the guest's processor: address bits of an entry above them are reserved.
+    pub physical_bits: u8,
+}
+
+/// Why a walk has no result.
+enum Broken {
+    Fault(PageFault),
+    /// An entry is not what it was any more.
+    Changed,
 }
 
 impl Paging {
-    /// Reads it off a vCPU.
-    pub fn of<V: VirtualCpu>(cpu: &V) -> Self {
+    /// Reads it off a vCPU that has so many physical address bits.
+    pub fn of<V: VirtualCpu>(cpu: &V, physical_bits: u8) -> Self {
+        let cr4 = cpu.cr4();
         Paging {
             cr0: cpu.cr0(),
             cr3: cpu.cr3(),
-            cr4: cpu.cr4(),
+            cr4,
             efer: cpu.efer(),
             rflags: cpu.rflags(),
             cpl: cpu.cpl(),
+            pkru: if cr4 & CR4_PKE != 0 { cpu.pkru() } else { 0 },
+            physical_bits,
         }
     }
 
@@ -140,51 +163,73 @@ impl Paging {
         if self.cr0 & CR0_PG == 0 {
             return Ok(Gpa(gva.0 & 0xffff_ffff));
         }
+        for _ in 1..MAX_WALKS {
+            match self.walk(memory, gva, access, true) {
+                Ok(gpa) => return Ok(gpa),
+                Err(Broken::Fault(fault)) => return Err(fault),
+                Err(Broken::Changed) => {}
+            }
+        }
+        self.walk(memory, gva, access, false)
+            .map_err(|broken| match broken {
+                Broken::Fault(fault) => fault,
+                Broken::Changed => self.fault(gva, access, 0),
+            })
+    }
+
+    fn fault(&self, gva: Gva, access: Access, why: u32) -> PageFault {
+        let nx = self.efer & EFER_NXE != 0;
+        let mut error_code = why;
+        error_code |= u32::from(access == Access::Write) << 1;
+        error_code |= u32::from(self.cpl == 3) << 2;
+        if access == Access::Fetch && (nx || self.cr4 & CR4_SMEP != 0) {
+            error_code |= 1 << 4;
+        }
+        PageFault {
+            address: gva,
+            error_code,
+        }
+    }
+
+    /// One walk. With `mark`, its entries are marked as accessed and dirty.
+    fn walk(
+        &self,
+        memory: &GuestMemory,
+        gva: Gva,
+        access: Access,
+        mark: bool,
+    ) -> Result<Gpa, Broken> {
+        const PRESENT: u32 = 1;
+        let fault = |why| Err(Broken::Fault(self.fault(gva, access, why)));
         let user = self.cpl == 3;
         let nx = self.efer & EFER_NXE != 0;
-        let fault = |present: bool| {
-            let mut code = u32::from(present);
-            code |= u32::from(access == Access::Write) << 1;
-            code |= u32::from(user) << 2;
-            if access == Access::Fetch && (nx || self.cr4 & CR4_SMEP != 0) {
-                code |= 1 << 4;
-            }
-            PageFault {
-                address: gva,
-                error_code: code,
-            }
-        };
-
-        let wide = self.cr4 & CR4_PAE != 0;
-        let (levels, index_bits, mut table) = match (self.long_mode(), wide) {
+        let long = self.long_mode();
+        let wide = long || self.cr4 & CR4_PAE != 0;
+        let (levels, index_bits, mut table) = match (long, wide) {
             (true, _) if self.cr4 & CR4_LA57 != 0 => (5, 9, self.cr3 & PTE_ADDRESS),
             (true, _) => (4, 9, self.cr3 & PTE_ADDRESS),
             (false, true) => (3, 9, self.cr3 & 0xffff_ffe0),
             (false, false) => (2, 10, self.cr3 & 0xffff_f000),
         };
-        let linear = if self.long_mode() {
-            gva.0
-        } else {
-            gva.0 & 0xffff_ffff
-        };
+        let linear = if long { gva.0 } else { gva.0 & 0xffff_ffff };
         // Rights that every entry grants, and bits that any entry has.
         let (mut granted, mut any) = (PTE_WRITE | PTE_USER, 0);
+        let mut passed = [(Gpa(0), 0u64); 5];
         for level in (1..=levels).rev() {
             let shift = 12 + index_bits * (level - 1);
             let index = (linear >> shift) & ((1 << index_bits) - 1);
-            let entry = if wide || self.long_mode() {
-                memory.read_entry(Gpa(table + index * 8)).unwrap_or(0)
+            let (at, entry) = if wide {
+                let at = Gpa(table + index * 8);
+                (at, memory.read_entry(at).unwrap_or(0))
             } else {
-                memory.read_u32(Gpa(table + index * 4)).map_or(0, u64::from)
+                let at = Gpa(table + index * 4);
+                (at, memory.read_u32(at).map_or(0, u64::from))
             };
             if entry & PTE_PRESENT == 0 {
-                return Err(fault(false));
+                return fault(0);
             }
-            // The four PDPTEs of PAE paging have no R/W, U/S or XD bits.
-            if !(level == 3 && levels == 3) {
-                granted &= entry;
-                any |= entry;
-            }
+            // The four PDPTEs of PAE paging have no R/W, U/S, XD or accessed bits; the processor has loaded them.
+            let is_pdpte = level == 3 && levels == 3;
             let leaf = level == 1
                 || entry & PTE_LARGE != 0
                     && match level {
@@ -192,23 +237,34 @@ impl Paging {
                         3 => levels > 3,
                         _ => false,
                     };
+            if !is_pdpte {
+                if entry & self.reserved(level, wide, leaf) != 0 {
+                    return fault(PRESENT | CODE_RESERVED);
+                }
+                granted &= entry;
+                any |= entry;
+                if let Some(slot) = passed.get_mut(level - 1) {
+                    *slot = (at, entry);
+                }
+            }
             if !leaf {
-                table = entry
-                    & if index_bits == 10 {
-                        0xffff_f000
-                    } else {
-                        PTE_ADDRESS
-                    };
+                table = entry & if wide { PTE_ADDRESS } else { 0xffff_f000 };
                 continue;
             }
             let writable = granted & PTE_WRITE != 0;
             let user_page = granted & PTE_USER != 0;
             let no_execute = nx && any & PTE_NX != 0;
             if !self.permits(access, user, writable, user_page, no_execute) {
-                return Err(fault(true));
+                return fault(PRESENT);
+            }
+            if long && user_page && !self.key_permits(access, user, entry) {
+                return fault(PRESENT | CODE_KEY);
+            }
+            if mark && !Self::mark(memory, &passed[level - 1..], access) {
+                return Err(Broken::Changed);
             }
             let page_mask = (1u64 << shift) - 1;
-            let base = if index_bits == 10 && level == 2 {
+            let base = if !wide && level == 2 {
                 // PSE-36: bits 20:13 of the entry are bits 39:32 of the address.
                 (entry & 0xffc0_0000) | ((entry >> 13) & 0xff) << 32
             } else {
@@ -216,7 +272,63 @@ impl Paging {
             };
             return Ok(Gpa(base | (linear & page_mask)));
         }
-        Err(fault(false))
+        fault(0)
+    }
+
+    /// Bits that must be 0 in a present entry (SDM vol. 3A, sections 4.3 to 4.5).
+    fn reserved(&self, level: usize, wide: bool, leaf: bool) -> u64 {
+        if !wide {
+            // Of a large page: bit 21, and the address bits that the processor has not.
+            let high = u32::from(self.physical_bits.clamp(32, 40)) - 32;
+            return if leaf && level == 2 {
+                1 << 21 | (0xff & !((1 << high) - 1)) << 13
+            } else {
+                0
+            };
+        }
+        let mut bits = PTE_ADDRESS & !0 << self.physical_bits.min(63);
+        if self.efer & EFER_NXE == 0 {
+            bits |= PTE_NX;
+        }
+        if !self.long_mode() {
+            // What long mode ignores there, or uses for keys.
+            bits |= 0x7ff << 52;
+        }
+        match (level, leaf) {
+            (2, true) => bits |= 0xff << 13,
+            (3, true) => bits |= 0x1_ffff << 13,
+            (4 | 5, _) => bits |= PTE_LARGE,
+            _ => {}
+        }
+        bits
+    }
+
+    /// Whether the page's protection key allows the access (SDM vol. 3A, section 4.6.2).
+    fn key_permits(&self, access: Access, user: bool, leaf: u64) -> bool {
+        if self.cr4 & CR4_PKE == 0 || access == Access::Fetch {
+            return true;
+        }
+        let key = (leaf >> 59) & 0xf;
+        let rights = self.pkru >> (2 * key);
+        let (no_access, no_write) = (rights & 1 != 0, rights & 2 != 0);
+        let write = access == Access::Write && (user || self.cr0 & CR0_WP != 0);
+        !(no_access || no_write && write)
+    }
+
+    /// Marks the entries of a walk, the leaf first. `false`: one has changed meanwhile.
+    fn mark(memory: &GuestMemory, passed: &[(Gpa, u64)], access: Access) -> bool {
+        passed.iter().enumerate().all(|(n, &(at, entry))| {
+            let dirty = if n == 0 && access == Access::Write {
+                PTE_DIRTY
+            } else {
+                0
+            };
+            let wanted = PTE_ACCESSED | dirty;
+            // A slot that no entry went through is all zeroes.
+            entry & PTE_PRESENT == 0
+                || entry & wanted == wanted
+                || memory.replace_u8(at, entry as u8, (entry | wanted) as u8)
+        })
     }
 
     /// The access rights of SDM vol. 3A, section 4.6.1, protection keys apart.
@@ -281,6 +393,8 @@ mod tests {
             efer: EFER_LMA | EFER_NXE,
             rflags: 2,
             cpl,
+            pkru: 0,
+            physical_bits: 40,
         }
     }
 
@@ -387,5 +501,104 @@ mod tests {
             .translate(&m, GVA, Access::Read)
             .expect_err("a fault");
         assert_eq!(fault.error_code, 0);
+    }
+
+    #[test]
+    fn reserved_bits_fault_as_such() {
+        let m = memory();
+        let code = |paging: &Paging| {
+            let result = paging.translate(&m, GVA, Access::Write);
+            result.err().map(|fault| fault.error_code)
+        };
+        four_levels(&m, 0x5000 | 1 << 40, RW);
+        assert_eq!(code(&long_mode(0)), Some(0b1011));
+        four_levels(&m, 0x5000, RW | 1 << 52 | 1 << 51);
+        assert_eq!(code(&long_mode(3)), Some(0b1111));
+        four_levels(&m, 0x5000, RW | 1 << 52 | 1 << 9);
+        assert_eq!(code(&long_mode(0)), None, "ignored ones");
+        four_levels(&m, 0x5000, RW | PTE_NX);
+        let mut paging = long_mode(0);
+        paging.efer &= !EFER_NXE;
+        assert_eq!(code(&paging), Some(0b1011));
+        // Between the flags and the address of a large page.
+        four_levels(&m, 0, RW);
+        let pd = TABLES + 0x2000 + ((GVA.0 >> 21) & 0x1ff) * 8;
+        m.write_u64(Gpa(pd), 0x4020_2000 | RW | PTE_LARGE)
+            .expect("RAM");
+        assert_eq!(code(&long_mode(0)), Some(0b1011));
+        // PSE-36 with 36 address bits.
+        let mut paging = long_mode(0);
+        (paging.cr4, paging.efer, paging.physical_bits) = (CR4_PSE, 0, 36);
+        let at = Gpa(TABLES + 4);
+        for (entry, expected) in [(0x0081_e000, None), (0x0082_0000, Some(0b1011))] {
+            m.write_u32(at, entry | (RW | PTE_LARGE) as u32)
+                .expect("RAM");
+            let result = paging.translate(&m, Gva(0x40_1234), Access::Write);
+            assert_eq!(result.err().map(|fault| fault.error_code), expected);
+        }
+    }
+
+    #[test]
+    fn protection_keys_guard_user_pages() {
+        let m = memory();
+        let key = |n: u64| n << 59;
+        let mut paging = long_mode(0);
+        paging.cr4 |= CR4_PKE;
+        // Key 5 may not be written, key 6 not be used at all.
+        paging.pkru = 0b10 << 10 | 0b01 << 12;
+        for (page, cpl, access, code) in [
+            (key(4), 3, Access::Write, None),
+            (key(5), 3, Access::Read, None),
+            (key(5), 3, Access::Write, Some(0b10_0111)),
+            (key(5), 0, Access::Write, Some(0b10_0011)),
+            (key(6), 0, Access::Read, Some(0b10_0001)),
+            (key(6), 3, Access::Fetch, None),
+        ] {
+            four_levels(&m, 0x5000, RW | PTE_USER | page);
+            paging.cpl = cpl;
+            let result = paging.translate(&m, GVA, access);
+            assert_eq!(
+                result.err().map(|f| f.error_code),
+                code,
+                "{page:#x} {access:?}"
+            );
+        }
+        // A supervisor page has none, and without WP the supervisor may write.
+        four_levels(&m, 0x5000, RW | key(6));
+        paging.cpl = 0;
+        assert!(paging.translate(&m, GVA, Access::Write).is_ok());
+        four_levels(&m, 0x5000, RW | PTE_USER | key(5));
+        paging.cr0 &= !CR0_WP;
+        assert!(paging.translate(&m, GVA, Access::Write).is_ok());
+    }
+
+    #[test]
+    fn entries_are_marked_as_the_processor_does() {
+        let m = memory();
+        let entry = |level: u64| {
+            let index = (GVA.0 >> (12 + 9 * (level - 1))) & 0x1ff;
+            let at = TABLES + (4 - level) * 0x1000 + index * 8;
+            m.read_entry(Gpa(at)).expect("RAM") & (PTE_ACCESSED | PTE_DIRTY)
+        };
+        four_levels(&m, 0x5000, PTE_PRESENT);
+        assert!(long_mode(0).translate(&m, GVA, Access::Write).is_err());
+        assert_eq!([1, 2, 3, 4].map(entry), [0; 4], "a fault marks nothing");
+        assert!(long_mode(0).translate(&m, GVA, Access::Read).is_ok());
+        assert_eq!([1, 2, 3, 4].map(entry), [PTE_ACCESSED; 4]);
+        four_levels(&m, 0x5000, RW);
+        assert!(long_mode(0).translate(&m, GVA, Access::Write).is_ok());
+        assert_eq!(entry(1), PTE_ACCESSED | PTE_DIRTY);
+        assert_eq!([2, 3, 4].map(entry), [PTE_ACCESSED; 3]);
+        // In 32-bit paging, too, and only in the entry's own four bytes.
+        let mut paging = long_mode(0);
+        (paging.cr4, paging.efer) = (CR4_PSE, 0);
+        m.write_u64(Gpa(TABLES), u64::from(u32::MAX) << 32 | RW | PTE_LARGE)
+            .expect("RAM");
+        assert!(paging.translate(&m, Gva(0x1234), Access::Write).is_ok());
+        let marked = RW | PTE_LARGE | PTE_ACCESSED | PTE_DIRTY;
+        assert_eq!(
+            m.read_entry(Gpa(TABLES)),
+            Ok(u64::from(u32::MAX) << 32 | marked)
+        );
     }
 }

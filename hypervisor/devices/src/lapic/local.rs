@@ -778,13 +778,9 @@ impl LocalApic {
         }
         let destination = match icr.shorthand() {
             Shorthand::Sender => {
-                // Only fixed delivery is defined for self (table 11-3). Processors take an NMI, too.
-                match mode {
-                    DeliveryMode::Fixed | DeliveryMode::LowestPriority => {
-                        self.self_ipi(icr.vector());
-                    }
-                    DeliveryMode::Nmi => self.signals.add_nmis(1),
-                    _ => {}
+                // Only vectors can be sent to oneself this way (table 11-3): not even an NMI.
+                if vectored {
+                    self.self_ipi(icr.vector());
                 }
                 return;
             }
@@ -881,13 +877,15 @@ impl LocalApic {
         self.lvt[LvtEntry::Timer as usize].timer_mode()
     }
 
-    /// The clock's tick at which the vCPU's TSC reaches `tsc`; 0 if that was before the VM started.
+    /// The clock's tick at which the vCPU's TSC reaches `tsc`, or did. The two are compared as the processor does, as
+    /// plain numbers, wherever the guest has set its TSC.
     fn deadline_tick(&self, tsc: u64) -> u64 {
-        let adjust = self.tsc_adjust as i64;
-        if adjust >= 0 {
-            tsc.saturating_sub(adjust.unsigned_abs())
+        let now = self.clock.now();
+        let guest = now.wrapping_add(self.tsc_adjust);
+        if tsc >= guest {
+            now.saturating_add(tsc - guest)
         } else {
-            tsc.saturating_add(adjust.unsigned_abs())
+            now.saturating_sub(guest - tsc)
         }
     }
 

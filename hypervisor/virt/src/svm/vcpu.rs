@@ -859,6 +859,10 @@ impl VirtualCpu for SvmVcpu {
         self.fpu.set_mmx(number, value, self.loaded);
     }
 
+    fn pkru(&self) -> u32 {
+        self.fpu.pkru(self.loaded)
+    }
+
     fn xcr0(&self) -> u64 {
         self.fpu.xcr0(self.loaded)
     }

@@ -1053,6 +1053,10 @@ impl VirtualCpu for VtxVcpu {
         self.fpu.set_mmx(number, value, loaded);
     }
 
+    fn pkru(&self) -> u32 {
+        self.fpu.pkru(self.is_loaded())
+    }
+
     fn xcr0(&self) -> u64 {
         // XSETBV always exits, so that the copy is good.
         self.fpu.xcr0(false)

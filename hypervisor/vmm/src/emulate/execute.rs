@@ -181,7 +181,13 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         if let Some(step) = self.stack_or_branch()? {
             return Ok(step);
         }
-        self.system()?.ok_or(Stop::Unsupported)
+        if let Some(step) = self.far_transfer()? {
+            return Ok(step);
+        }
+        if self.load_far_pointer()? || self.system()? {
+            return Ok(Step::Done);
+        }
+        Err(Stop::Unsupported)
     }
 
     fn mov(&mut self) -> Result<(), Stop> {

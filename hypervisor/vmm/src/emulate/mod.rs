@@ -13,8 +13,10 @@ mod alu;
 mod arithmetic;
 mod cache;
 mod execute;
+mod far;
 mod fetch;
 mod operand;
+mod segment;
 mod simple;
 mod stack;
 mod string;
@@ -139,6 +141,8 @@ pub trait Platform<V> {
     /// # Errors
     /// The exception for the guest.
     fn control_write(&mut self, cpu: &mut V, cr: u8, value: u64) -> Result<(), Exception>;
+    /// Physical address bits of the guest's processor.
+    fn physical_bits(&self) -> u8;
     /// The instruction touched what hardware breakpoints watch; `hits`: their bits of DR6.
     fn breakpoints_hit(&mut self, hits: u64);
 }
@@ -152,7 +156,7 @@ pub fn emulate<V: VirtualCpu, P: Platform<V>>(
     cache: &mut DecodeCache,
     target: Option<Target>,
 ) -> Outcome {
-    let paging = Paging::of(cpu);
+    let paging = Paging::of(cpu, platform.physical_bits());
     let mode = cpu.mode();
     let bytes = match fetch(cpu, memory, platform, &paging, mode) {
         Ok(bytes) => bytes,
@@ -219,7 +223,8 @@ pub fn is_hypercall<V: VirtualCpu, P: Platform<V>>(
 ) -> bool {
     const VMCALL: [u8; 3] = [0x0f, 0x01, 0xc1];
     const VMMCALL: [u8; 3] = [0x0f, 0x01, 0xd9];
-    let (paging, mode) = (Paging::of(cpu), cpu.mode());
+    let paging = Paging::of(cpu, platform.physical_bits());
+    let mode = cpu.mode();
     let bytes = fetch(cpu, memory, platform, &paging, mode);
     bytes.is_ok_and(|bytes| {
         let bytes = bytes.as_slice();
@@ -240,5 +245,7 @@ pub fn load_msw(cr0: u64, operand: u16) -> u64 {
     (cr0 & !0xf) | low | (cr0 & 1)
 }
 
+#[cfg(test)]
+mod far_tests;
 #[cfg(test)]
 mod tests;

@@ -84,6 +84,9 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     pub(super) fn write_register(&mut self, register: Register, value: u64) -> Result<(), Stop> {
+        if register.is_segment_register() {
+            return self.write_segment_register(register, value as u16);
+        }
         let (gpr, shift) = general(register).ok_or(Stop::Unsupported)?;
         if shift == 8 {
             let old = self.cpu.gpr(gpr);

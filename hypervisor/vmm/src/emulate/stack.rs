@@ -2,7 +2,7 @@
 //!
 //! Device memory is an operand here, or the code itself is in it: then every instruction comes this way.
 
-use iced_x86::{Code, ConditionCode, Mnemonic, OpKind, Register};
+use iced_x86::{Code, ConditionCode, Mnemonic, OpKind};
 use mem::Width;
 use virt::{CpuMode, Gpr, SegmentName, VirtualCpu};
 
@@ -130,7 +130,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// The bits of RSP that address the stack.
-    fn stack_mask(&self) -> u64 {
+    pub(super) fn stack_mask(&self) -> u64 {
         if self.mode == CpuMode::Long64 {
             u64::MAX
         } else if self.cpu.segment(SegmentName::Ss).rights.default_big() {
@@ -140,7 +140,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         }
     }
 
-    fn set_stack_pointer(&mut self, value: u64) {
+    pub(super) fn set_stack_pointer(&mut self, value: u64) {
         let mask = self.stack_mask();
         let value = match mask {
             0xffff => self.cpu.gpr(Gpr::Rsp) & !mask | value & mask,
@@ -218,11 +218,6 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
 
     /// POP to a register or memory. A memory operand based on RSP is addressed after the increment (SDM vol. 2B, POP).
     fn pop_operand(&mut self) -> Result<(), Stop> {
-        if self.instruction.op0_register().is_segment_register()
-            && self.instruction.op0_register() != Register::None
-        {
-            return Err(Stop::Unsupported);
-        }
         let width = self.stack_item()?;
         let before = self.cpu.gpr(Gpr::Rsp);
         let (value, pointer) = self.popped(width)?;

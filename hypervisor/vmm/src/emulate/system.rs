@@ -1,12 +1,12 @@
-//! Descriptor-table registers, LDTR, TR and the far jump, with their operand in device memory.
+//! Descriptor-table registers, LDTR and TR with their operand in device memory, and descriptors.
 
-use iced_x86::{Mnemonic, OpKind};
+use iced_x86::Mnemonic;
 use mem::{Gva, Width};
 use virt::{AccessRights, CpuMode, DescriptorTable, Segment, SegmentName, VirtualCpu};
 
 use super::{
     Exception, Platform,
-    execute::{Run, Step, Stop},
+    execute::{Run, Stop},
 };
 use crate::walk::Access;
 
@@ -14,7 +14,7 @@ const TSS_BUSY: u8 = 2;
 const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_AC: u64 = 1 << 18;
 
-fn fault(vector: u8, selector: u16) -> Stop {
+pub(super) fn fault(vector: u8, selector: u16) -> Stop {
     Stop::Fault(Exception {
         vector,
         error_code: Some(u32::from(selector & !3)),
@@ -22,22 +22,22 @@ fn fault(vector: u8, selector: u16) -> Stop {
     })
 }
 
-const NOT_PRESENT: u8 = 11;
-const GENERAL: u8 = 13;
+pub(super) const NOT_PRESENT: u8 = 11;
+pub(super) const GENERAL: u8 = 13;
 
 /// A descriptor, and where it stands.
-struct Entry {
+pub(super) struct Entry {
     low: u64,
     high: u64,
     at: Gva,
 }
 
 impl Entry {
-    fn rights(&self) -> AccessRights {
+    pub(super) fn rights(&self) -> AccessRights {
         AccessRights::from_bits((self.low >> 40) as u32 & 0xf0ff)
     }
 
-    fn segment(&self, selector: u16) -> Segment {
+    pub(super) fn segment(&self, selector: u16) -> Segment {
         let limit = (self.low & 0xffff) as u32 | (self.low >> 32) as u32 & 0xf_0000;
         let rights = self.rights();
         Segment {
@@ -54,8 +54,8 @@ impl Entry {
 }
 
 impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
-    /// Executes one of these instructions; `None`: another one.
-    pub(super) fn system(&mut self) -> Result<Option<Step>, Stop> {
+    /// Executes one of these instructions; `false`: another one.
+    pub(super) fn system(&mut self) -> Result<bool, Stop> {
         match self.instruction.mnemonic() {
             Mnemonic::Lldt => {
                 let selector = self.get(0)? as u16;
@@ -77,9 +77,6 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             }
             Mnemonic::Sgdt => self.store_table(self.cpu.gdtr())?,
             Mnemonic::Sidt => self.store_table(self.cpu.idtr())?,
-            Mnemonic::Jmp if self.instruction.is_jmp_far_indirect() => {
-                return Ok(Some(Step::Jump(self.far_jump()?)));
-            }
             // Caches hold nothing of a device.
             Mnemonic::Clflush
             | Mnemonic::Clflushopt
@@ -90,12 +87,12 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             | Mnemonic::Prefetcht2
             | Mnemonic::Prefetchw
             | Mnemonic::Nop => {}
-            _ => return Ok(None),
+            _ => return Ok(false),
         }
-        Ok(Some(Step::Done))
+        Ok(true)
     }
 
-    fn in_long_mode(&self) -> bool {
+    pub(super) fn in_long_mode(&self) -> bool {
         self.paging.efer & EFER_LMA != 0
     }
 
@@ -153,7 +150,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     ///
     /// # Errors
     /// #GP with the selector: beyond the table's limit. Page faults.
-    fn entry(&mut self, selector: u16, wide: bool) -> Result<Entry, Stop> {
+    pub(super) fn entry(&mut self, selector: u16, wide: bool) -> Result<Entry, Stop> {
         let (base, limit) = if selector & 4 == 0 {
             let gdt = self.cpu.gdtr();
             (gdt.base, u32::from(gdt.limit))
@@ -182,7 +179,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// Sets bits of a descriptor's second byte of rights in its table.
-    fn mark(&mut self, entry: &Entry, bits: u64) -> Result<(), Stop> {
+    pub(super) fn mark(&mut self, entry: &Entry, bits: u64) -> Result<(), Stop> {
         let value = entry.low | bits << 40;
         if value == entry.low {
             return Ok(());
@@ -248,71 +245,5 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         segment.rights.set_kind(rights.kind() | TSS_BUSY);
         self.cpu.set_segment(SegmentName::Tr, segment);
         Ok(())
-    }
-
-    /// JMP m16:16, m16:32 or m16:64 to a code segment. Gates and task switches this way are not known.
-    fn far_jump(&mut self) -> Result<u64, Stop> {
-        const ACCESSED: u64 = 1;
-        if self.instruction.op0_kind() != OpKind::Memory {
-            return Err(Stop::Unsupported);
-        }
-        let width = Width::from_bytes(self.instruction.memory_size().size().saturating_sub(2))
-            .ok_or(Stop::Unsupported)?;
-        let at = self.operand_address_for(0, Access::Read)?;
-        self.target = None;
-        let offset = self.load(at, width)?;
-        let selector_at = Gva(at.0.wrapping_add(width.bytes() as u64));
-        let selector = self.load(selector_at, Width::Word)? as u16;
-        let old = self.cpu.segment(SegmentName::Cs);
-        if matches!(self.mode, CpuMode::Real | CpuMode::Virtual8086) {
-            if offset > u64::from(old.limit) {
-                return Err(Stop::Fault(Exception::GENERAL_PROTECTION));
-            }
-            let base = u64::from(selector) << 4;
-            let cs = Segment {
-                selector,
-                base,
-                ..old
-            };
-            self.cpu.set_segment(SegmentName::Cs, cs);
-            return Ok(offset);
-        }
-        if selector & !3 == 0 {
-            return Err(Stop::Fault(Exception::GENERAL_PROTECTION));
-        }
-        let entry = self.entry(selector, false)?;
-        let rights = entry.rights();
-        if !rights.code_or_data() {
-            return Err(Stop::Unsupported);
-        }
-        let (cpl, rpl) = (self.paging.cpl, selector as u8 & 3);
-        let (is_code, conforming) = (rights.kind() & 8 != 0, rights.kind() & 4 != 0);
-        let privilege = if conforming {
-            rights.dpl() <= cpl
-        } else {
-            rpl <= cpl && rights.dpl() == cpl
-        };
-        let contradicts = self.in_long_mode() && rights.long() && rights.default_big();
-        if !is_code || !privilege || contradicts {
-            return Err(fault(GENERAL, selector));
-        }
-        if !rights.present() {
-            return Err(fault(NOT_PRESENT, selector));
-        }
-        let mut cs = entry.segment(selector & !3 | u16::from(cpl));
-        let to_64_bit = self.in_long_mode() && rights.long();
-        cs.rights.set_long(to_64_bit);
-        let good = if to_64_bit {
-            self.is_canonical(offset)
-        } else {
-            offset <= u64::from(cs.limit)
-        };
-        if !good {
-            return Err(Stop::Fault(Exception::GENERAL_PROTECTION));
-        }
-        self.mark(&entry, ACCESSED)?;
-        cs.rights.set_kind(rights.kind() | ACCESSED as u8);
-        self.cpu.set_segment(SegmentName::Cs, cs);
-        Ok(offset)
     }
 }

@@ -20,10 +20,10 @@ const CODE: u64 = 0x10_0000;
 const TABLES: u64 = 0x20_0000;
 const DATA: u64 = 0x30_0000;
 /// Linear and physical address of a device register file.
-const DEVICE: u64 = 0xfec0_0000;
+pub(super) const DEVICE: u64 = 0xfec0_0000;
 
 /// A device of 4 KiB of plain registers, and ports that count up.
-struct Device {
+pub(super) struct Device {
     bytes: Vec<u8>,
     log: Vec<(bool, u64, Width, u64)>,
     next_port_value: u32,
@@ -56,6 +56,9 @@ impl Platform<FakeCpu> for Device {
     fn control_read(&mut self, cpu: &mut FakeCpu, cr: u8) -> u64 {
         if cr == 0 { cpu.cr0() } else { 0x55 }
     }
+    fn physical_bits(&self) -> u8 {
+        40
+    }
     fn breakpoints_hit(&mut self, hits: u64) {
         self.hits = hits;
     }
@@ -69,16 +72,16 @@ impl Platform<FakeCpu> for Device {
     }
 }
 
-struct Bench {
-    cpu: FakeCpu,
-    memory: GuestMemory,
-    device: Device,
-    cache: DecodeCache,
+pub(super) struct Bench {
+    pub cpu: FakeCpu,
+    pub memory: GuestMemory,
+    pub device: Device,
+    pub cache: DecodeCache,
 }
 
 impl Bench {
     /// 64-bit mode, the first 4 GiB mapped one to one by 1 GiB pages, RAM of 16 MiB.
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let host: &'static FakeMemory = Box::leak(Box::new(FakeMemory::new(64 << 20)));
         let memory = GuestMemory::allocate(host, 1, &pc_layout(16 << 20)).unwrap();
         memory
@@ -103,7 +106,7 @@ impl Bench {
         }
     }
 
-    fn run(&mut self, code: &[u8]) -> Outcome {
+    pub(super) fn run(&mut self, code: &[u8]) -> Outcome {
         self.memory.write(Gpa(self.cpu.rip()), code).unwrap();
         emulate(
             &mut self.cpu,
@@ -114,16 +117,16 @@ impl Bench {
         )
     }
 
-    fn device_u64(&self, at: usize) -> u64 {
+    pub(super) fn device_u64(&self, at: usize) -> u64 {
         u64::from_le_bytes(self.device.bytes[at..at + 8].try_into().unwrap())
     }
 
-    fn set_device(&mut self, at: usize, value: u64) {
+    pub(super) fn set_device(&mut self, at: usize, value: u64) {
         self.device.bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
     }
 }
 
-const DONE: fn(&[u8]) -> Outcome = |code| Outcome::Done(code.len() as u8);
+pub(super) const DONE: fn(&[u8]) -> Outcome = |code| Outcome::Done(code.len() as u8);
 
 #[test]
 fn mov_in_all_widths() {

@@ -643,6 +643,11 @@ impl<V: VirtualCpu> Vcpu<V> {
     }
 
     fn xsetbv(&mut self) {
+        const CR4_OSXSAVE: u64 = 1 << 18;
+        if self.hw.cr4() & CR4_OSXSAVE == 0 {
+            self.raise(Exception::UNDEFINED_OPCODE);
+            return;
+        }
         let index = self.hw.gpr(Gpr::Rcx) as u32;
         let value = self.edx_eax();
         let result = if index == 0 && self.hw.cpl() == 0 {

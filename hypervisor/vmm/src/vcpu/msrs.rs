@@ -105,6 +105,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             number::KVM_SYSTEM_TIME | number::KVM_SYSTEM_TIME_OLD => Some(rest.msrs.system_time),
             number::KVM_WALL_CLOCK | number::KVM_WALL_CLOCK_OLD => Some(rest.msrs.wall_clock),
             number::MISC_ENABLE => Some(rest.msrs.misc_enable),
+            number::PLATFORM_INFO => Some(msr::platform_info(rest.vm.clock.hz())),
             number::SPEC_CTRL if !rest.vm.cpuid.has_spec_ctrl() => None,
             number::TSC_AUX if !rest.vm.cpuid.has_tsc_aux() => None,
             _ => hw

@@ -126,6 +126,10 @@ impl<V: VirtualCpu> Platform<V> for Rest {
         }
     }
 
+    fn physical_bits(&self) -> u8 {
+        self.vm.cpuid.physical_bits()
+    }
+
     fn breakpoints_hit(&mut self, hits: u64) {
         self.reach.breakpoints = hits;
     }
