@@ -156,6 +156,7 @@ bitflags! {
         const TSC_ADJUST = 1 << 1;
         const BMI1 = 1 << 3;
         const BMI2 = 1 << 8;
+        const INVPCID = 1 << 10;
         const ADX = 1 << 19;
     }
 

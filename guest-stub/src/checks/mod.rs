@@ -8,6 +8,7 @@
 mod acpi;
 mod apic;
 mod clocks;
+mod conform;
 mod cpuid;
 mod disk;
 mod exceptions;
@@ -155,6 +156,7 @@ const GROUPS: &[(&str, &[Check])] = &[
     ("apic", apic::CHECKS),
     ("clocks", clocks::CHECKS),
     ("smp", smp::CHECKS),
+    ("conform", conform::CHECKS),
     ("test", test_devices::CHECKS),
     ("disk", disk::CHECKS),
 ];

@@ -252,12 +252,14 @@ pub struct GuestFpu {
 impl GuestFpu {
     /// Line of the legacy area with FCW (byte 0) and MXCSR (byte 24) (SDM vol. 1, table 13-1).
     const CONTROL_LINE: usize = 0;
+    /// FCW after FNINIT.
+    const INITIAL_FCW: u16 = 0x037f;
 
     /// State after initialization: x87 as after FNINIT, MXCSR 0x1f80, all else zero, XCR0 = 1.
     pub fn new(features: FpuFeatures) -> Self {
         let mut area = vec![Line([0; 64]); features.size.div_ceil(64)].into_boxed_slice();
         if let Some(line) = area.get_mut(Self::CONTROL_LINE) {
-            line.0[0..2].copy_from_slice(&0x037f_u16.to_le_bytes());
+            line.0[0..2].copy_from_slice(&Self::INITIAL_FCW.to_le_bytes());
             line.0[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
         }
         GuestFpu {
@@ -352,8 +354,11 @@ impl GuestFpu {
 mod area {
     pub(super) const FSW: usize = 2;
     pub(super) const FTW: usize = 4;
+    pub(super) const MXCSR: usize = 24;
+    pub(super) const MXCSR_MASK: usize = 28;
     pub(super) const X87: usize = 32;
     pub(super) const XMM: usize = 160;
+    pub(super) const XMM_END: usize = 416;
     pub(super) const XSTATE_BV: usize = 512;
 }
 
@@ -433,6 +438,33 @@ impl GuestFpu {
     fn x87_place(&self, number: usize) -> usize {
         let top = usize::from(u16::from_le_bytes(self.bytes(area::FSW)) >> 11 & 7);
         area::X87 + 16 * (number.wrapping_sub(top) & 7)
+    }
+
+    /// The legacy area: x87, MXCSR and the XMM registers.
+    pub fn legacy(&mut self, loaded: bool) -> [u8; 512] {
+        self.refresh(loaded);
+        let mut image: [u8; 512] = self.bytes(0);
+        if self.features.xsave {
+            // What is in its initial state need not have been stored.
+            let in_use = u64::from_le_bytes(self.bytes(area::XSTATE_BV));
+            if in_use & xcr0::X87 == 0 {
+                image[..area::MXCSR].fill(0);
+                image[..2].copy_from_slice(&Self::INITIAL_FCW.to_le_bytes());
+                image[area::X87..area::XMM].fill(0);
+            }
+            if in_use & xcr0::SSE == 0 {
+                image[area::XMM..area::XMM_END].fill(0);
+            }
+        }
+        image
+    }
+
+    /// Sets them. MXCSR's mask, and what is behind the registers, stay as they are.
+    pub fn set_legacy(&mut self, image: &[u8; 512], loaded: bool) {
+        self.refresh(loaded);
+        self.set_bytes(0, &image[..area::MXCSR_MASK]);
+        self.set_bytes(area::X87, &image[area::X87..area::XMM_END]);
+        self.replace(xcr0::X87 | xcr0::SSE, loaded);
     }
 
     /// An MMX register.

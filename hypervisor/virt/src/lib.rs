@@ -191,6 +191,11 @@ pub trait VirtualCpu: Send + 'static {
     fn mmx(&mut self, number: u8) -> u64;
     /// Sets an MMX register and, as MMX instructions do, marks all as in use. As slow.
     fn set_mmx(&mut self, number: u8, value: u64);
+    /// The state of x87 and SSE as FXSAVE64 stores it (SDM vol. 1, table 10-3). As slow.
+    fn legacy_fpu(&mut self) -> [u8; 512];
+    /// Sets that state. MXCSR must have no bit that the stored mask has not; the mask itself and what is behind
+    /// XMM15 are not taken. As slow.
+    fn set_legacy_fpu(&mut self, image: &[u8; 512]);
     /// PKRU; 0 where there is none.
     fn pkru(&self) -> u32;
     /// XCR0.

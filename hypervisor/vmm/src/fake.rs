@@ -23,6 +23,8 @@ pub(crate) struct FakeCpu {
     pub deadline: u64,
     pub vectors: [[u8; 32]; 16],
     pub mmx: [u64; 8],
+    /// As FXSAVE64 stores it.
+    pub fpu: [u8; 512],
 }
 
 impl FakeCpu {
@@ -41,6 +43,7 @@ impl FakeCpu {
             deadline: 0,
             vectors: [[0; 32]; 16],
             mmx: [0; 8],
+            fpu: [0; 512],
         }
     }
 
@@ -170,6 +173,12 @@ impl VirtualCpu for FakeCpu {
     }
     fn set_mmx(&mut self, number: u8, value: u64) {
         self.mmx[usize::from(number)] = value;
+    }
+    fn legacy_fpu(&mut self) -> [u8; 512] {
+        self.fpu
+    }
+    fn set_legacy_fpu(&mut self, image: &[u8; 512]) {
+        self.fpu = *image;
     }
     fn pkru(&self) -> u32 {
         0

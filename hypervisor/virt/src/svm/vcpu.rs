@@ -859,6 +859,16 @@ impl VirtualCpu for SvmVcpu {
         self.fpu.set_mmx(number, value, self.loaded);
     }
 
+    fn legacy_fpu(&mut self) -> [u8; 512] {
+        let loaded = self.loaded;
+        self.fpu.legacy(loaded)
+    }
+
+    fn set_legacy_fpu(&mut self, image: &[u8; 512]) {
+        let loaded = self.loaded;
+        self.fpu.set_legacy(image, loaded);
+    }
+
     fn pkru(&self) -> u32 {
         self.fpu.pkru(self.loaded)
     }

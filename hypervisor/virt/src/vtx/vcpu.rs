@@ -1053,6 +1053,16 @@ impl VirtualCpu for VtxVcpu {
         self.fpu.set_mmx(number, value, loaded);
     }
 
+    fn legacy_fpu(&mut self) -> [u8; 512] {
+        let loaded = self.is_loaded();
+        self.fpu.legacy(loaded)
+    }
+
+    fn set_legacy_fpu(&mut self, image: &[u8; 512]) {
+        let loaded = self.is_loaded();
+        self.fpu.set_legacy(image, loaded);
+    }
+
     fn pkru(&self) -> u32 {
         self.fpu.pkru(self.is_loaded())
     }

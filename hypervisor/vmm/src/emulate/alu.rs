@@ -7,7 +7,7 @@ use mem::Width;
 
 pub(super) const RFLAGS_CF: u64 = 1 << 0;
 pub(super) const RFLAGS_PF: u64 = 1 << 2;
-const RFLAGS_AF: u64 = 1 << 4;
+pub(super) const RFLAGS_AF: u64 = 1 << 4;
 pub(super) const RFLAGS_ZF: u64 = 1 << 6;
 pub(super) const RFLAGS_SF: u64 = 1 << 7;
 pub(super) const RFLAGS_TF: u64 = 1 << 8;

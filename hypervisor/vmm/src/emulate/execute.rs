@@ -184,7 +184,10 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         if let Some(step) = self.far_transfer()? {
             return Ok(step);
         }
-        if self.load_far_pointer()? || self.system()? {
+        if let Some(step) = self.plain()? {
+            return Ok(step);
+        }
+        if self.load_far_pointer()? || self.system()? || self.fpu()? {
             return Ok(Step::Done);
         }
         Err(Stop::Unsupported)

@@ -15,7 +15,9 @@ mod cache;
 mod execute;
 mod far;
 mod fetch;
+mod fpu;
 mod operand;
+mod plain;
 mod segment;
 mod simple;
 mod stack;
@@ -55,6 +57,12 @@ impl Exception {
     /// #DE.
     pub const DIVIDE_ERROR: Self = Exception {
         vector: 0,
+        error_code: None,
+        cr2: None,
+    };
+    /// #NM.
+    pub const NO_FPU: Self = Exception {
+        vector: 7,
         error_code: None,
         cr2: None,
     };
@@ -246,6 +254,6 @@ pub fn load_msw(cr0: u64, operand: u16) -> u64 {
 }
 
 #[cfg(test)]
-mod far_tests;
+mod rare_tests;
 #[cfg(test)]
 mod tests;

@@ -94,7 +94,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// Where a near branch goes: its displacement, register or memory operand.
-    fn branch_target(&mut self) -> Result<u64, Stop> {
+    pub(super) fn branch_target(&mut self) -> Result<u64, Stop> {
         let target = match self.instruction.op0_kind() {
             OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {
                 self.instruction.near_branch_target()
@@ -119,7 +119,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// Width of what the instruction pushes or pops.
-    fn stack_item(&self) -> Result<Width, Stop> {
+    pub(super) fn stack_item(&self) -> Result<Width, Stop> {
         let bytes = self.instruction.stack_pointer_increment().unsigned_abs();
         let released = match (self.instruction.mnemonic(), self.instruction.op0_kind()) {
             (Mnemonic::Ret, OpKind::Immediate16) => u32::from(self.instruction.immediate16()),
@@ -149,7 +149,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         self.cpu.set_gpr(Gpr::Rsp, value);
     }
 
-    fn push(&mut self, value: u64) -> Result<(), Stop> {
+    pub(super) fn push(&mut self, value: u64) -> Result<(), Stop> {
         let width = self.stack_item()?;
         self.push_item(value, width)
     }
@@ -166,7 +166,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// What lies on top of the stack, and the stack pointer behind it.
-    fn popped(&mut self, width: Width) -> Result<(u64, u64), Stop> {
+    pub(super) fn popped(&mut self, width: Width) -> Result<(u64, u64), Stop> {
         let pointer = self.cpu.gpr(Gpr::Rsp);
         let offset = pointer & self.stack_mask();
         let at = self.address(SegmentName::Ss, offset, width.bytes() as u64, Access::Read)?;

@@ -143,7 +143,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         Ok(compares)
     }
 
-    fn watch_port(&mut self, port: u16, width: Width) {
+    pub(super) fn watch_port(&mut self, port: u16, width: Width) {
         if let Some(breakpoints) = &self.breakpoints {
             self.hits |= breakpoints.port(port, width);
         }

@@ -188,7 +188,10 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// Accesses as the processor's own: privilege level 0, and EFLAGS.AC has no say.
-    fn as_system<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T, Stop>) -> Result<T, Stop> {
+    pub(super) fn as_system<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, Stop>,
+    ) -> Result<T, Stop> {
         let paging = self.paging;
         let target = self.target.take();
         self.paging.cpl = 0;

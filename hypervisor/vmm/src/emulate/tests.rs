@@ -24,7 +24,7 @@ pub(super) const DEVICE: u64 = 0xfec0_0000;
 
 /// A device of 4 KiB of plain registers, and ports that count up.
 pub(super) struct Device {
-    bytes: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
     log: Vec<(bool, u64, Width, u64)>,
     next_port_value: u32,
     hits: u64,

@@ -157,7 +157,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         Ok(())
     }
 
-    fn load_wide(&mut self, at: Gva, to: &mut [u8]) -> Result<(), Stop> {
+    pub(super) fn load_wide(&mut self, at: Gva, to: &mut [u8]) -> Result<(), Stop> {
         if to.len() > 8 {
             self.probe_wide(at, to.len(), Access::Read)?;
         }
@@ -170,7 +170,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         Ok(())
     }
 
-    fn store_wide(&mut self, at: Gva, from: &[u8]) -> Result<(), Stop> {
+    pub(super) fn store_wide(&mut self, at: Gva, from: &[u8]) -> Result<(), Stop> {
         if from.len() > 8 {
             self.probe_wide(at, from.len(), Access::Write)?;
         }

@@ -1,4 +1,5 @@
-//! Tests of segment registers and far transfers whose operands or stack are device memory.
+//! Tests of what software hardly ever does to device memory: segment registers, far transfers, ports and flags in
+//! code that lies there, the FPU.
 
 use virt::{CpuMode, Gpr, SegmentName, VirtualCpu};
 
@@ -274,4 +275,156 @@ fn returns_of_32_bit_code_and_to_virtual_8086_mode() {
     let mut b = bench_32();
     b.cpu.state.rflags = 2 | 1 << 14;
     assert!(matches!(b.run(&[0xcf]), Outcome::Unsupported(_)));
+}
+
+#[test]
+fn flags_loops_and_extensions() {
+    let mut b = bench();
+    for (code, before, after) in [
+        (&[0xfd][..], 2, 1 << 10 | 2), // std
+        (&[0xfc], 1 << 10 | 2, 2),     // cld
+        (&[0xf9], 2, 3),               // stc
+        (&[0xf8], 3, 2),               // clc
+        (&[0xf5], 2, 3),               // cmc
+        (&[0xf5], 3, 2),
+        (&[0xfb], 2, 0x202), // sti
+        (&[0xfa], 0x202, 2), // cli
+    ] {
+        b.cpu.state.rflags = before;
+        assert_eq!(b.run(code), DONE(code));
+        assert_eq!(b.cpu.rflags(), after, "{code:x?}");
+    }
+    // pushfq; popfq
+    b.cpu.state.rflags = 2 | 1 << 16 | 1;
+    assert_eq!(b.run(&[0x9c]), Outcome::Done(1));
+    assert_eq!(b.device_u64(0x7f8), 3, "RF is not pushed");
+    b.set_device(0x7f8, 0x3_3ed7);
+    assert_eq!(b.run(&[0x9d]), Outcome::Done(1));
+    assert_eq!(b.cpu.rflags(), 0x3ed7, "neither RF nor VM");
+    // At level 3 neither IOPL nor IF change, and CLI is not for it.
+    let user = &mut b.cpu.state.segments[SegmentName::Ss as usize];
+    user.rights = user.rights.with_dpl(3);
+    b.cpu.set_gpr(Gpr::Rsp, DEVICE + 0x7f8);
+    b.cpu.state.rflags = 2;
+    b.set_device(0x7f8, 0x3ed7);
+    assert_eq!(b.run(&[0x9d]), Outcome::Done(1));
+    assert_eq!(b.cpu.rflags(), 0x0cd7);
+    assert_eq!(b.run(&[0xfa]), fault(13, 0));
+    // lahf; sahf
+    let mut b = bench();
+    b.cpu.state.rflags = 0xd7;
+    assert_eq!(b.run(&[0x9f]), Outcome::Done(1));
+    assert_eq!(b.cpu.gpr(Gpr::Rax), 0xd700);
+    b.cpu.state.rflags = 2;
+    assert_eq!(b.run(&[0x9e]), Outcome::Done(1));
+    assert_eq!(b.cpu.rflags(), 0xd7);
+    // cwde; cqo
+    b.cpu.set_gpr(Gpr::Rax, 0x1_8000);
+    assert_eq!(b.run(&[0x98]), Outcome::Done(1));
+    assert_eq!(b.cpu.gpr(Gpr::Rax), 0xffff_8000);
+    assert_eq!(b.run(&[0x48, 0x99]), Outcome::Done(2));
+    assert_eq!(b.cpu.gpr(Gpr::Rdx), 0);
+    // loop, loopne, jecxz: back by two from behind themselves
+    let here = b.cpu.rip();
+    for (code, rcx, zero, taken, left) in [
+        (&[0xe2, 0xfe][..], 2, false, true, 1),
+        (&[0xe2, 0xfe], 1, false, false, 0),
+        (&[0xe0, 0xfe], 5, true, false, 4),
+        (&[0xe0, 0xfe], 5, false, true, 4),
+        (&[0x67, 0xe3, 0xfd], 1 << 32, false, true, 1 << 32),
+        (&[0xe3, 0xfe], 1 << 32, false, false, 1 << 32),
+    ] {
+        b.cpu.set_gpr(Gpr::Rcx, rcx);
+        b.cpu.state.rflags = if zero { 0x42 } else { 2 };
+        let expected = if taken {
+            Outcome::Jump(here)
+        } else {
+            DONE(code)
+        };
+        assert_eq!(b.run(code), expected, "{code:x?}");
+        assert_eq!(b.cpu.gpr(Gpr::Rcx), left, "{code:x?}");
+    }
+}
+
+#[test]
+fn ports_of_code_that_is_not_privileged() {
+    const TSS: u64 = 0x50_0000;
+    let mut b = bench();
+    b.cpu.set_gpr(Gpr::Rax, !0);
+    // in al, 0x60; in eax, dx
+    assert_eq!(b.run(&[0xe4, 0x60]), Outcome::Done(2));
+    assert_eq!(b.cpu.gpr(Gpr::Rax), !0xff | 1);
+    assert_eq!(b.run(&[0xed]), Outcome::Done(1));
+    assert_eq!(b.cpu.gpr(Gpr::Rax), 2);
+    let segments = &mut b.cpu.state.segments;
+    let user = &mut segments[SegmentName::Ss as usize];
+    user.rights = user.rights.with_dpl(3);
+    segments[SegmentName::Tr as usize] = virt::Segment {
+        selector: 0,
+        base: TSS,
+        limit: 103 + 17,
+        rights: virt::AccessRights::new().with_kind(11).with_present(true),
+    };
+    // The map is behind the TSS: of 128 ports 0x61 and 0x63 are allowed.
+    b.memory.write_u16(Gpa(TSS + 102), 104).expect("RAM");
+    b.memory.write(Gpa(TSS + 104), &[0xff; 17]).expect("RAM");
+    b.memory
+        .write_u8(Gpa(TSS + 104 + 12), !0b1010)
+        .expect("RAM");
+    b.cpu.set_gpr(Gpr::Rdx, 0x63);
+    for (code, allowed) in [
+        (&[0xe4, 0x61][..], true),
+        (&[0xe4, 0x60], false),
+        (&[0xec], true),
+        (&[0xed], false),
+        (&[0xe6, 0x61], true),
+        (&[0xe4, 0x80], false),
+    ] {
+        let expected = if allowed { DONE(code) } else { fault(13, 0) };
+        assert_eq!(b.run(code), expected, "{code:x?}");
+    }
+    b.cpu.state.rflags |= 3 << 12;
+    assert_eq!(b.run(&[0xe4, 0x80]), Outcome::Done(2), "IOPL 3");
+}
+
+#[test]
+fn the_fpus_state_goes_to_a_device_and_back() {
+    let mut b = bench();
+    for (n, byte) in b.cpu.fpu.iter_mut().enumerate() {
+        *byte = n as u8;
+    }
+    let mask = 0xffff_u32.to_le_bytes();
+    b.cpu.fpu[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
+    b.cpu.fpu[28..32].copy_from_slice(&mask);
+    let stored = b.cpu.fpu;
+    // fnstcw, fnstsw, stmxcsr
+    for (code, value) in [
+        (&[0xd9, 0x3b][..], 0x0100),
+        (&[0xdd, 0x3b], 0x0302),
+        (&[0x0f, 0xae, 0x1b], 0x1f80),
+    ] {
+        b.set_device(0, 0);
+        assert_eq!(b.run(code), DONE(code));
+        assert_eq!(b.device_u64(0), value, "{code:x?}");
+    }
+    // fxsave64; fxrstor64
+    let save = [0x48, 0x0f, 0xae, 0x03];
+    let restore = [0x48, 0x0f, 0xae, 0x0b];
+    assert_eq!(b.run(&save), DONE(&save));
+    assert_eq!(b.device.bytes[..416], stored[..416]);
+    b.cpu.fpu[..416].fill(0);
+    b.cpu.fpu[28..32].copy_from_slice(&mask);
+    assert_eq!(b.run(&restore), DONE(&restore));
+    assert_eq!(b.cpu.fpu[..24], stored[..24]);
+    assert_eq!(b.cpu.fpu[32..416], stored[32..416]);
+    // ldmxcsr
+    b.set_device(0, 0x9fc0);
+    assert_eq!(b.run(&[0x0f, 0xae, 0x13]), Outcome::Done(3));
+    assert_eq!(b.cpu.fpu[24..28], 0x9fc0_u32.to_le_bytes());
+    b.set_device(0, 0x1_0000);
+    assert_eq!(b.run(&[0x0f, 0xae, 0x13]), fault(13, 0), "a bit too many");
+    b.cpu.set_gpr(Gpr::Rbx, DEVICE + 8);
+    assert_eq!(b.run(&save), fault(13, 0), "not aligned");
+    b.cpu.state.cr0 |= 1 << 3;
+    assert_eq!(b.run(&save), Outcome::Fault(Exception::NO_FPU));
 }
