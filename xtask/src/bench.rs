@@ -31,6 +31,7 @@ use crate::{
     process::output_of,
     progress::Step,
     stub,
+    table::markdown,
     toolchain::Profile,
 };
 use figures::{Figure, Figures, Place, Unit};
@@ -95,16 +96,16 @@ pub fn run(args: &Args) -> anyhow::Result<Code> {
         return Ok(Code::Success);
     }
     let results = measure(&builder, &guests, places, args.runs)?;
-    println!("{}", report::markdown(&report::table(&results)));
+    println!("{}", markdown(&report::table(&results)));
     println!("Exits while Linux boots:\n");
-    println!("{}", report::markdown(&report::exits(&results)));
+    println!("{}", markdown(&report::exits(&results)));
     print!("{}", report::remarks(&results));
     if let Some(revision) = &args.compare {
         let checkout = Checkout::new(revision)?;
         let builder = Builder::of_checkout(&checkout.folder)?;
         let theirs = measure(&builder, &guests, places, args.runs)?;
         let rows = report::comparison(&results, &theirs, revision);
-        println!("\n{}", report::markdown(&rows));
+        println!("\n{}", markdown(&rows));
     } else if args.emulator == Which::All {
         let folder = paths::workspace().join("bench");
         for (name, text) in [

@@ -20,7 +20,10 @@ mod paths;
 mod process;
 mod progress;
 mod run;
+mod sched_sim;
 mod stub;
+mod svg;
+mod table;
 mod terminal;
 mod test;
 mod toolchain;
@@ -51,6 +54,7 @@ enum Command {
     Run(Box<run::Args>),
     Test(test::Args),
     Bench(bench::Args),
+    SchedSim(sched_sim::Args),
     Lint(lint::Args),
     Image(image::Args),
     CheckHw(check_hw::Args),
@@ -75,6 +79,7 @@ fn run(command: &Command) -> anyhow::Result<Code> {
         Command::Run(args) => run::run(args),
         Command::Test(args) => test::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::SchedSim(args) => sched_sim::run(args),
         Command::Lint(args) => lint::run(args),
         Command::Image(args) => image::run(args),
         Command::CheckHw(args) => check_hw::run(args),

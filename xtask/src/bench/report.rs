@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt::Write};
 
 use super::figures::{Figures, Place, Unit};
+use crate::table::{grouped, markdown};
 
 /// One operation that is reported.
 pub struct Operation {
@@ -193,19 +194,6 @@ pub fn find(key: &str) -> Option<&'static Operation> {
     OPERATIONS.iter().find(|operation| operation.key == key)
 }
 
-/// A number in groups of three digits.
-pub fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
 fn or_dash(number: Option<u64>) -> String {
     number.map_or_else(|| "-".into(), grouped)
 }
@@ -337,43 +325,6 @@ pub fn comparison(ours: &Results, theirs: &Results, name: &str) -> Vec<Vec<Strin
     rows
 }
 
-/// Cells as a table that is aligned and also Markdown; the first column to the left.
-pub fn markdown(rows: &[Vec<String>]) -> String {
-    let columns = rows.first().map_or(0, Vec::len);
-    let width = |column: usize| {
-        rows.iter()
-            .map(|row| row[column].chars().count())
-            .max()
-            .unwrap_or(0)
-            .max(3)
-    };
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    let mut text = String::new();
-    for (index, row) in rows.iter().enumerate() {
-        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
-            let cell = if column == 0 {
-                format!("| {cell:<width$} ")
-            } else {
-                format!("| {cell:>width$} ")
-            };
-            text += &cell;
-        }
-        text += "|\n";
-        if index == 0 {
-            for (column, &width) in widths.iter().enumerate() {
-                let (dashes, colon) = if column == 0 {
-                    (width, "")
-                } else {
-                    (width - 1, ":")
-                };
-                text += &format!("| {}{colon} ", "-".repeat(dashes));
-            }
-            text += "|\n";
-        }
-    }
-    text
-}
-
 /// How Linux' boot compares to the bare emulator, and whether the runs agreed; a line each.
 pub fn remarks(results: &Results) -> String {
     let mut text = String::new();
@@ -484,13 +435,6 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_grouped() {
-        assert_eq!(grouped(0), "0");
-        assert_eq!(grouped(999), "999");
-        assert_eq!(grouped(1_234_567), "1,234,567");
-    }
-
-    #[test]
     fn remarks_tell_of_the_boot_and_of_agreement() {
         let text = remarks(&results(1));
         assert!(
@@ -517,15 +461,5 @@ mod tests {
         assert_eq!(rows.len(), 7);
         let nothing = Results::default();
         assert_eq!(comparison(&results(1), &nothing, "v0").len(), 1);
-    }
-
-    #[test]
-    fn tables_are_markdown() {
-        let rows = [
-            vec!["a".into(), "b".into()],
-            vec!["long".into(), "12".into()],
-        ];
-        let text = markdown(&rows);
-        assert_eq!(text, "| a    |   b |\n| ---- | --: |\n| long |  12 |\n");
     }
 }

@@ -1,10 +1,12 @@
 //! The figures as a picture: horizontal bars on a logarithmic scale, as SVG.
 
-use std::fmt::Write;
-
 use super::{
     figures::Place,
-    report::{self, Results, grouped},
+    report::{self, Results},
+};
+use crate::{
+    svg::{Anchor, COLOURS, GRID, Svg},
+    table::grouped,
 };
 
 /// Pixels.
@@ -26,15 +28,15 @@ struct Series {
 const SERIES: [Series; 3] = [
     Series {
         name: "Plinth, AMD-V (QEMU)",
-        colour: "#1f77b4",
+        colour: COLOURS[0],
     },
     Series {
         name: "Plinth, VT-x (Bochs)",
-        colour: "#2ca02c",
+        colour: COLOURS[2],
     },
     Series {
         name: "KVM, AMD-V (QEMU)",
-        colour: "#d62728",
+        colour: COLOURS[3],
     },
 ];
 
@@ -59,61 +61,37 @@ pub fn draw(results: &Results) -> String {
     let width = LABEL_WIDTH + BAR_WIDTH + 80.0;
     let bottom = TOP + ROW_HEIGHT * rows.len() as f64;
     let height = bottom + 30.0;
-    let mut text = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
-         font-family=\"sans-serif\" font-size=\"12\">\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
-         <text x=\"10\" y=\"20\" font-size=\"15\">Instructions of a round trip, as the guest sees it \
-         (logarithmic)</text>\n"
+    let mut svg = Svg::new(
+        width,
+        height,
+        "Instructions of a round trip, as the guest sees it (logarithmic)",
     );
-    let mut add = |line: String| writeln!(text, "{line}").expect("a String takes any text");
-    for (index, series) in SERIES.iter().enumerate() {
-        let x = LABEL_WIDTH + 180.0 * index as f64;
-        add(format!(
-            "<rect x=\"{x}\" y=\"32\" width=\"12\" height=\"12\" fill=\"{}\"/>\
-             <text x=\"{}\" y=\"42\">{}</text>",
-            series.colour,
-            x + 17.0,
-            series.name
-        ));
-    }
+    svg.legend(
+        LABEL_WIDTH,
+        32.0,
+        180.0,
+        SERIES.iter().map(|series| (series.colour, series.name)),
+    );
     for decade in 0..=DECADES {
         let x = LABEL_WIDTH + BAR_WIDTH * f64::from(decade) / f64::from(DECADES);
-        add(format!(
-            "<line x1=\"{x}\" y1=\"{TOP}\" x2=\"{x}\" y2=\"{bottom}\" stroke=\"#ccc\"/>\
-             <text x=\"{x}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
-            bottom + 16.0,
-            grouped(10_u64.pow(decade))
-        ));
+        svg.line((x, TOP), (x, bottom), GRID);
+        let power = grouped(10_u64.pow(decade));
+        svg.text(x, bottom + 16.0, Anchor::Middle, &power);
     }
     for (index, (title, values)) in rows.iter().enumerate() {
         let y = TOP + ROW_HEIGHT * index as f64;
-        add(format!(
-            "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>",
-            LABEL_WIDTH - 8.0,
-            y + ROW_HEIGHT / 2.0,
-            escaped(title)
-        ));
+        let middle = y + ROW_HEIGHT / 2.0;
+        svg.text(LABEL_WIDTH - 8.0, middle, Anchor::End, title);
         for (number, (series, value)) in SERIES.iter().zip(values).enumerate() {
             let Some(value) = value else { continue };
             let y = y + 4.0 + number as f64 * (BAR_HEIGHT + 1.0);
             let length = length(*value);
-            add(format!(
-                "<rect x=\"{LABEL_WIDTH}\" y=\"{y}\" width=\"{length:.1}\" height=\"{BAR_HEIGHT}\" \
-                 fill=\"{}\"/><text x=\"{:.1}\" y=\"{}\" font-size=\"9\">{}</text>",
-                series.colour,
-                LABEL_WIDTH + length + 3.0,
-                y + BAR_HEIGHT - 1.0,
-                grouped(*value)
-            ));
+            svg.bar(LABEL_WIDTH, y, length, BAR_HEIGHT, series.colour);
+            let (x, y) = (LABEL_WIDTH + length + 3.0, y + BAR_HEIGHT - 1.0);
+            svg.label(x, y, Anchor::Start, 9, &grouped(*value));
         }
     }
-    text += "</svg>\n";
-    text
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;")
+    svg.finish()
 }
 
 #[cfg(test)]

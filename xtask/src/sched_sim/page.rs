@@ -1,0 +1,228 @@
+//! What is told of the simulations: tables, the page under version control, and JSON.
+
+use std::fmt::Write;
+
+use sched_sim::{
+    stats::{Outcome, Summary},
+    workload::Workload,
+};
+use serde::Serialize;
+
+use crate::table::{grouped, markdown};
+
+/// Nanoseconds as milliseconds, with as many digits as mean something.
+pub fn milliseconds(ns: f64) -> String {
+    let ms = ns / 1e6;
+    // Halves of the last digit are rounded by arithmetic that is the same everywhere.
+    let digits = match ms {
+        ms if ms == ms.trunc() => 0,
+        ms if ms < 1.0 => 3,
+        ms if ms < 10.0 => 2,
+        ms if ms < 100.0 => 1,
+        _ => 0,
+    };
+    format!("{ms:.digits$}")
+}
+
+fn or_dash(value: Option<f64>, write: impl Fn(f64) -> String) -> String {
+    value.map_or_else(|| "-".into(), write)
+}
+
+/// The heads of the table's columns.
+const HEADS: [&str; 11] = [
+    "policy",
+    "AWT ms",
+    "ART ms",
+    "p99 ms",
+    "jobs/s",
+    "Jain",
+    "switches/s",
+    "moves/s",
+    "missed",
+    "longest wait ms",
+    "busy %",
+];
+
+/// A row for each policy.
+pub fn table(outcomes: &[Outcome]) -> Vec<Vec<String>> {
+    let mut rows = vec![HEADS.map(String::from).to_vec()];
+    for outcome in outcomes {
+        let s = outcome.summary();
+        let whole = |value: f64| grouped(value.round() as u64);
+        rows.push(vec![
+            outcome.policy.name().into(),
+            or_dash(s.awt, milliseconds),
+            or_dash(s.art, milliseconds),
+            or_dash(s.p99.map(|ns| ns as f64), milliseconds),
+            or_dash((s.jobs > 0).then_some(s.throughput), |v| format!("{v:.1}")),
+            format!("{:.3}", s.jain),
+            whole(s.switches),
+            whole(s.migrations),
+            if s.deadlines > 0 {
+                format!("{} of {}", s.misses, s.deadlines)
+            } else {
+                "-".into()
+            },
+            milliseconds(s.longest_wait as f64),
+            format!("{:.1}", s.used * 100.0),
+        ]);
+    }
+    rows
+}
+
+/// Processor time of each VM under each policy, in percent of one processor.
+pub fn shares(outcomes: &[Outcome]) -> Vec<Vec<String>> {
+    let Some(first) = outcomes.first() else {
+        return Vec::new();
+    };
+    let mut head = vec!["CPU % of".to_owned()];
+    head.extend(first.vms.iter().cloned());
+    let mut rows = vec![head];
+    for outcome in outcomes {
+        let mut row = vec![outcome.policy.name().to_owned()];
+        row.extend((0..outcome.vms.len()).map(|vm| {
+            let part = outcome.run_of(vm) as f64 / outcome.duration as f64;
+            format!("{:.1}", part * 100.0)
+        }));
+        rows.push(row);
+    }
+    rows
+}
+
+/// vCPUs that a policy refused, in words; empty if there are none.
+pub fn refusals(workload: &Workload, outcomes: &[Outcome]) -> String {
+    let mut text = String::new();
+    for outcome in outcomes {
+        for (vcpu, why) in &outcome.refused {
+            let vm = &workload.vms[vcpu.vm].name;
+            let policy = outcome.policy.name();
+            writeln!(text, "{policy}: {vm}, vCPU {} refused: {why}", vcpu.vcpu)
+                .expect("a String takes any text");
+        }
+    }
+    text
+}
+
+/// One workload in words and tables, as Markdown.
+pub fn section(workload: &Workload, outcomes: &[Outcome]) -> String {
+    let refusals = match refusals(workload, outcomes) {
+        none if none.is_empty() => none,
+        some => format!("\n{some}"),
+    };
+    format!(
+        "## {}\n\n{} ({} vCPUs on {} processors, {} ms.)\n\n{}{refusals}\n{}\n",
+        workload.name,
+        workload.about,
+        workload.vcpus(),
+        workload.pcpus,
+        milliseconds(workload.duration as f64),
+        markdown(&table(outcomes)),
+        markdown(&shares(outcomes)),
+    )
+}
+
+/// `bench/sched-sim.md`.
+pub fn whole(results: &[(Workload, Vec<Outcome>)]) -> String {
+    let mut text = String::from(
+        "# What each scheduling policy makes of each workload\n\n\
+         Written by `cargo xtask sched-sim --write`; [SCHEDULING.md](../docs/SCHEDULING.md) says what the policies and \
+         the columns are. Simulated: the hypervisor's own scheduler, slices of 10 ms, costs of a switch and of an interrupt as \
+         [measured](results.md). A test makes this page again and compares.\n\n",
+    );
+    for (workload, outcomes) in results {
+        text += &section(workload, outcomes);
+    }
+    text += "## What an abuser costs its neighbours\n\n\
+             Waiting time of the neighbours' jobs without (`calm`) and with the abuser (`abuse`), in milliseconds. Fair policies \
+             let it have what nobody else wants, and its part of the rest.\n\n";
+    text += &markdown(&comparison(results, "calm", "abuse"));
+    text
+}
+
+/// Waiting times in two workloads, side by side.
+fn comparison(results: &[(Workload, Vec<Outcome>)], one: &str, other: &str) -> Vec<Vec<String>> {
+    let of = |name: &str| {
+        let found = results.iter().find(|(workload, _)| workload.name == name);
+        found.map_or(&[][..], |(_, outcomes)| outcomes)
+    };
+    let mut rows = vec![vec![
+        "policy".to_owned(),
+        format!("AWT, {one}"),
+        format!("AWT, {other}"),
+        format!("p99, {one}"),
+        format!("p99, {other}"),
+    ]];
+    for (one, other) in of(one).iter().zip(of(other)) {
+        let (a, b) = (one.summary(), other.summary());
+        let p99 = |s: &Summary| or_dash(s.p99.map(|ns| ns as f64), milliseconds);
+        rows.push(vec![
+            one.policy.name().into(),
+            or_dash(a.awt, milliseconds),
+            or_dash(b.awt, milliseconds),
+            p99(&a),
+            p99(&b),
+        ]);
+    }
+    rows
+}
+
+/// A row of the JSON.
+#[derive(Serialize)]
+struct Row<'a> {
+    workload: &'a str,
+    policy: &'static str,
+    #[serde(flatten)]
+    summary: Summary,
+    /// Nanoseconds on a processor, by VM.
+    run: Vec<(&'a str, u64)>,
+    refused: Vec<String>,
+}
+
+/// All figures, for programs: a list of objects; times are nanoseconds.
+pub fn json(results: &[(Workload, Vec<Outcome>)]) -> String {
+    let rows: Vec<_> = results
+        .iter()
+        .flat_map(|(workload, outcomes)| {
+            outcomes.iter().map(|outcome| {
+                let vms = outcome.vms.iter().enumerate();
+                Row {
+                    workload: &workload.name,
+                    policy: outcome.policy.name(),
+                    summary: outcome.summary(),
+                    run: vms
+                        .map(|(vm, name)| (name.as_str(), outcome.run_of(vm)))
+                        .collect(),
+                    refused: outcome
+                        .refused
+                        .iter()
+                        .map(|(vcpu, why)| {
+                            format!("{}/{}: {why}", workload.vms[vcpu.vm].name, vcpu.vcpu)
+                        })
+                        .collect(),
+                }
+            })
+        })
+        .collect();
+    let mut text = serde_json::to_string_pretty(&rows).expect("figures are plain data");
+    text.push('\n');
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn milliseconds_have_the_digits_that_mean_something() {
+        for (ns, text) in [
+            (0.0, "0"),
+            (1e6, "1"),
+            (5e3, "0.005"),
+            (1.234e6, "1.23"),
+            (12.34e6, "12.3"),
+            (1234.5e6, "1234"),
+        ] {
+            assert_eq!(milliseconds(ns), text);
+        }
+    }
+}
