@@ -13,7 +13,8 @@ use std::{
 };
 
 use sched::{
-    CpuSet, Dispatch, EntityId, Params, PolicyKind, Pool, PoolId, Refusal, Scheduler, State, Stop,
+    CpuSet, Dispatch, EntityId, MAX_PCPUS, Params, PolicyKind, Pool, PoolId, Refusal, Scheduler,
+    State, Stop,
 };
 
 use crate::{
@@ -153,7 +154,40 @@ struct Engine<'a> {
     idle_while_waiting: Ns,
 }
 
-/// Runs a workload under a policy.
+/// Runs a workload under each of some policies.
+pub fn simulate_all(workload: &Workload, policies: &[PolicyKind], config: &Config) -> Vec<Outcome> {
+    let demands = demands(workload, config);
+    policies
+        .iter()
+        .map(|&policy| {
+            let mut outcome = simulate(workload, policy, config);
+            for vcpu in &mut outcome.vcpus {
+                vcpu.demand = demands.get(&vcpu.vcpu).copied().unwrap_or(0);
+            }
+            outcome
+        })
+        .collect()
+}
+
+/// What each vCPU would run if it had a processor for itself: the workload on as many processors as vCPUs.
+fn demands(workload: &Workload, config: &Config) -> HashMap<VcpuRef, Ns> {
+    let mut alone = workload.clone();
+    alone.pcpus = workload.vcpus().clamp(1, MAX_PCPUS);
+    for vm in &mut alone.vms {
+        vm.params = Params::default();
+    }
+    let ideal = Config {
+        timeline: 0,
+        switch_cost: 0,
+        wake_cost: 0,
+        ..*config
+    };
+    let outcome = simulate(&alone, PolicyKind::RoundRobin, &ideal);
+    let vcpus = outcome.vcpus.into_iter();
+    vcpus.map(|vcpu| (vcpu.vcpu, vcpu.totals.run)).collect()
+}
+
+/// Runs a workload under a policy. Demands are not found out: all are taken to want all of a processor.
 pub fn simulate(workload: &Workload, policy: PolicyKind, config: &Config) -> Outcome {
     let pool = Pool {
         cpus: CpuSet::first(workload.pcpus),
@@ -183,7 +217,12 @@ pub fn simulate(workload: &Workload, policy: PolicyKind, config: &Config) -> Out
     let vcpus = engine.guests.iter().map(|guest| VcpuOutcome {
         vcpu: guest.who,
         weight: guest.params.weight,
+        demand: workload.duration,
         totals: guest.totals,
+        metrics: engine
+            .scheduler
+            .metrics(guest.id, engine.end)
+            .unwrap_or_default(),
     });
     Outcome {
         policy,

@@ -5,7 +5,7 @@
 //! Jobs that are not done when the simulation ends count with the time that they have taken so far:
 //! else a policy that starves them would look good.
 
-use sched::{PolicyKind, Refusal};
+use sched::{Metrics, PolicyKind, Refusal};
 use serde::Serialize;
 
 use crate::{Ns, workload::VcpuRef};
@@ -77,14 +77,18 @@ pub struct Interval {
 }
 
 /// What came of one vCPU.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct VcpuOutcome {
     /// Which one.
     pub vcpu: VcpuRef,
     /// Its weight.
     pub weight: u32,
-    /// Times and counts.
+    /// What it would have run on a processor for itself.
+    pub demand: Ns,
+    /// Times and counts, as the simulated host saw them.
     pub totals: VcpuTotals,
+    /// The same as the scheduler counted it.
+    pub metrics: Metrics,
 }
 
 /// What came of a workload under a policy.
@@ -125,15 +129,13 @@ impl Outcome {
     }
 
     /// How fair it was: Jain's index of what each vCPU got of what it was entitled to, which is what
-    /// max-min fairness by weight gives of the time that all got together, to those who wanted it.
+    /// max-min fairness by weight and demand gives it of the time that all got together.
     pub fn jain(&self) -> f64 {
         let all: Ns = self.vcpus.iter().map(|outcome| outcome.totals.run).sum();
         let claims: Vec<_> = self
             .vcpus
             .iter()
-            .map(|VcpuOutcome { weight, totals, .. }| {
-                ((totals.run + totals.wait) as f64, f64::from(*weight))
-            })
+            .map(|outcome| (outcome.demand as f64, f64::from(outcome.weight)))
             .collect();
         let got: Vec<_> = self
             .vcpus

@@ -158,14 +158,14 @@ fn real_time() -> Workload {
         "real-time",
         2,
         2_000 * MS,
-        "Two VMs have work in each period, to be done by its end: 2 to 3 ms of 10 ms, and 0.5 to 1 ms of 4 ms. Three \
+        "Two VMs have work in each period, to be done by its end: 5 to 6 ms of 10 ms, and 0.5 to 1 ms of 4 ms. Three \
          spinning vCPUs beside them. Deadlines are kept by reservation, or by luck.",
         vec![
             vm(
                 "control",
-                reserved(3 * MS + 100 * US, 10 * MS),
+                reserved(6 * MS + 100 * US, 10 * MS),
                 1,
-                periodic(MS, 10 * MS, 2 * MS, 3 * MS),
+                periodic(MS, 10 * MS, 5 * MS, 6 * MS),
             ),
             vm(
                 "audio",
@@ -307,7 +307,7 @@ fn calm() -> Workload {
     workload(
         "calm",
         2,
-        3_000 * MS,
+        2_000 * MS,
         "The neighbours of `abuse` without the abuser, to compare with.",
         neighbours(),
     )
@@ -331,18 +331,18 @@ fn abuse() -> Workload {
                 by: Waker::Timer,
                 steps: vec![
                     target(3),
-                    Step::Compute(Span::Exactly(2 * US)),
+                    Step::Compute(Span::Exactly(10 * US)),
                     target(3),
-                    Step::Compute(Span::Exactly(2 * US)),
+                    Step::Compute(Span::Exactly(10 * US)),
                 ],
             },
-            Program::Served(vec![Step::Compute(Span::Exactly(US))]),
+            Program::Served(vec![Step::Compute(Span::Exactly(5 * US))]),
         ],
     });
     workload(
         "abuse",
         2,
-        3_000 * MS,
+        2_000 * MS,
         "Three interactive VMs and a small web server beside a VM that spins on two vCPUs and floods a third with interrupts from \
          a fourth. The table counts the neighbours' jobs only: what do they wait more than in `calm`?",
         vms,

@@ -1,11 +1,14 @@
 //! A workload from a recorded trace: what `plinthctl trace` writes, played again.
 //!
-//! Read are the scheduler's events of a Chrome trace (an object with `traceEvents`, or the list itself; times in
-//! microseconds): `switch-in`, `switch-out` with `why`, and `wake`, each with `args.vm` and `args.vcpu`. All others are
-//! passed over. Of each vCPU the processor time from wake-up to block is kept, and the time until its next
-//! wake-up: the guest's own behaviour, without what the scheduler that was recorded added.
+//! The file is JSON trace events for Perfetto (`manage::trace::perfetto`). Read are, on the tracks of vCPUs, the slices `on pCPU N`, with
+//! why the vCPU left in `args.left`, the instants `woken by pCPU N`, and the VMs' names; all else is passed over.
+//! Of each vCPU the processor time from wake-up to block is kept, and the time until its next wake-up: the guest's
+//! own behaviour, without what the scheduler that was recorded added.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use sched::Params;
 use serde::Deserialize;
@@ -35,7 +38,7 @@ impl fmt::Display for TraceError {
             TraceError::NotATrace(why) => write!(f, "it is no Chrome trace: {why}"),
             TraceError::BadTime => f.write_str("an event has no time that can be"),
             TraceError::NothingRan => f.write_str(
-                "there is no `switch-in` of a vCPU in it (`plinthctl trace` writes such events)",
+                "no vCPU runs in it (`plinthctl trace` writes slices `on pCPU N`, with the time for each)",
             ),
         }
     }
@@ -56,20 +59,38 @@ enum File {
 #[derive(Deserialize)]
 struct Event {
     #[serde(default)]
+    ph: String,
+    #[serde(default)]
     name: String,
     #[serde(default)]
     ts: f64,
     #[serde(default)]
-    tid: serde_json::Value,
+    dur: f64,
+    #[serde(default)]
+    pid: u32,
+    #[serde(default)]
+    tid: u32,
     #[serde(default)]
     args: Args,
 }
 
 #[derive(Default, Deserialize)]
 struct Args {
-    vm: Option<String>,
-    vcpu: Option<u32>,
-    why: Option<String>,
+    left: Option<String>,
+    name: Option<String>,
+}
+
+impl Event {
+    /// Begin and end.
+    fn times(&self) -> Result<(Ns, Ns), TraceError> {
+        let sane = |us: f64| (0.0..1e12).contains(&us);
+        if !sane(self.ts) || !sane(self.dur) {
+            return Err(TraceError::BadTime);
+        }
+        let ns = |us: f64| (us * MICROSECOND).round() as Ns;
+        let begin = ns(self.ts);
+        Ok((begin, begin + ns(self.dur)))
+    }
 }
 
 /// What a vCPU is doing, as far as the trace has told.
@@ -169,34 +190,36 @@ pub fn import(name: &str, text: &str) -> Result<Workload, TraceError> {
         serde_json::from_str(text).map_err(|e| TraceError::NotATrace(e.to_string()))?;
     let (File::Object { events } | File::List(events)) = file;
     let mut happened = Vec::new();
-    let mut pcpus = Vec::new();
+    let mut pcpus = BTreeSet::new();
+    let mut names = BTreeMap::new();
     for event in &events {
-        let what = match (event.name.as_str(), event.args.why.as_deref()) {
-            ("switch-in", _) => What::In,
-            ("switch-out", Some("idle")) => What::Out(Why::Blocked),
-            ("switch-out", Some("ended")) => What::Out(Why::Ended),
-            ("switch-out", _) => What::Out(Why::Ready),
-            ("wake", _) => What::Wake,
-            _ => continue,
-        };
-        let (Some(vm), Some(vcpu)) = (&event.args.vm, event.args.vcpu) else {
-            continue;
-        };
-        if !(0.0..1e15).contains(&event.ts) {
-            return Err(TraceError::BadTime);
+        let vcpu = (event.pid, event.tid);
+        if event.ph == "X"
+            && let Some(pcpu) = event.name.strip_prefix("on pCPU ")
+        {
+            let (begin, end) = event.times()?;
+            let why = match event.args.left.as_deref() {
+                Some("idle") => Why::Blocked,
+                Some("ended") => Why::Ended,
+                _ => Why::Ready,
+            };
+            pcpus.insert(pcpu);
+            happened.push((begin, What::In, vcpu));
+            happened.push((end, What::Out(why), vcpu));
+        } else if event.ph == "i" && event.name.starts_with("woken by pCPU ") {
+            happened.push((event.times()?.0, What::Wake, vcpu));
+        } else if event.ph == "M" && event.name == "process_name" {
+            let name = event.args.name.as_deref().unwrap_or_default();
+            names.insert(event.pid, name.strip_prefix("VM ").unwrap_or(name));
         }
-        let at = (event.ts * MICROSECOND).round() as Ns;
-        if matches!(what, What::In) && !pcpus.contains(&&event.tid) {
-            pcpus.push(&event.tid);
-        }
-        happened.push((at, what, vm, vcpu));
     }
-    happened.sort_by_key(|&(at, ..)| at);
+    // At one time an end comes before what follows it.
+    happened.sort_by_key(|&(at, what, _)| (at, !matches!(what, What::Out(_))));
     let begin = happened.first().map_or(0, |&(at, ..)| at);
     let duration = happened.last().map_or(0, |&(at, ..)| at) - begin;
-    let mut histories: BTreeMap<(&String, u32), History> = BTreeMap::new();
-    for (at, what, vm, vcpu) in happened {
-        let history = histories.entry((vm, vcpu)).or_insert(History {
+    let mut histories: BTreeMap<(u32, u32), History> = BTreeMap::new();
+    for (at, what, vcpu) in happened {
+        let history = histories.entry(vcpu).or_insert(History {
             doing: Doing::Unknown,
             first: None,
             bursts: Vec::new(),
@@ -204,26 +227,25 @@ pub fn import(name: &str, text: &str) -> Result<Workload, TraceError> {
         });
         history.take(what, at - begin);
     }
-    let mut vms: Vec<Vm> = Vec::new();
+    let mut vms: BTreeMap<u32, Vm> = BTreeMap::new();
     for ((vm, _), mut history) in histories {
-        // Those that still run have shown a part of their last burst.
-        history.leave(duration);
         history.end_burst();
         let Some(first) = history.first.filter(|_| !history.bursts.is_empty()) else {
             continue;
         };
+        let name = names
+            .get(&vm)
+            .map_or_else(|| vm.to_string(), |&name| name.into());
+        let entry = vms.entry(vm).or_insert(Vm {
+            name,
+            params: Params::default(),
+            measured: true,
+            vcpus: Vec::new(),
+        });
         let bursts = history.bursts.into();
-        let program = Program::Replay { first, bursts };
-        match vms.last_mut().filter(|last| last.name == *vm) {
-            Some(last) => last.vcpus.push(program),
-            None => vms.push(Vm {
-                name: vm.clone(),
-                params: Params::default(),
-                measured: true,
-                vcpus: vec![program],
-            }),
-        }
+        entry.vcpus.push(Program::Replay { first, bursts });
     }
+    let vms: Vec<Vm> = vms.into_values().collect();
     if vms.is_empty() {
         return Err(TraceError::NothingRan);
     }
@@ -244,75 +266,96 @@ pub fn import(name: &str, text: &str) -> Result<Workload, TraceError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use manage::{
+        command::TraceDetails,
+        trace::{
+            self, Kind, Record,
+            perfetto::{self, Recorded},
+        },
+    };
     use proptest::prelude::*;
 
-    fn event(name: &str, ts: f64, tid: u32, vm: &str, vcpu: u32, why: &str) -> String {
-        format!(
-            r#"{{"name":"{name}","cat":"sched","ph":"i","s":"t","ts":{ts},"pid":1,"tid":{tid},
-               "args":{{"vm":"{vm}","vcpu":{vcpu},"why":"{why}"}}}}"#
-        )
-    }
+    const SLICE: u16 = trace::Why::SliceOver as u16;
+    const IDLE: u16 = trace::Why::Idle as u16;
+    const ENDED: u16 = trace::Why::Ended as u16;
 
-    fn file(events: &[String]) -> String {
-        format!(
-            r#"{{"traceEvents":[{},{{"name":"exit","ph":"X","ts":1,"dur":2,"args":{{"reason":7}}}}],"displayTimeUnit":"ns"}}"#,
-            events.join(",")
-        )
+    /// Time, kind, VM and vCPU, detail of a record.
+    type Entry = (u64, Kind, (u16, u8), u16);
+
+    /// What `plinthctl trace` makes of records of two processors. A tick is a nanosecond.
+    fn file(rings: [&[Entry]; 2]) -> String {
+        let details = TraceDetails {
+            on: false,
+            tsc_hz: 1_000_000_000,
+            started_tsc: 0,
+            capacity: 100,
+            rings: Vec::new(),
+            exits: vec!["cpuid".into()],
+            vms: vec![(1, "a".into()), (2, "b".into())],
+        };
+        let recorded: Vec<_> = rings
+            .iter()
+            .enumerate()
+            .map(|(pcpu, records)| Recorded {
+                pcpu: pcpu as u32,
+                pieces: vec![(
+                    0,
+                    records
+                        .iter()
+                        .map(|&(at, kind, vcpu, detail)| Record::new(at, kind, vcpu, detail))
+                        .collect(),
+                )],
+            })
+            .collect();
+        let mut text = String::new();
+        perfetto::write(&mut text, &details, &recorded).unwrap();
+        text
     }
 
     #[test]
     fn bursts_and_pauses_are_the_guests_own() {
-        let text = file(&[
-            event("wake", 100.0, 0, "a", 0, ""),
-            event("switch-in", 110.0, 0, "a", 0, ""),
-            event("switch-in", 100.5, 1, "b", 1, ""),
-            event("switch-out", 120.0, 0, "a", 0, "slice"),
-            event("switch-in", 150.0, 1, "a", 0, ""),
-            event("switch-out", 155.5, 1, "a", 0, "idle"),
-            event("wake", 160.0, 0, "a", 0, ""),
-            event("switch-in", 161.0, 0, "a", 0, ""),
-            event("switch-out", 165.0, 0, "a", 0, "ended"),
-            event("switch-out", 145.0, 1, "b", 1, "preempted"),
+        let (a, b) = ((1, 0), (2, 1));
+        let text = file([
+            &[
+                (100, Kind::Wake, a, 0),
+                (110, Kind::SwitchIn, a, 0),
+                (112, Kind::Exit, a, 0),
+                (113, Kind::Entry, a, 0),
+                (120, Kind::SwitchOut, a, SLICE),
+                (160, Kind::Wake, a, 0),
+                (161, Kind::SwitchIn, a, 0),
+                (165, Kind::SwitchOut, a, ENDED),
+            ],
+            &[
+                (102, Kind::SwitchIn, b, 0),
+                (145, Kind::SwitchOut, b, SLICE),
+                (150, Kind::SwitchIn, a, 0),
+                (155, Kind::SwitchOut, a, IDLE),
+            ],
         ]);
         let workload = import("t", &text).unwrap();
-        assert_eq!((workload.pcpus, workload.duration), (2, 65_000));
-        let [a, b] = &workload.vms[..] else {
+        assert_eq!((workload.pcpus, workload.duration), (2, 65));
+        let [vm_a, vm_b] = &workload.vms[..] else {
             panic!("{workload:?}")
         };
-        assert_eq!((a.name.as_str(), b.name.as_str()), ("a", "b"));
-        let Program::Replay { first, bursts } = &a.vcpus[0] else {
-            panic!("{a:?}")
+        assert_eq!((vm_a.name.as_str(), vm_b.name.as_str()), ("a", "b"));
+        let Program::Replay { first, bursts } = &vm_a.vcpus[0] else {
+            panic!("{vm_a:?}")
         };
         let burst = |work, pause| Burst { work, pause };
         assert_eq!(*first, 0);
-        assert_eq!(bursts, &[burst(15_500, 4_500), burst(4_000, 0)]);
-        let Program::Replay { first, bursts } = &b.vcpus[0] else {
-            panic!("{b:?}")
+        assert_eq!(bursts, &[burst(15, 5), burst(4, 0)]);
+        let Program::Replay { first, bursts } = &vm_b.vcpus[0] else {
+            panic!("{vm_b:?}")
         };
-        assert_eq!(*first, 500);
-        assert_eq!(bursts, &[burst(44_500, 0)]);
+        assert_eq!((*first, bursts), (2, &[burst(43, 0)].into()));
     }
 
     #[test]
-    fn a_bare_list_is_read_and_lost_events_are_survived() {
-        let events = [
-            event("switch-out", 1.0, 0, "a", 0, "idle"),
-            event("switch-in", 2.0, 0, "a", 0, ""),
-            event("switch-in", 5.0, 0, "a", 0, ""),
-            event("switch-out", 6.0, 0, "a", 0, "idle"),
-        ];
-        let workload = import("t", &format!("[{}]", events.join(","))).unwrap();
-        let Program::Replay { first, bursts } = &workload.vms[0].vcpus[0] else {
-            panic!("{workload:?}")
-        };
-        assert_eq!(*first, 1_000);
-        assert_eq!(
-            bursts,
-            &[Burst {
-                work: 4_000,
-                pause: 0
-            }]
-        );
+    fn a_bare_list_is_read() {
+        let text = r#"[{"ph":"X","pid":9,"tid":1,"ts":2,"dur":4,"name":"on pCPU 0","args":{"left":"idle"}}]"#;
+        let workload = import("t", text).unwrap();
+        assert_eq!(workload.vms[0].name, "9");
     }
 
     #[test]
@@ -320,22 +363,25 @@ mod tests {
         assert!(matches!(import("t", "{"), Err(TraceError::NotATrace(_))));
         assert!(matches!(import("t", "{}"), Err(TraceError::NotATrace(_))));
         assert_eq!(import("t", "[]").unwrap_err(), TraceError::NothingRan);
-        let negative = format!("[{}]", event("switch-in", -1.0, 0, "a", 0, ""));
-        assert_eq!(import("t", &negative).unwrap_err(), TraceError::BadTime);
+        let negative = r#"[{"ph":"X","ts":-1,"dur":4,"name":"on pCPU 0"}]"#;
+        assert_eq!(import("t", negative).unwrap_err(), TraceError::BadTime);
     }
 
     proptest! {
-        /// Whatever the order of events: no panic, and not more processor time than there was.
+        /// Whatever was recorded: no panic, and not more time than there was.
         #[test]
         fn any_order_of_events_is_survived(
-            events in proptest::collection::vec((0usize..5, 0u32..1_000_000, 0u32..3, 0u32..2), 0..60)
+            events in proptest::collection::vec((0usize..5, 0u64..1_000_000, 1u16..4, 0u8..2), 0..60)
         ) {
-            let names = [("switch-in", ""), ("switch-out", "idle"), ("switch-out", "slice"), ("switch-out", "ended"), ("wake", "")];
-            let events: Vec<_> = events.into_iter().map(|(kind, at, vm, vcpu)| {
-                let (name, why) = names[kind];
-                event(name, f64::from(at), 0, &vm.to_string(), vcpu, why)
+            let kinds = [
+                (Kind::SwitchIn, 0), (Kind::SwitchOut, IDLE), (Kind::SwitchOut, SLICE),
+                (Kind::SwitchOut, ENDED), (Kind::Wake, 0),
+            ];
+            let mut records: Vec<_> = events.into_iter().map(|(kind, at, vm, vcpu)| {
+                (at, kinds[kind].0, (vm, vcpu), kinds[kind].1)
             }).collect();
-            if let Ok(workload) = import("t", &file(&events)) {
+            records.sort_by_key(|record| record.0);
+            if let Ok(workload) = import("t", &file([&records, &[]])) {
                 for program in workload.vms.iter().flat_map(|vm| &vm.vcpus) {
                     let Program::Replay { first, bursts } = program else { panic!("{program:?}") };
                     let all: Ns = bursts.iter().map(|b| b.work + b.pause).sum();

@@ -211,10 +211,7 @@ fn simulate(workloads: Vec<Workload>, policies: &[PolicyKind], config: &Config) 
     workloads
         .into_iter()
         .map(|workload| {
-            let outcomes = policies
-                .iter()
-                .map(|&policy| engine::simulate(&workload, policy, config))
-                .collect();
+            let outcomes = engine::simulate_all(&workload, policies, config);
             (workload, outcomes)
         })
         .collect()
