@@ -280,8 +280,10 @@ impl Recent {
 
     /// As a part of what one pCPU can give, in millionths.
     pub(crate) fn share(self, now: u64) -> u64 {
-        // In the long run a busy pCPU adds up to between one and two half-lives.
-        (self.at(now) >> 1).saturating_mul(MILLION) >> Self::HALF_LIFE_BITS
+        // In the long run a busy pCPU has added up to one half-life when an epoch begins, and to two when it ends.
+        let half_life = 1 << Self::HALF_LIFE_BITS;
+        let busy = half_life + (now & (half_life - 1));
+        self.at(now).saturating_mul(MILLION) / busy
     }
 }
 
@@ -304,6 +306,8 @@ pub(crate) struct Entity {
     pub(crate) woken_at: Option<u64>,
     /// Tick at which it last became ready.
     pub(crate) ready_at: u64,
+    /// Tick at which it began to wait for its present turn; a move to another queue changes nothing in that.
+    pub(crate) waits_since: u64,
     /// CPU time since it last became ready, in ticks.
     pub(crate) burst: u64,
     /// Ticks of its slice that are left.
@@ -333,6 +337,7 @@ impl Entity {
             since: now,
             woken_at: None,
             ready_at: now,
+            waits_since: now,
             burst: 0,
             slice_left: 0,
             recent: Recent::default(),

@@ -212,6 +212,9 @@ impl Queue {
             return;
         };
         entity.state = State::Waiting;
+        if !matches!(why, Ready::Preempted | Ready::Arrived) {
+            entity.waits_since = now;
+        }
         self.policy.enqueue(entity, why, now);
         if entity.allowed.len() > 1 && !self.stays(id) {
             let entity = self.entities[id.index()].as_ref();
@@ -476,7 +479,10 @@ impl Queue {
         };
         entity.paused = false;
         match entity.state {
-            State::Held => self.make_ready(id, Ready::Arrived, now),
+            State::Held => {
+                entity.waits_since = now;
+                self.make_ready(id, Ready::Arrived, now)
+            }
             _ => Woken::Nothing,
         }
     }
@@ -547,11 +553,21 @@ impl Queue {
 
     /// The most urgent that waits and may run on `pcpu`.
     pub(crate) fn stealable(&self, pcpu: usize) -> Option<EntityId> {
-        self.first_of_each_place(pcpu).min().map(|(_, id)| id)
+        self.first_of_each_place()
+            .filter(|(places, _, _)| places.contains(pcpu))
+            .map(|(_, rank, id)| (rank, id))
+            .min()
+            .map(|(_, id)| id)
     }
 
-    /// The most urgent ones for each set of pCPUs that has this one in it.
-    fn first_of_each_place(&self, pcpu: usize) -> impl Iterator<Item = (u64, EntityId)> {
+    /// Where those that wait may run: one of these pCPUs, if any.
+    pub(crate) fn place_among(&self, cpus: CpuSet) -> Option<usize> {
+        self.first_of_each_place()
+            .find_map(|(places, _, _)| places.and(cpus).lowest())
+    }
+
+    /// The most urgent ones for each set of pCPUs.
+    fn first_of_each_place(&self) -> impl Iterator<Item = (CpuSet, u64, EntityId)> {
         let mut next = self.movable.first();
         core::iter::from_fn(move || {
             let &(places, rank, id) = next?;
@@ -559,8 +575,6 @@ impl Queue {
             next = self.movable.range(beyond..).next();
             Some((places, rank, id))
         })
-        .filter(move |(places, _, _)| places.contains(pcpu))
-        .map(|(_, rank, id)| (rank, id))
     }
 
     /// The one that waits, may run on `pcpu`, weighs no more than `most`, and had the most CPU time of late for its weight.

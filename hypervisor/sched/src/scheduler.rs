@@ -447,15 +447,14 @@ impl Scheduler {
             return None;
         }
         let earlier = locked.queue.run_until() < before;
-        let (idles, movable) = (locked.queue.is_idle(), locked.queue.movable());
+        let idles = locked.queue.is_idle();
         drop(locked);
-        let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
         if idles {
+            let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
             return idle.contains(pcpu).then_some(pcpu);
         }
-        let others = self.pools[usize::from(self.pcpus[pcpu].pool.0)].cpus;
-        let idle = idle.and(others).lowest().filter(|_| movable > 0);
-        idle.or_else(|| earlier.then_some(pcpu))
+        self.idle_for_waiting(self.pcpus[pcpu].pool)
+            .or_else(|| earlier.then_some(pcpu))
     }
 
     /// What `pcpu` runs next; it must not run anything now. Readies those whose deadline has come before.
@@ -495,12 +494,22 @@ impl Scheduler {
             return Pick { run, kick: None };
         }
         let run = run.or_else(|| self.steal(pcpu, now));
-        let pool = self.pools[usize::from(this.pool.0)].cpus;
-        let kick = match run {
-            Some(_) if this.movable.load(Ordering::SeqCst) > 0 => self.idle_one(pool),
-            _ => None,
-        };
+        let kick = run.and_then(|_| self.idle_for_waiting(this.pool));
         Pick { run, kick }
+    }
+
+    /// A pCPU of a pool that idles although somebody waits in the pool whom it may run: several wake-ups in a row may have
+    /// named the same pCPU, and it has taken but one.
+    fn idle_for_waiting(&self, pool: PoolId) -> Option<usize> {
+        let cpus = self.pools[usize::from(pool.0)].cpus;
+        let idle = || CpuSet::from_bits(self.idle.load(Ordering::SeqCst)).and(cpus);
+        if idle().is_empty() {
+            return None;
+        }
+        let crowded = |pcpu: &usize| self.pcpus[*pcpu].movable.load(Ordering::SeqCst) > 0;
+        cpus.iter()
+            .filter(crowded)
+            .find_map(|pcpu| self.lock(pcpu)?.queue.place_among(idle()))
     }
 
     /// Takes one over from a busy pCPU of the pool, and runs it.

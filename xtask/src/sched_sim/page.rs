@@ -122,7 +122,9 @@ pub fn section(workload: &Workload, outcomes: &[Outcome]) -> String {
 }
 
 /// `bench/sched-sim.md`.
-pub fn whole(results: &[(Workload, Vec<Outcome>)]) -> String {
+///
+/// `plots`: names of the plots that are kept beside it.
+pub fn whole(results: &[(Workload, Vec<Outcome>)], plots: &[&str]) -> String {
     let mut text = String::from(
         "# What each scheduling policy makes of each workload\n\n\
          Written by `cargo xtask sched-sim --write`; [SCHEDULING.md](../docs/SCHEDULING.md) says what the policies and \
@@ -131,6 +133,10 @@ pub fn whole(results: &[(Workload, Vec<Outcome>)]) -> String {
     );
     for (workload, outcomes) in results {
         text += &section(workload, outcomes);
+        let of_it = |plot: &&&str| plot.rsplit_once('-').is_some_and(|(of, _)| of == workload.name);
+        for plot in plots.iter().filter(of_it) {
+            writeln!(text, "![{plot}](sched-sim/{plot})\n").expect("a String takes any text");
+        }
     }
     text += "## What an abuser costs its neighbours\n\n\
              Waiting time of the neighbours' jobs without (`calm`) and with the abuser (`abuse`), in milliseconds. Fair policies \

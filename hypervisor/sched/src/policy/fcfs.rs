@@ -37,7 +37,12 @@ impl Policy for Fcfs {
             Ready::Woken | Ready::Replenished | Ready::Yielded => now,
         };
         entity.ready_at = entity.rank;
-        self.waiting.push(entity.id, entity.rank);
+        if why == Ready::Woken {
+            self.waiting.push(entity.id, entity.rank);
+        } else {
+            // Among those that came in the same tick, it goes on.
+            self.waiting.push_first(entity.id, entity.rank);
+        }
     }
 
     fn slice(&self, _entity: &Entity) -> u64 {

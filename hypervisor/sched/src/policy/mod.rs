@@ -141,6 +141,11 @@ impl Ordered {
         self.heap.push(id, (key, self.arrivals));
     }
 
+    /// As `push`, but before all others of the same key.
+    pub(crate) fn push_first(&mut self, id: EntityId, key: u64) {
+        self.heap.push(id, (key, 0));
+    }
+
     pub(crate) fn peek(&self) -> Option<(u64, EntityId)> {
         self.heap.peek().map(|((key, _), id)| (key, id))
     }

@@ -36,11 +36,12 @@ impl Policy for Priority {
         &mut self.waiting
     }
 
-    fn enqueue(&mut self, entity: &mut Entity, why: Ready, now: u64) {
+    fn enqueue(&mut self, entity: &mut Entity, why: Ready, _now: u64) {
         // Who was interrupted has not had its turn: it keeps its place.
         if why != Ready::Preempted {
             let below = u64::from(PRIORITIES.end().saturating_sub(entity.params.priority));
-            entity.rank = now.saturating_add(below * SLICES_PER_LEVEL * self.slice);
+            let delay = below * SLICES_PER_LEVEL * self.slice;
+            entity.rank = entity.waits_since.saturating_add(delay);
         }
         self.waiting.push(entity.id, entity.rank);
     }

@@ -47,7 +47,7 @@ impl Policy for ByRequirement {
     fn enqueue(&mut self, entity: &mut Entity, why: Ready, now: u64) {
         if why != Ready::Preempted {
             let delay = dominant_share(entity, now) * SLICES * self.slice / MILLION;
-            entity.rank = now.saturating_add(delay);
+            entity.rank = entity.waits_since.saturating_add(delay);
         }
         self.waiting.push(entity.id, entity.rank);
     }

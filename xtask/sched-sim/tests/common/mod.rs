@@ -94,8 +94,9 @@ fn any_program() -> impl Strategy<Value = Program> {
 
 fn any_params(pcpus: usize) -> impl Strategy<Value = Params> {
     let affinity = prop_oneof![
-        3 => Just(CpuSet::ALL),
+        3 => Just(CpuSet::first(pcpus)),
         1 => (0..pcpus).prop_map(CpuSet::of),
+        1 => (0..pcpus, 0..pcpus).prop_map(|(a, b)| CpuSet::of(a).or(CpuSet::of(b))),
     ];
     let part = 10_000u32..=1_000_000;
     (
