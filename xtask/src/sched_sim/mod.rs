@@ -263,7 +263,10 @@ const KEPT_PLOTS: [&str; 8] = [
 fn kept() -> anyhow::Result<Vec<(PathBuf, String)>> {
     let results = simulate(repository()?, &PolicyKind::ALL, &Config::default());
     let bench = paths::workspace().join("bench");
-    let mut files = vec![(bench.join("sched-sim.md"), page::whole(&results, &KEPT_PLOTS))];
+    let mut files = vec![(
+        bench.join("sched-sim.md"),
+        page::whole(&results, &KEPT_PLOTS),
+    )];
     for (workload, outcomes) in &results {
         for (name, text) in drawings(workload, outcomes) {
             if KEPT_PLOTS.contains(&name.as_str()) {

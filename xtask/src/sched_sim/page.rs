@@ -133,7 +133,10 @@ pub fn whole(results: &[(Workload, Vec<Outcome>)], plots: &[&str]) -> String {
     );
     for (workload, outcomes) in results {
         text += &section(workload, outcomes);
-        let of_it = |plot: &&&str| plot.rsplit_once('-').is_some_and(|(of, _)| of == workload.name);
+        let of_it = |plot: &&&str| {
+            plot.rsplit_once('-')
+                .is_some_and(|(of, _)| of == workload.name)
+        };
         for plot in plots.iter().filter(of_it) {
             writeln!(text, "![{plot}](sched-sim/{plot})\n").expect("a String takes any text");
         }
