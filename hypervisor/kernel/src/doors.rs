@@ -20,7 +20,10 @@ const DOORS: &[Door] = &[];
 static RANG: AtomicBool = AtomicBool::new(false);
 
 /// A door has something to do: the first processor serves the doors soon, even if it runs a guest.
-#[expect(dead_code, reason = "each door calls it, and the first is still to come")]
+#[expect(
+    dead_code,
+    reason = "each door calls it, and the first is still to come"
+)]
 pub fn ring() {
     RANG.store(true, Ordering::Release);
     if percpu::try_number().is_some_and(|number| number != 0)

@@ -7,12 +7,14 @@
 //! What an operator asks for is done here, too ([`verbs`]): only in the first pCPU's loop, where no lock is held and no
 //! vCPU is loaded. Nobody waits there for a guest, or for a VM to be made: that is a job for another pCPU, if there is one.
 //!
-//! Lock order: one vCPU, then `slots`, then `entities`, then a device's, then `sched` (a kick comes
-//! from under a device's lock), then the console's (guest output comes from under the serial port's). All
+//! Lock order: one vCPU, then `slots`, then `entities`, then a device's, then one of `sched`'s (a kick comes
+//! from under a device's lock; `sched` has one for each pCPU and never holds two), then the console's (guest output comes
+//! from under the serial port's). All
 //! locks of the host are in one table in docs/ARCHITECTURE.md. No lock is held while a guest runs, but for
 //! the vCPU's own, which nobody else waits for.
 
 mod life;
+mod scheduling;
 mod slots;
 mod tables;
 mod verbs;
@@ -28,14 +30,11 @@ use drivers::wall_clock;
 use manage::{
     bundle::{self, Bundle, BundleEnvironment},
     command::VmState,
-    config::{self, AfterLastVm, Config, ConsoleKind},
+    config::{self, AfterLastVm, Config, ConsoleKind, Pools},
     console::{ConsoleId, Input},
     lifecycle::Life,
 };
-use sched::{
-    EntityId,
-    run_queue::{RunQueue, Wake},
-};
+use sched::{Dispatch, EntityId, Scheduler, Stop};
 use spin::Once;
 use virt::{Backend, svm::Svm, vtx::Vtx};
 use vmm::{
@@ -57,8 +56,8 @@ use crate::{
     time, warn,
 };
 
-/// Length of a time slice, in microseconds.
-const SLICE_US: u64 = 10_000;
+/// vCPUs that the host has at most.
+const MAX_VCPUS: usize = config::MAX_VMS * config::MAX_VCPUS as usize;
 const NS_PER_SECOND: u64 = 1_000_000_000;
 
 /// What the parts of the kernel that don't know the vendor see of the world.
@@ -74,6 +73,8 @@ struct Entity<B: Backend> {
     vm: VmNumber,
     /// Host TSC when it first ran, 0 before; noted only for figures.
     first_run: AtomicU64,
+    /// The vCPUs of its VM.
+    siblings: Arc<Kick>,
     vcpu: Lock<Vcpu<B::Vcpu>>,
     exits: Published,
 }
@@ -87,7 +88,8 @@ struct World<B: Backend> {
     after_last_vm: AfterLastVm,
     /// Whether figures are wanted at a VM's end.
     figures: bool,
-    sched: Lock<RunQueue>,
+    sched: Scheduler,
+    pools: Pools,
     entities: Lock<Vec<Option<Arc<Entity<B>>>>>,
     slots: Lock<Slots<B>>,
     /// Host TSC at which the first VM's wait, or its time to shut down, is over; `u64::MAX` if there is none.
@@ -100,8 +102,6 @@ struct World<B: Backend> {
     power_off: AtomicBool,
     /// Losses of input by the host's port that were told.
     told_lost_input: AtomicU64,
-    /// A bit per pCPU that halts for want of work.
-    idle: AtomicU64,
 }
 
 /// Wakes the vCPUs of one VM.
@@ -197,7 +197,8 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         boot_epoch: now.saturating_sub(time::ns() / NS_PER_SECOND),
         after_last_vm: config.host.after_last_vm,
         figures: config.host.figures,
-        sched: Lock::new(RunQueue::new()),
+        sched: scheduling::scheduler(&config.host.pools),
+        pools: config.host.pools,
         entities: Lock::new(Vec::new()),
         slots: Lock::new(Slots::new(slots)),
         next_due: AtomicU64::new(u64::MAX),
@@ -205,7 +206,6 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         others: AtomicU64::new(0),
         power_off: AtomicBool::new(false),
         told_lost_input: AtomicU64::new(0),
-        idle: AtomicU64::new(0),
     }));
     vmm::emulate::warm_up();
     if let Some(word) = &config.host.console_frame {
@@ -250,6 +250,7 @@ fn read_config(bundle: &Bundle<'_>) -> Result<Config, String> {
         bundle,
         memory_bytes: memory::HOST.statistics().free * mem::PAGE_SIZE,
         processors: percpu::count(),
+        pools: None,
     };
     config::check(&mut config, &surroundings);
     for line in config.report().lines() {
@@ -295,34 +296,66 @@ impl<B: Backend> World<B> {
     }
 
     /// Runs one vCPU until it pauses.
-    fn run_vcpu(&'static self, cpu: &'static PerCpu, id: EntityId) {
+    fn run_vcpu(&'static self, cpu: &'static PerCpu, run: Dispatch) {
+        let id = run.id;
         let entity = self.entities.lock().get(id.0 as usize).cloned().flatten();
-        let Some(entity) = entity else { return };
+        let Some(entity) = entity else {
+            self.stop(cpu, Stop::Retired);
+            return;
+        };
         if self.figures && entity.first_run.load(Ordering::Relaxed) == 0 {
             entity.first_run.store(time::now_tsc(), Ordering::Relaxed);
         }
         let pause = {
             let mut vcpu = entity.vcpu.lock();
             vcpu.load(cpu.number);
-            let slice_end = time::now_tsc() + time::us_to_ticks(SLICE_US);
-            let wake_up = self.sched.lock().next_deadline(cpu.number);
-            let until = wake_up.map_or(slice_end, |at| at.min(slice_end));
-            let pause = vcpu.run(&mut HostCpu { world: self, cpu }, until);
+            let pause = vcpu.run(&mut HostCpu { world: self, cpu });
             vcpu.unload();
             entity.exits.publish(vcpu.counters());
             pause
         };
         match pause {
-            Pause::SliceOver => self.sched.lock().yield_now(id),
-            Pause::Idle { until } => self.sched.lock().block(id, until),
+            Pause::SliceOver => self.stop(cpu, Stop::Interrupted),
+            Pause::Idle { until } => self.stop(cpu, Stop::Blocked { until }),
+            Pause::Yielded => {
+                // Whom it waits for is one of its own VM, if anyone.
+                let siblings = entity.siblings.entities.get().into_iter().flatten();
+                let after = siblings.clone().skip_while(|&&other| other != id).skip(1);
+                let in_turn = after.chain(siblings.take_while(|&&other| other != id));
+                let now = time::now_tsc();
+                let kick = self.sched.yield_to(cpu.number, in_turn.copied(), now);
+                self.kick(kick);
+            }
             Pause::Ended => {
                 // The kick that ended the VM must not bring this vCPU to rest a second time.
-                self.sched.lock().retire(id);
+                self.stop(cpu, Stop::Retired);
                 let vm = entity.vm;
                 // Else this pCPU would hold the VM's memory while the VM is made anew.
                 drop(entity);
                 self.at_rest(vm);
             }
+        }
+    }
+
+    /// What ran on this pCPU has left it.
+    fn stop(&self, cpu: &PerCpu, why: Stop) {
+        let kick = self.sched.stop(cpu.number, why, time::now_tsc());
+        self.kick(kick);
+    }
+
+    /// This pCPU does long work, until it picks again: others run what waits here.
+    fn begin_long_work(&self) {
+        let kick = self.sched.go_away(percpu::current().number);
+        self.kick(kick);
+    }
+
+    /// Interrupts a pCPU, if it is another than this.
+    fn kick(&self, pcpu: Option<usize>) {
+        if let Some(pcpu) = pcpu
+            && pcpu != percpu::current().number
+            && let Some(cpu) = percpu::get(pcpu)
+        {
+            interrupts::kick(cpu);
         }
     }
 
@@ -406,57 +439,36 @@ impl<B: Backend> World<B> {
         }
     }
 
-    /// Halts until there may be work.
+    /// Halts until there may be work, after `sched` had none. What makes some from then on interrupts this pCPU.
     fn sleep(&self, cpu: &PerCpu) {
-        let bit = 1 << cpu.number;
-        self.idle.fetch_or(bit, Ordering::AcqRel);
-        let (work, deadline) = {
-            let sched = self.sched.lock();
-            (sched.has_work(cpu.number), sched.next_deadline(cpu.number))
-        };
         let first = cpu.number == 0;
         let console = first.then(console::wake_up_at).flatten();
         let due = first.then(|| self.next_due.load(Ordering::Relaxed));
         let display = first.then(display::wake_up_at).flatten();
-        let deadline = deadline
+        let deadline = self
+            .sched
+            .next_deadline(cpu.number)
             .into_iter()
             .chain(console)
             .chain(display)
             .chain(due.filter(|&at| at != u64::MAX))
             .min();
-        if !work && !self.is_wanted(cpu) {
-            match deadline {
-                Some(at) => interrupts::arm_timer(at),
-                None => interrupts::disarm_timer(),
-            }
-            interrupts::idle();
+        if self.is_wanted(cpu) {
+            return;
         }
-        self.idle.fetch_and(!bit, Ordering::AcqRel);
+        match deadline {
+            Some(at) => interrupts::arm_timer(at),
+            None => interrupts::disarm_timer(),
+        }
+        interrupts::idle();
     }
 }
 
 impl<B: Backend> Runner for World<B> {
     fn wake(&self, entity: EntityId) {
-        let wake = self.sched.lock().wake(entity);
-        let this = percpu::current().number;
-        match wake {
-            Wake::Nothing => {}
-            Wake::Kick { pcpu } => {
-                if pcpu != this
-                    && let Some(cpu) = percpu::get(pcpu)
-                {
-                    interrupts::kick(cpu);
-                }
-            }
-            Wake::Queued => {
-                // Whoever runs this code looks at the queue before it halts; another pCPU must be told.
-                let others = self.idle.load(Ordering::Acquire) & !(1 << this);
-                let first = others.trailing_zeros() as usize;
-                if let Some(cpu) = percpu::get(first) {
-                    interrupts::kick(cpu);
-                }
-            }
-        }
+        let wake = self.sched.wake(entity, time::now_tsc());
+        // This pCPU looks before it halts or enters a guest the next time.
+        self.kick(wake.kick);
     }
 
     fn run(&'static self, cpu: &'static PerCpu) -> ! {
@@ -465,6 +477,9 @@ impl<B: Backend> Runner for World<B> {
             && let Err(e) = self.backend.enable(cpu.number)
         {
             warn!("processor {} runs no VMs: {e}", cpu.number);
+            for other in self.sched.take_offline(cpu.number, time::now_tsc()).iter() {
+                self.kick(Some(other));
+            }
             cpu::halt_forever();
         }
         if cpu.number != 0 {
@@ -481,13 +496,10 @@ impl<B: Backend> Runner for World<B> {
                 self.show_display();
             }
             self.do_jobs(cpu);
-            let next = {
-                let mut sched = self.sched.lock();
-                sched.expire(time::now_tsc());
-                sched.pick(cpu.number)
-            };
-            match next {
-                Some(id) => self.run_vcpu(cpu, id),
+            let pick = self.sched.pick(cpu.number, time::now_tsc());
+            self.kick(pick.kick);
+            match pick.run {
+                Some(run) => self.run_vcpu(cpu, run),
                 None => self.sleep(cpu),
             }
         }
@@ -503,6 +515,10 @@ struct HostCpu<B: Backend> {
 impl<B: Backend> Host for HostCpu<B> {
     fn now(&self) -> u64 {
         time::now_tsc()
+    }
+
+    fn run_until(&self) -> u64 {
+        self.world.sched.run_until(self.cpu.number)
     }
 
     fn arm_timer(&mut self, host_tsc: u64) {

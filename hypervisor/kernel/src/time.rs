@@ -65,11 +65,15 @@ pub fn us_to_ticks(us: u64) -> u64 {
     (u128::from(us) * u128::from(hz()) / 1_000_000) as u64
 }
 
-/// Nanoseconds since the kernel was entered; 0 before calibration.
-pub fn ns() -> u64 {
-    let ticks = now_tsc().wrapping_sub(ENTRY_TSC.load(Ordering::Relaxed));
+/// TSC ticks in nanoseconds; 0 before calibration.
+pub fn ticks_to_ns(ticks: u64) -> u64 {
     match hz() {
         0 => 0,
         hz => (u128::from(ticks) * 1_000_000_000 / u128::from(hz)) as u64,
     }
+}
+
+/// Nanoseconds since the kernel was entered; 0 before calibration.
+pub fn ns() -> u64 {
+    ticks_to_ns(now_tsc().wrapping_sub(ENTRY_TSC.load(Ordering::Relaxed)))
 }

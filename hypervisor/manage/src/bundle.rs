@@ -22,7 +22,7 @@ use core::fmt;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::config::{Environment, FileFacts, FileKind};
+use crate::config::{Environment, FileFacts, FileKind, Pools};
 
 /// Entry name of the configuration.
 pub const CONFIG: &str = "plinth.toml";
@@ -195,6 +195,8 @@ pub struct BundleEnvironment<'b, 'a> {
     pub memory_bytes: u64,
     /// Host processors that run VMs.
     pub processors: usize,
+    /// The CPU pools of the host that runs; `None`: those of the configuration.
+    pub pools: Option<&'b Pools>,
 }
 
 impl Environment for BundleEnvironment<'_, '_> {
@@ -204,6 +206,10 @@ impl Environment for BundleEnvironment<'_, '_> {
 
     fn processors(&self) -> Option<usize> {
         Some(self.processors)
+    }
+
+    fn pools(&self) -> Option<&Pools> {
+        self.pools
     }
 
     fn file(&self, path: &str) -> Result<FileFacts, String> {
@@ -461,6 +467,7 @@ mod tests {
             bundle: &bundle,
             memory_bytes: 1 << 30,
             processors: 1,
+            pools: None,
         };
         assert_eq!(
             environment.file("vmlinuz"),

@@ -16,6 +16,7 @@ mod check;
 mod cpu;
 mod disks;
 mod display;
+mod sched;
 
 use alloc::{
     borrow::ToOwned,
@@ -28,6 +29,9 @@ use core::fmt;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+pub use self::sched::{
+    DEFAULT_POOL, DEFAULT_SLICE_US, MAX_POOLS, PERIODS_US, PoolConfig, Pools, SLICES_US, VmSched,
+};
 pub use added::{AddError, parse_added};
 pub use boot::{Boot, BootModule, FirmwareConfig};
 pub use check::{Environment, FileFacts, FileKind, check, has_multiboot_header};
@@ -112,6 +116,8 @@ pub struct HostConfig {
     pub figures: bool,
     /// `console-frame`: the word between two lines with which the serial port shows guests' output alone.
     pub console_frame: Option<String>,
+    /// `scheduler`, `slice` and the `[[pool]]` sections.
+    pub pools: Pools,
     /// `files`: what the image carries for VMs that are created while the host runs.
     pub files: Vec<HostFile>,
 }
@@ -133,6 +139,7 @@ impl Default for HostConfig {
             console_escape: DEFAULT_ESCAPE,
             figures: false,
             console_frame: None,
+            pools: Pools::default(),
             files: Vec::new(),
         }
     }
@@ -167,6 +174,8 @@ pub struct VmConfig {
     pub disks: Vec<DiskConfig>,
     /// `cpu` and `features`.
     pub cpu: CpuConfig,
+    /// `pool`, `weight`, `cap`, `priority`, `affinity` and `reservation`.
+    pub sched: VmSched,
     /// `restart`.
     pub restart: Restart,
     /// `display`: what it draws on.
@@ -398,7 +407,7 @@ impl<'t> Parser<'t> {
             at: Location::default(),
             vm: None,
         };
-        self.check_keys(&root, &["host", "vm"]);
+        self.check_keys(&root, &["host", "pool", "vm"]);
         if let Some((table, at)) = self.table(&root, "host") {
             self.host(&Section {
                 table,
@@ -407,6 +416,7 @@ impl<'t> Parser<'t> {
                 vm: None,
             });
         }
+        self.pools(&root);
         self.vms(&root);
     }
 
@@ -425,6 +435,8 @@ impl<'t> Parser<'t> {
                 "figures",
                 "console-frame",
                 "files",
+                "scheduler",
+                "slice",
             ],
         );
         let default = HostConfig::default();
@@ -465,7 +477,9 @@ impl<'t> Parser<'t> {
                 .map_or(default.figures, |(value, _)| value),
             console_frame: self.console_frame(s),
             files: self.host_files(s),
+            pools: Pools::default(),
         };
+        self.default_pool(s);
     }
 
     fn host_files(&mut self, s: &Section<'_>) -> Vec<HostFile> {
@@ -587,29 +601,28 @@ impl<'t> Parser<'t> {
         if let Some(name) = &name {
             s.vm = Some(name.clone());
         }
-        self.check_keys(
-            &s,
-            &[
-                "name",
-                "vcpus",
-                "memory",
-                "boot",
-                "disks",
-                "restart",
-                "console",
-                "focus",
-                "autostart",
-                "test-devices",
-                "cpu",
-                "features",
-                "display",
-            ],
-        );
+        const KEYS: [&str; 13] = [
+            "name",
+            "vcpus",
+            "memory",
+            "boot",
+            "disks",
+            "restart",
+            "console",
+            "focus",
+            "autostart",
+            "test-devices",
+            "cpu",
+            "features",
+            "display",
+        ];
+        self.check_keys(&s, &[&KEYS[..], &self::sched::VM_KEYS].concat());
         let (vcpus, vcpus_at) = self.vcpus(&s);
         let memory = self.memory(&s);
         let boot = self.boot(&s);
         let disks = self.disks(&s);
         let cpu = self.cpu(&s);
+        let sched = self.vm_sched(&s, vcpus);
         let restart = self.choice(
             &s,
             "restart",
@@ -651,6 +664,7 @@ impl<'t> Parser<'t> {
                 boot,
                 disks,
                 cpu,
+                sched,
                 restart: restart.unwrap_or_default(),
                 display,
                 console,

@@ -40,7 +40,6 @@ mod heap;
 mod metrics;
 mod policy;
 mod queue;
-pub mod run_queue;
 mod scheduler;
 
 pub use cpus::{CpuSet, MAX_PCPUS};

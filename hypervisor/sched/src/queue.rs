@@ -155,6 +155,9 @@ impl Queue {
         match state {
             State::Blocked { until: Some(at) } | State::Throttled { until: at } => {
                 self.timers.push(id, at);
+                if self.running.is_some() {
+                    self.run_until = self.run_until.min(at);
+                }
             }
             State::Waiting => settle(&mut entity, now),
             _ => {}

@@ -119,6 +119,10 @@ pub struct Scheduler {
     free: Mutex<Vec<u32>>,
     /// A bit for each pCPU that found nothing to run.
     idle: AtomicU64,
+    /// A bit for each pCPU that does something else for a while.
+    away: AtomicU64,
+    /// A bit for each pCPU that runs entities.
+    online: AtomicU64,
 }
 
 impl Scheduler {
@@ -164,6 +168,8 @@ impl Scheduler {
             homes: (0..capacity).map(|_| AtomicU32::new(NOWHERE)).collect(),
             free: Mutex::new((0..capacity as u32).rev().collect()),
             idle: AtomicU64::new(0),
+            away: AtomicU64::new(0),
+            online: AtomicU64::new(CpuSet::first(pcpus).bits()),
             pools: list
                 .into_iter()
                 .map(|pool| PoolState {
@@ -229,8 +235,11 @@ impl Scheduler {
         self.homes[id.index()].store(pcpu as u32, Ordering::Release);
     }
 
-    /// Where such an entity can be, and where of that it may run.
-    fn check(&self, params: &Params) -> Result<CpuSet, Refusal> {
+    /// The pCPUs that an entity with these parameters may run on. Says nothing of what is reserved by others.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn check(&self, params: &Params) -> Result<CpuSet, Refusal> {
         let pool = self.pools.get(usize::from(params.pool.0));
         let pool = pool.ok_or(Refusal::NoSuchPool)?;
         if !WEIGHTS.contains(&params.weight)
@@ -260,7 +269,7 @@ impl Scheduler {
     /// No pCPU can keep its reservation; the entity comes back.
     fn place(&self, entity: Box<Entity>, now: u64) -> Result<usize, (Box<Entity>, Refusal)> {
         let wanted = utilization(&entity.params);
-        let mut places = entity.allowed;
+        let mut places = self.online(entity.allowed);
         let mut most_left = 0;
         while !places.is_empty() {
             let crowd = |pcpu: &usize| {
@@ -280,8 +289,14 @@ impl Scheduler {
             }
             places = places.without(CpuSet::of(pcpu));
         }
-        let left = most_left;
-        Err((entity, Refusal::Overcommitted { wanted, left }))
+        let refusal = match wanted {
+            0 => Refusal::NoPcpu,
+            _ => Refusal::Overcommitted {
+                wanted,
+                left: most_left,
+            },
+        };
+        Err((entity, refusal))
     }
 
     /// Adds an entity, blocked without a deadline.
@@ -323,6 +338,11 @@ impl Scheduler {
     pub fn state(&self, id: EntityId) -> Option<State> {
         let (_, locked) = self.home(id)?;
         Some(locked.queue.get(id)?.state)
+    }
+
+    /// The pCPU that it runs on, waits for, or ran on last.
+    pub fn home_of(&self, id: EntityId) -> Option<usize> {
+        Some(self.home(id)?.0)
     }
 
     /// Its parameters.
@@ -372,7 +392,8 @@ impl Scheduler {
         let slice = self.pools[usize::from(params.pool.0)].policy.lock().1;
         entity.set_params(params, allowed, slice, now);
         match self.place(entity, now) {
-            Ok(place) => Ok(self.kick_for(place, allowed, now)),
+            // It may have a deadline there.
+            Ok(place) => Ok(Some(place)),
             Err((mut entity, refusal)) => {
                 entity.set_params(before, allowed_before, slice, now);
                 if let Some(mut locked) = self.lock(pcpu) {
@@ -385,7 +406,7 @@ impl Scheduler {
 
     /// One that may run in these places was put into the queue of `pcpu`: whom to interrupt.
     fn kick_for(&self, pcpu: usize, allowed: CpuSet, now: u64) -> Option<usize> {
-        let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
+        let idle = self.idle();
         if idle.contains(pcpu) {
             return Some(pcpu);
         }
@@ -393,11 +414,31 @@ impl Scheduler {
             .or_else(|| self.lock(pcpu)?.kick_if(pcpu, now))
     }
 
+    fn is_away(&self, pcpu: usize) -> bool {
+        CpuSet::from_bits(self.away.load(Ordering::SeqCst)).contains(pcpu)
+    }
+
+    /// `pcpu`, which runs nothing now, does something else for a while, until it picks again: others take over what waits there.
+    /// Whom to interrupt, if anyone.
+    pub fn go_away(&self, pcpu: usize) -> Option<usize> {
+        let bit = CpuSet::of(pcpu).bits();
+        self.away.fetch_or(bit, Ordering::SeqCst);
+        self.idle.fetch_and(!bit, Ordering::SeqCst);
+        let this = self.pcpus.get(pcpu)?;
+        if this.movable.load(Ordering::SeqCst) == 0 {
+            return None;
+        }
+        self.idle_one(self.pools[usize::from(this.pool.0)].cpus)
+    }
+
+    /// The pCPUs that found nothing to run.
+    pub fn idle(&self) -> CpuSet {
+        CpuSet::from_bits(self.idle.load(Ordering::SeqCst))
+    }
+
     /// A pCPU out of these that idles.
     fn idle_one(&self, of: CpuSet) -> Option<usize> {
-        CpuSet::from_bits(self.idle.load(Ordering::SeqCst))
-            .and(of)
-            .lowest()
+        self.idle().and(of).lowest()
     }
 
     /// An event for an entity: one that is blocked becomes ready.
@@ -429,10 +470,13 @@ impl Scheduler {
             .filter(|entity| entity.params.reservation.is_none())
             .map_or(CpuSet::EMPTY, |entity| entity.allowed);
         drop(locked);
-        let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
-        if stays {
-            // One that does not idle is about to pick.
-            return idle.contains(pcpu).then_some(pcpu);
+        let idle = self.idle();
+        if idle.contains(pcpu) {
+            return Some(pcpu);
+        }
+        if stays && !self.is_away(pcpu) {
+            // It is about to pick.
+            return None;
         }
         idle.and(movable)
             .lowest()
@@ -449,9 +493,11 @@ impl Scheduler {
         let earlier = locked.queue.run_until() < before;
         let idles = locked.queue.is_idle();
         drop(locked);
-        if idles {
-            let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
-            return idle.contains(pcpu).then_some(pcpu);
+        if self.idle().contains(pcpu) {
+            return Some(pcpu);
+        }
+        if idles && !self.is_away(pcpu) {
+            return None;
         }
         self.idle_for_waiting(self.pcpus[pcpu].pool)
             .or_else(|| earlier.then_some(pcpu))
@@ -470,6 +516,9 @@ impl Scheduler {
             self.balance(pcpu, now);
         }
         let bit = CpuSet::of(pcpu).bits();
+        if self.away.load(Ordering::Relaxed) & bit != 0 {
+            self.away.fetch_and(!bit, Ordering::SeqCst);
+        }
         let run = {
             let mut locked = Locked {
                 queue: this.queue.lock(),
@@ -681,6 +730,45 @@ impl Scheduler {
             }
         }
         Ok(pool.cpus)
+    }
+
+    /// Those of these pCPUs that run entities.
+    fn online(&self, of: CpuSet) -> CpuSet {
+        CpuSet::from_bits(self.online.load(Ordering::Relaxed)).and(of)
+    }
+
+    /// A pCPU that will not run anything, from the beginning on: its entities go to others of their pools that they may run on.
+    /// Those that may run nowhere else stay and never run. Returns the pCPUs to interrupt.
+    pub fn take_offline(&self, pcpu: usize, now: u64) -> CpuSet {
+        let bit = CpuSet::of(pcpu);
+        self.online.fetch_and(!bit.bits(), Ordering::Relaxed);
+        let mut kicks = CpuSet::EMPTY;
+        for number in 0..self.homes.len() {
+            if self.homes[number].load(Ordering::Acquire) as usize != pcpu {
+                continue;
+            }
+            let Some((home, mut locked)) = self.home(EntityId(number as u32)) else {
+                continue;
+            };
+            let id = EntityId(number as u32);
+            let elsewhere = |entity: &Entity| !self.online(entity.allowed).is_empty();
+            if home != pcpu || !locked.queue.get(id).is_some_and(elsewhere) {
+                continue;
+            }
+            let Some(entity) = self.take_out(&mut locked, id, now) else {
+                continue;
+            };
+            drop(locked);
+            match self.place(entity, now) {
+                Ok(place) => kicks = kicks.or(CpuSet::of(place)),
+                Err((entity, _)) => {
+                    if let Some(mut locked) = self.lock(pcpu) {
+                        self.put_in(pcpu, &mut locked, entity, now);
+                    }
+                }
+            }
+        }
+        kicks
     }
 
     /// What was measured of an entity, up to now.

@@ -689,6 +689,43 @@ fn a_pool_can_change_its_policy() {
 }
 
 #[test]
+fn others_take_over_while_a_pcpu_does_something_else() {
+    let s = scheduler(2, PolicyKind::Fair);
+    let ids: [EntityId; 2] = core::array::from_fn(|_| s.add(Params::default(), 0).unwrap());
+    for pcpu in [0, 1] {
+        assert_eq!(s.pick(pcpu, 0).run, None);
+    }
+    let home = s.home_of(ids[0]).unwrap();
+    let other = 1 - home;
+    assert_eq!(s.go_away(home), None);
+    assert_eq!(s.wake(ids[0], 1).kick, Some(other));
+    assert_eq!(s.pick(other, 1).run.unwrap().id, ids[0]);
+    s.stop(other, Stop::Blocked { until: None }, 2);
+    assert_eq!(s.pick(home, 2).run, None);
+    assert_eq!(s.wake(ids[0], 3).kick, Some(other), "where it was last");
+}
+
+#[test]
+fn a_pcpu_that_runs_nothing_gives_its_entities_away() {
+    let s = scheduler(2, PolicyKind::Fair);
+    let ids: [EntityId; 4] = core::array::from_fn(|_| s.add(Params::default(), 0).unwrap());
+    let pinned = Params {
+        affinity: CpuSet::of(1),
+        ..Params::default()
+    };
+    let stuck = s.add(pinned, 0).unwrap();
+    ids.iter().for_each(|&id| _ = s.wake(id, 0));
+    assert_eq!(s.take_offline(1, 1), CpuSet::of(0));
+    for _ in ids {
+        assert!(s.pick(0, 1).run.is_some());
+        s.stop(0, Stop::Blocked { until: None }, 1);
+    }
+    assert_eq!(s.pcpu_metrics(1, 1).unwrap().entities, 1);
+    assert_eq!(s.state(stuck), Some(State::Blocked { until: None }));
+    assert!(s.add(pinned, 1).is_err());
+}
+
+#[test]
 fn time_is_accounted_for() {
     let s = scheduler(1, PolicyKind::Fair);
     let add = |guest| {

@@ -16,6 +16,8 @@ pub enum Attention {
 pub trait Host {
     /// Host TSC, in ticks.
     fn now(&self) -> u64;
+    /// Host TSC at which the vCPU's time on this pCPU is over. It may become earlier at any time.
+    fn run_until(&self) -> u64;
     /// Has the pCPU interrupted no later than this host TSC.
     fn arm_timer(&mut self, host_tsc: u64);
     /// Host TSC until which this pCPU's own interrupts may wait for a guest's next exit: the guest

@@ -123,7 +123,7 @@ impl<B: Backend> World<B> {
     pub(super) fn has_job(&self) {
         self.jobs.store(true, Ordering::Release);
         let others = self.others.load(Ordering::Relaxed);
-        let idle = others & self.idle.load(Ordering::Acquire);
+        let idle = others & self.sched.idle().bits();
         let this = percpu::current();
         let takers = if idle != 0 { idle } else { others };
         let taker = percpu::get(takers.trailing_zeros() as usize).or(percpu::get(0));
@@ -141,6 +141,7 @@ impl<B: Backend> World<B> {
             return;
         }
         self.jobs.store(false, Ordering::Relaxed);
+        self.begin_long_work();
         while let Some(job) = self.next_job() {
             match job {
                 Job::Make(number) => match self.ready_vm(number) {
@@ -341,9 +342,18 @@ impl<B: Backend> World<B> {
         vm.set_nested(tables.clone());
 
         let pcpu = percpu::current().number;
+        let params = self.params(plan, &plan.sched.lock())?;
         let mut entities = Vec::new();
         for vcpu in 0..config.vcpus {
-            let entity = self.sched.lock().add(None);
+            let entity = match self.sched.add(params, time::now_tsc()) {
+                Ok(entity) => entity,
+                Err(why) => {
+                    for entity in entities {
+                        self.bury(entity);
+                    }
+                    return Err(format!("{why}"));
+                }
+            };
             let made = self
                 .backend
                 .create_vcpu(VcpuSetup {
@@ -365,6 +375,7 @@ impl<B: Backend> World<B> {
                     Entity {
                         vm: number,
                         first_run: AtomicU64::new(0),
+                        siblings: kick.clone(),
                         vcpu: Lock::new(vcpu),
                         exits: Published::default(),
                     },
@@ -403,7 +414,7 @@ impl<B: Backend> World<B> {
 
     /// Forgets an entity that does not run.
     fn bury(&self, id: EntityId) {
-        let removed = self.sched.lock().remove(id);
+        let removed = self.sched.remove(id, time::now_tsc());
         debug_assert!(removed, "a running vCPU cannot be buried");
         if let Some(entity) = self.entities.lock().get_mut(id.0 as usize) {
             *entity = None;
@@ -440,6 +451,7 @@ impl<B: Backend> World<B> {
         let Some(live) = self.take_ended(number) else {
             return;
         };
+        self.begin_long_work();
         let reason = live.vm.take_end_reason();
         // What its devices still hold: a FIFO at most, or as much as goes out while a reader waits for it.
         if frame::is_used() {

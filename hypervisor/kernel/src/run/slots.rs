@@ -5,7 +5,7 @@ use core::sync::atomic::AtomicU64;
 
 use manage::{
     bundle::Bundle,
-    config::{ConsoleKind, DiskConfig, DisplayKind, MAX_VMS, VmConfig},
+    config::{ConsoleKind, DiskConfig, DisplayKind, MAX_VMS, VmConfig, VmSched},
     console::ConsoleId,
     lifecycle::Life,
 };
@@ -15,7 +15,7 @@ use virt::Backend;
 use vmm::firmware::{Firmware, Variables};
 
 use super::life::Live;
-use crate::{console, display, memory};
+use crate::{console, display, memory, sync::Lock};
 
 /// Number of a VM, from 1: whose its frames are. That of a VM that was destroyed is used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +45,8 @@ pub(super) struct Plan {
     pub(super) console: Option<ConsoleId>,
     /// Bytes typed that it had no room for.
     pub(super) lost_input: AtomicU64,
+    /// How it is scheduled, as an operator may have changed it.
+    pub(super) sched: Lock<VmSched>,
 }
 
 impl Plan {
@@ -76,6 +78,7 @@ impl Plan {
             display::begin();
         }
         Plan {
+            sched: Lock::new(config.sched.clone()),
             config,
             kernel,
             modules,

@@ -7,7 +7,6 @@
 use alloc::{
     format,
     string::{String, ToString},
-    vec,
     vec::Vec,
 };
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -16,20 +15,19 @@ use devices::VcpuId;
 use manage::{
     bundle::BundleEnvironment,
     command::{
-        Answer, DEFAULT_STOP_TIMEOUT_S, Failure, FailureCode, HostDetails, HostStats,
-        MAX_STOP_TIMEOUT_S, Operate, PcpuStats, PoolDetails, Request, SchedDetails,
-        SchedParameters, VERSION, VcpuStats, VmDetails, VmState, VmStats, VmSummary,
+        Answer, DEFAULT_STOP_TIMEOUT_S, Failure, FailureCode, HostDetails, MAX_STOP_TIMEOUT_S,
+        Operate, Request, VERSION, VcpuStats, VmDetails, VmState, VmSummary,
     },
     config::{self, AddError, DiskConfig, MAX_VMS, Restart},
     lifecycle::{Life, Step, Verb},
 };
 use mem::{Owner, PAGE_SIZE};
-use sched::EntityId;
 use virt::{Backend, Exit};
 use vmm::{vcpu::ExitCounters, vm::EndReason};
 
 use super::{
-    SLICE_US, World,
+    World,
+    scheduling::parameters,
     slots::{Plan, Slot, Slots},
 };
 use crate::{cpu, log, memory, percpu, sync::Lock, time};
@@ -39,8 +37,6 @@ const PUBLISH_EVERY_US: u64 = 100_000;
 /// Lines of the log that are told unless the request says how many, and at most.
 const LOG_LINES: u32 = 200;
 const MAX_LOG_LINES: u32 = 2_000;
-/// The one pool that there is.
-const POOL: &str = "default";
 
 /// A vCPU's exit counters, for others than the pCPU that runs it.
 pub(super) struct Published {
@@ -70,6 +66,13 @@ impl Published {
     }
 }
 
+impl Published {
+    /// As they were when they were published last.
+    pub(super) fn counters(&self) -> ExitCounters {
+        *self.counters.lock()
+    }
+}
+
 fn failure<T>(code: FailureCode, message: impl Into<String>) -> Result<T, Failure> {
     Err(Failure::new(code, message))
 }
@@ -78,7 +81,7 @@ fn done(text: String) -> Result<Answer, Failure> {
     Ok(Answer::Done { text })
 }
 
-fn no_such_vm(name: &str) -> Failure {
+pub(super) fn no_such_vm(name: &str) -> Failure {
     let message = format!("there is no VM {name:?}: the list of VMs has the names");
     Failure::new(FailureCode::NotFound, message)
 }
@@ -165,6 +168,7 @@ impl<B: Backend> World<B> {
             bundle: &self.bundle,
             memory_bytes: left,
             processors: percpu::count(),
+            pools: Some(&self.pools),
         };
         let config = config::parse_added(text, &surroundings).map_err(|e| match e {
             AddError::Bad(why) => Failure::new(FailureCode::BadRequest, why),
@@ -198,7 +202,7 @@ impl<B: Backend> World<B> {
         done(format!("{name}: created; it is off"))
     }
 
-    fn summary(&self, slot: &Slot<B>) -> VmSummary {
+    pub(super) fn summary(&self, slot: &Slot<B>) -> VmSummary {
         let config = &slot.plan.config;
         let uptime_ns = match slot.live {
             Some(_) => time::ns().saturating_sub(slot.started_ns),
@@ -215,41 +219,12 @@ impl<B: Backend> World<B> {
         }
     }
 
-    fn vcpus(&self, slot: &Slot<B>) -> Vec<VcpuStats> {
+    pub(super) fn vcpus(&self, slot: &Slot<B>) -> Vec<VcpuStats> {
         let entities = slot.live.iter().flat_map(|live| &live.entities);
         (0..)
             .zip(entities)
             .map(|(number, &entity)| self.vcpu(slot, number, entity))
             .collect()
-    }
-
-    fn vcpu(&self, slot: &Slot<B>, number: u16, id: EntityId) -> VcpuStats {
-        use sched::run_queue::State;
-        let state = self.sched.lock().state(id);
-        let words = match state {
-            _ if slot.life.state() == VmState::Paused => "paused",
-            Some(State::Running { .. }) => "running",
-            Some(State::Waiting) => "waiting",
-            Some(State::Blocked { .. }) => "blocked",
-            Some(State::Retired) | None => "off",
-        };
-        let pcpu = match state {
-            Some(State::Running { pcpu }) => pcpu as u32,
-            _ => 0,
-        };
-        let entity = self.entities.lock().get(id.0 as usize).cloned().flatten();
-        let counters = entity.map(|entity| *entity.exits.counters.lock());
-        let exits = Exit::NAMES.iter().zip(counters.unwrap_or([0; Exit::KINDS]));
-        VcpuStats {
-            vcpu: number,
-            pcpu,
-            state: String::from(words),
-            exits: exits
-                .filter(|(_, count)| *count > 0)
-                .map(|(kind, count)| (String::from(*kind), count))
-                .collect(),
-            ..VcpuStats::default()
-        }
     }
 
     fn details(&self, slot: &Slot<B>) -> VmDetails {
@@ -278,7 +253,7 @@ impl<B: Backend> World<B> {
             }),
             last_end: slot.last_end.clone(),
             disks: config.disks.iter().map(disk).collect(),
-            sched: parameters(),
+            sched: parameters(&slot.plan.sched.lock()),
             vcpu: self.vcpus(slot),
         }
     }
@@ -298,58 +273,6 @@ impl<B: Backend> World<B> {
             memory_free_bytes: statistics.free * PAGE_SIZE,
             heap_bytes: memory::heap_used() as u64,
         }
-    }
-
-    fn stats(&self) -> HostStats {
-        let slots = self.slots.lock();
-        let vms = slots
-            .iter()
-            .filter(|slot| slot.life.state() != VmState::Off)
-            .map(|slot| VmStats {
-                summary: self.summary(slot),
-                vcpu: self.vcpus(slot),
-            });
-        let pcpu = |pcpu| PcpuStats {
-            pcpu,
-            busy_ns: 0,
-            idle_ns: 0,
-            switches: 0,
-            queued: 0,
-        };
-        HostStats {
-            at_ns: time::ns(),
-            pcpus: (0..percpu::count() as u32).map(pcpu).collect(),
-            vms: vms.collect(),
-            fairness_permille: 1000,
-        }
-    }
-
-    fn sched(&self) -> SchedDetails {
-        let slots = self.slots.lock();
-        SchedDetails {
-            pools: vec![PoolDetails {
-                name: String::from(POOL),
-                policy: String::from("round-robin"),
-                pcpus: (0..percpu::count() as u32).collect(),
-                slice_us: SLICE_US,
-            }],
-            vms: slots
-                .iter()
-                .map(|slot| (slot.plan.config.name.clone(), parameters()))
-                .collect(),
-        }
-    }
-}
-
-/// What every VM has.
-fn parameters() -> SchedParameters {
-    SchedParameters {
-        pool: String::from(POOL),
-        weight: 1,
-        cap: 0,
-        priority: 0,
-        affinity: Vec::new(),
-        reservation_us: None,
     }
 }
 
@@ -397,16 +320,9 @@ impl<B: Backend> Operate for World<B> {
                 done(String::from("powering off"))
             }
             Request::SchedShow {} => Ok(Answer::Sched {
-                sched: self.sched(),
+                sched: self.sched_details(),
             }),
-            Request::SchedSet { vm, .. } => {
-                let mut slots = self.slots.lock();
-                slots.named(vm).ok_or_else(|| no_such_vm(vm))?;
-                failure(
-                    FailureCode::BadRequest,
-                    "round robin has no parameters of a VM",
-                )
-            }
+            Request::SchedSet { vm, change } => self.set_sched(vm, change),
             Request::TraceStart { .. }
             | Request::TraceStop {}
             | Request::TraceShow {}

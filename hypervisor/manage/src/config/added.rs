@@ -6,7 +6,7 @@ use alloc::{
     vec::Vec,
 };
 
-use super::{Config, Environment, FileFacts, HostConfig, Severity, VmConfig, check, parse};
+use super::{Config, Environment, FileFacts, HostConfig, Pools, Severity, VmConfig, check, parse};
 
 /// What the problems call the text.
 const NAME: &str = "vm-create";
@@ -30,6 +30,10 @@ impl Environment for FilesOnly<'_> {
 
     fn processors(&self) -> Option<usize> {
         self.0.processors()
+    }
+
+    fn pools(&self) -> Option<&Pools> {
+        self.0.pools()
     }
 
     fn file(&self, path: &str) -> Result<FileFacts, String> {

@@ -5,7 +5,7 @@ use alloc::{
     string::{String, ToString},
 };
 
-use super::{Config, Location, Severity, VmConfig, size};
+use super::{Config, Location, Pools, Severity, VmConfig, size};
 
 /// What the checks need to know of the place where they run.
 pub trait Environment {
@@ -18,6 +18,10 @@ pub trait Environment {
     /// # Errors
     /// Why it can't be read, in words: "no such file".
     fn file(&self, path: &str) -> Result<FileFacts, String>;
+    /// The CPU pools of the host that runs; `None`: those of the configuration.
+    fn pools(&self) -> Option<&Pools> {
+        None
+    }
 }
 
 /// What is known of a file.
@@ -93,6 +97,7 @@ pub fn has_multiboot_header(head: &[u8]) -> bool {
 /// Compares a configuration with what is there. A VM that asks for what isn't is disabled; host
 /// memory is given out in the order of the file, to the VMs that start with the host.
 pub fn check(config: &mut Config, environment: &dyn Environment) {
+    super::sched::check(config, environment);
     let total = environment.memory_bytes();
     let processors = environment.processors();
     for file in core::mem::take(&mut config.host.files) {

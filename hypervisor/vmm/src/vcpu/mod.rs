@@ -44,8 +44,10 @@ use msrs::Msrs;
 /// Why [`Vcpu::run`] came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pause {
-    /// The time slice is over.
+    /// Its time on the pCPU is over.
     SliceOver,
+    /// It waits for somebody else: the pCPU had better run another one first.
+    Yielded,
     /// Nothing to do before a kick, or before this host TSC.
     Idle {
         /// Host TSC of the next timer, if one is armed.
@@ -74,6 +76,8 @@ enum Next {
     Check,
     /// The guest waits for somebody else: let others run.
     Yield,
+    /// The pCPU is needed for something else.
+    GiveWay,
 }
 
 /// CR0.NW and CR0.CD.
@@ -218,8 +222,8 @@ impl<V: VirtualCpu> Vcpu<V> {
         self.hw.unload();
     }
 
-    /// Runs the vCPU until its slice ends (at host TSC `slice_end`), it idles, or its VM ends.
-    pub fn run<H: Host>(&mut self, host: &mut H, slice_end: u64) -> Pause {
+    /// Runs the vCPU until its time is over ([`Host::run_until`]), it idles or yields, or its VM ends.
+    pub fn run<H: Host>(&mut self, host: &mut H) -> Pause {
         let mut next = Next::Check;
         if !self.rest.vm.run_state().runs()
             && let Some(pause) = self.held_up(host)
@@ -234,11 +238,14 @@ impl<V: VirtualCpu> Vcpu<V> {
             {
                 return pause;
             }
-            if next == Next::Yield {
-                return Pause::SliceOver;
+            if matches!(next, Next::Yield | Next::GiveWay) {
+                return match next {
+                    Next::GiveWay => Pause::SliceOver,
+                    _ => Pause::Yielded,
+                };
             }
             if (next == Next::Check || self.rest.apic.inbox().has_pending())
-                && let Some(pause) = self.check(host, slice_end)
+                && let Some(pause) = self.check(host)
             {
                 return pause;
             }
@@ -261,7 +268,7 @@ impl<V: VirtualCpu> Vcpu<V> {
         vm.resume_output();
         vm.run_state()
             .has(RunState::OUTPUT_WAITS)
-            .then_some(Pause::SliceOver)
+            .then_some(Pause::Yielded)
     }
 
     /// Has the guest's TSC skip what the VM's clock has skipped.
@@ -275,7 +282,7 @@ impl<V: VirtualCpu> Vcpu<V> {
     }
 
     /// Everything that may have become due: timers, signals, interrupts. Says when to pause.
-    fn check<H: Host>(&mut self, host: &mut H, slice_end: u64) -> Option<Pause> {
+    fn check<H: Host>(&mut self, host: &mut H) -> Option<Pause> {
         let vm = &self.rest.vm;
         if vm.has_work() {
             vm.work(|line| host.note(line));
@@ -299,7 +306,11 @@ impl<V: VirtualCpu> Vcpu<V> {
         if self.activity != Activity::Running && !work {
             return Some(Pause::Idle { until: timer });
         }
-        if self.activity != Activity::Running || host.now() >= slice_end {
+        if self.activity != Activity::Running {
+            return Some(Pause::Yielded);
+        }
+        let slice_end = host.run_until();
+        if host.now() >= slice_end {
             return Some(Pause::SliceOver);
         }
         let mut deadline = timer
@@ -445,7 +456,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             }
             Exit::ExternalInterrupt | Exit::Deadline => match host.take_interrupts() {
                 Attention::GoOn => {}
-                Attention::GiveWay => return Next::Yield,
+                Attention::GiveWay => return Next::GiveWay,
             },
             Exit::Nmi => host.take_nmi(),
             Exit::InterruptWindow | Exit::NmiWindow | Exit::Init => {}

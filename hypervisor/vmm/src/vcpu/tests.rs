@@ -49,6 +49,8 @@ struct FakeHost {
     nmis: u32,
     armed: Option<u64>,
     patience: Option<u64>,
+    /// Host TSC at which the vCPU's time is over; 0: never.
+    until: u64,
     /// The pCPU is needed for something else.
     busy: bool,
     notes: Vec<String>,
@@ -57,6 +59,12 @@ struct FakeHost {
 impl Host for FakeHost {
     fn now(&self) -> u64 {
         now()
+    }
+    fn run_until(&self) -> u64 {
+        match self.until {
+            0 => u64::MAX,
+            until => until,
+        }
     }
     fn arm_timer(&mut self, host_tsc: u64) {
         self.armed = Some(host_tsc);
@@ -213,8 +221,11 @@ impl Bench {
     fn run(&mut self, exits: impl IntoIterator<Item = Exit>) -> Pause {
         self.vcpu.hw.exits = exits.into_iter().collect();
         loop {
-            let pause = self.vcpu.run(&mut self.host, now() + SLICE);
-            if pause != Pause::SliceOver || self.vcpu.hw.exits.is_empty() {
+            self.host.until = now() + SLICE;
+            let pause = self.vcpu.run(&mut self.host);
+            self.host.until = 0;
+            let stays = matches!(pause, Pause::SliceOver | Pause::Yielded);
+            if !stays || self.vcpu.hw.exits.is_empty() {
                 return pause;
             }
         }
@@ -237,7 +248,7 @@ impl Bench {
         let mut script: VecDeque<Exit> = exits.iter().copied().collect();
         script.push_back(Exit::TripleFault);
         self.vcpu.hw.exits = script;
-        let pause = self.vcpu.run(&mut self.host, u64::MAX);
+        let pause = self.vcpu.run(&mut self.host);
         assert_eq!(pause, Pause::Ended);
     }
 }
@@ -344,7 +355,7 @@ fn halt_with_interrupts_off_sleeps_on() {
 fn a_pause_loop_gives_the_processor_away() {
     let mut b = Bench::new();
     b.vcpu.hw.exits = [Exit::Pause, Exit::TripleFault].into_iter().collect();
-    assert_eq!(b.vcpu.run(&mut b.host, u64::MAX), Pause::SliceOver);
+    assert_eq!(b.vcpu.run(&mut b.host), Pause::Yielded);
     assert_eq!(b.vcpu.hw.entries, 1);
 }
 
@@ -533,7 +544,7 @@ fn what_cannot_be_handled_ends_the_vm_by_name() {
 fn a_vcpu_waits_while_output_does() {
     let mut b = Bench::new();
     b.vcpu.vm().run_state().set(RunState::OUTPUT_WAITS, true);
-    assert_eq!(b.vcpu.run(&mut b.host, u64::MAX), Pause::SliceOver);
+    assert_eq!(b.vcpu.run(&mut b.host), Pause::Yielded);
     assert_eq!(b.vcpu.hw.entries, 0);
     b.vcpu.vm().run_state().set(RunState::OUTPUT_WAITS, false);
     b.execute(&[Exit::Cpuid]);

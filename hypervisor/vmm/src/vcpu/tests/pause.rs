@@ -76,7 +76,7 @@ fn a_pcpu_that_is_needed_elsewhere_gets_free_before_the_slice_is_over() {
     let mut b = Bench::new();
     b.vcpu.hw.exits = [Exit::ExternalInterrupt, Exit::ExternalInterrupt].into();
     b.host.busy = true;
-    let pause = b.vcpu.run(&mut b.host, u64::MAX);
+    let pause = b.vcpu.run(&mut b.host);
     assert_eq!(pause, Pause::SliceOver);
     assert_eq!(b.host.interrupts, 1);
 }

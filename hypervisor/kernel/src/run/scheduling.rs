@@ -1,0 +1,263 @@
+//! The scheduler's side of the configuration and of the operator's: pools, parameters of VMs, figures.
+//!
+//! A VM's parameters are its plan's, under a lock of their own since an operator may change them; what is made of the VM
+//! and of each change is one set of `Params` for all its vCPUs.
+
+use alloc::{format, string::String, vec::Vec};
+
+use manage::{
+    command::{
+        Answer, Failure, FailureCode, HostStats, PcpuStats, PoolDetails, SchedChange, SchedDetails,
+        SchedParameters, VcpuStats, VmState, VmStats,
+    },
+    config::{Pools, VmSched},
+};
+use sched::{
+    CAPS, CpuSet, Demand, EntityId, MILLION, PRIORITIES, Params, Pool, PoolId, Refusal,
+    Reservation, Scheduler, State, WEIGHTS,
+};
+use virt::{Backend, Exit};
+
+use super::{
+    MAX_VCPUS, World,
+    slots::{Plan, Slot},
+};
+use crate::{memory, percpu, time};
+
+/// The scheduler of this host's processors.
+pub(super) fn scheduler(pools: &Pools) -> Scheduler {
+    let processors = percpu::count();
+    let pools: Vec<Pool> = (0..)
+        .zip(pools.iter())
+        .map(|(index, pool)| Pool {
+            cpus: pools.cpus(index, processors),
+            policy: pool.policy,
+            slice: time::us_to_ticks(pool.slice_us),
+        })
+        .collect();
+    Scheduler::new(processors, MAX_VCPUS, &pools)
+}
+
+/// A part of something in millionths.
+fn part(of: u64, all: u64) -> u32 {
+    (of.min(all) * MILLION / all.max(1)) as u32
+}
+
+impl<B: Backend> World<B> {
+    /// The parameters of each vCPU of a VM that is scheduled like this.
+    ///
+    /// # Errors
+    /// There is no such pool.
+    pub(super) fn params(&self, plan: &Plan, sched: &VmSched) -> Result<Params, String> {
+        let config = &plan.config;
+        let pool = self.pools.find(&sched.pool);
+        let pool = pool.ok_or_else(|| format!("there is no CPU pool \"{}\"", sched.pool))?;
+        let vcpus = u32::from(config.vcpus).max(1);
+        let cap = sched
+            .cap
+            .map(|cap| (cap / vcpus).max(u32::from(*CAPS.start())))
+            .filter(|cap| *cap < u32::from(*CAPS.end()));
+        let memory = memory::HOST.statistics().total * mem::PAGE_SIZE;
+        Ok(Params {
+            weight: sched.weight,
+            cap: cap.map(|cap| cap as u8),
+            priority: sched.priority,
+            affinity: sched.affinity,
+            pool: PoolId(pool as u8),
+            reservation: sched.reservation.map(|reservation| Reservation {
+                budget: time::us_to_ticks(reservation.budget),
+                period: time::us_to_ticks(reservation.period),
+            }),
+            demand: Demand {
+                memory: part(config.memory >> 20, memory >> 20),
+                processors: part(u64::from(config.vcpus), percpu::count() as u64),
+                io: 0,
+            },
+        })
+    }
+
+    /// Figures of a vCPU.
+    pub(super) fn vcpu(&self, slot: &Slot<B>, number: u16, id: EntityId) -> VcpuStats {
+        let now = time::now_tsc();
+        let state = self.sched.state(id);
+        let words = match state {
+            _ if slot.life.state() == VmState::Paused => "paused",
+            Some(State::Running { .. }) => "running",
+            Some(State::Waiting | State::Throttled { .. }) => "waiting",
+            Some(State::Held) => "paused",
+            Some(State::Blocked { .. }) => "blocked",
+            Some(State::Retired) | None => "off",
+        };
+        let metrics = self.sched.metrics(id, now).unwrap_or_default();
+        let entity = self.entities.lock().get(id.0 as usize).cloned().flatten();
+        let counters = entity.map(|entity| entity.exits.counters());
+        let exits = Exit::NAMES.iter().zip(counters.unwrap_or([0; Exit::KINDS]));
+        VcpuStats {
+            vcpu: number,
+            pcpu: self.sched.home_of(id).unwrap_or_default() as u32,
+            state: String::from(words),
+            run_ns: time::ticks_to_ns(metrics.run),
+            wait_ns: time::ticks_to_ns(metrics.steal()),
+            wakeups: metrics.wakes,
+            response_ns: time::ticks_to_ns(metrics.average_response()),
+            response_p99_ns: time::ticks_to_ns(metrics.response_percentile(99)),
+            switches: metrics.dispatches,
+            migrations: metrics.migrations,
+            exits: exits
+                .filter(|(_, count)| *count > 0)
+                .map(|(kind, count)| (String::from(*kind), count))
+                .collect(),
+        }
+    }
+
+    /// Figures of the host and of all that is not off.
+    pub(super) fn stats(&self) -> HostStats {
+        let now = time::now_tsc();
+        let at_ns = time::ns();
+        let pcpu = |number: usize| {
+            let metrics = self.sched.pcpu_metrics(number, now).unwrap_or_default();
+            let busy_ns = time::ticks_to_ns(metrics.busy);
+            PcpuStats {
+                pcpu: number as u32,
+                busy_ns,
+                idle_ns: at_ns.saturating_sub(busy_ns),
+                switches: metrics.switches,
+                queued: metrics.waiting,
+            }
+        };
+        let slots = self.slots.lock();
+        let vms: Vec<VmStats> = slots
+            .iter()
+            .filter(|slot| slot.life.state() != VmState::Off)
+            .map(|slot| VmStats {
+                summary: self.summary(slot),
+                vcpu: self.vcpus(slot),
+            })
+            .collect();
+        let shares = slots
+            .iter()
+            .filter(|slot| slot.life.state() != VmState::Off)
+            .zip(&vms)
+            .map(|(slot, vm)| vm.summary.run_ns / u64::from(slot.plan.sched.lock().weight.max(1)));
+        let fairness_permille = sched::jain_index(shares);
+        HostStats {
+            at_ns,
+            pcpus: (0..percpu::count()).map(pcpu).collect(),
+            fairness_permille,
+            vms,
+        }
+    }
+
+    /// The pools, and the parameters of all VMs.
+    pub(super) fn sched_details(&self) -> SchedDetails {
+        let pool = |(config, pool): (&manage::config::PoolConfig, Pool)| PoolDetails {
+            name: config.name.clone(),
+            policy: String::from(pool.policy.name()),
+            pcpus: numbers(pool.cpus),
+            slice_us: time::ticks_to_ns(pool.slice).div_ceil(1000),
+        };
+        let slots = self.slots.lock();
+        SchedDetails {
+            pools: self
+                .pools
+                .iter()
+                .zip(self.sched.pools())
+                .map(pool)
+                .collect(),
+            vms: slots
+                .iter()
+                .map(|slot| {
+                    let parameters = parameters(&slot.plan.sched.lock());
+                    (slot.plan.config.name.clone(), parameters)
+                })
+                .collect(),
+        }
+    }
+
+    /// Changes the parameters of a VM, for its vCPUs that are there and for those to come.
+    ///
+    /// # Errors
+    /// A value is out of its range, or a vCPU cannot have it; nothing has changed then.
+    pub(super) fn set_sched(&self, name: &str, change: &SchedChange) -> Result<Answer, Failure> {
+        let bad = |message: String| Failure::new(FailureCode::BadRequest, message);
+        let mut slots = self.slots.lock();
+        let slot = slots
+            .named(name)
+            .ok_or_else(|| super::verbs::no_such_vm(name))?;
+        let plan = slot.plan.clone();
+        let mut sched = plan.sched.lock().clone();
+        if let Some(weight) = change.weight {
+            if !WEIGHTS.contains(&weight) {
+                return Err(bad(out_of_range("weight", weight, WEIGHTS)));
+            }
+            sched.weight = weight;
+        }
+        if let Some(cap) = change.cap {
+            let most = 100 * u32::from(plan.config.vcpus);
+            if cap > most {
+                return Err(bad(out_of_range("cap", cap, 0..=most)));
+            }
+            sched.cap = (cap > 0).then_some(cap);
+        }
+        if let Some(priority) = change.priority {
+            if !PRIORITIES.contains(&priority) {
+                return Err(bad(out_of_range("priority", priority, PRIORITIES)));
+            }
+            sched.priority = priority;
+        }
+        if let Some(affinity) = &change.affinity {
+            let cpus: CpuSet = affinity.iter().map(|&cpu| cpu as usize).collect();
+            sched.affinity = match affinity.is_empty() {
+                true => CpuSet::ALL,
+                false => cpus,
+            };
+        }
+        let params = self.params(&plan, &sched).map_err(bad)?;
+        let refused =
+            |why: Refusal| Failure::new(FailureCode::BadRequest, format!("{name}: {why}"));
+        self.sched.check(&params).map_err(refused)?;
+        let entities = slot.live.iter().flat_map(|live| &live.entities);
+        let now = time::now_tsc();
+        for &entity in entities {
+            let kick = self
+                .sched
+                .set_params(entity, params, now)
+                .map_err(refused)?;
+            self.kick(kick);
+        }
+        *plan.sched.lock() = sched;
+        Ok(Answer::Done {
+            text: format!("{name}: scheduled anew"),
+        })
+    }
+}
+
+fn out_of_range<T: core::fmt::Display>(
+    what: &str,
+    value: T,
+    range: core::ops::RangeInclusive<T>,
+) -> String {
+    let (least, most) = (range.start(), range.end());
+    format!("{what}: {value} is out of range; allowed: {least} to {most}")
+}
+
+fn numbers(cpus: CpuSet) -> Vec<u32> {
+    cpus.iter().map(|cpu| cpu as u32).collect()
+}
+
+/// As the operator sees them.
+pub(super) fn parameters(sched: &VmSched) -> SchedParameters {
+    SchedParameters {
+        pool: sched.pool.clone(),
+        weight: sched.weight,
+        cap: sched.cap.unwrap_or(0),
+        priority: sched.priority,
+        affinity: match sched.affinity {
+            CpuSet::ALL => Vec::new(),
+            some => numbers(some),
+        },
+        reservation_us: sched
+            .reservation
+            .map(|reservation| (reservation.budget, reservation.period)),
+    }
+}
