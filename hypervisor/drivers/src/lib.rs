@@ -16,6 +16,7 @@ pub mod firmware;
 pub mod ioapic;
 pub mod line;
 pub mod power;
+pub mod ps2;
 pub mod queue;
 pub mod ring;
 pub mod screen;

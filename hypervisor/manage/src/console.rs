@@ -382,6 +382,35 @@ impl ConsoleMux {
         self.guests().find(named)
     }
 
+    /// Copies what was written to a console from position `from` on, as far as it is kept and fits. Returns how many bytes,
+    /// and the position behind them. A position counts all bytes ever written to the console. For another screen than
+    /// the terminal; nobody is held up for it. `None`: there is no such console.
+    pub fn copy(&self, id: ConsoleId, from: u64, buffer: &mut [u8]) -> Option<(usize, u64)> {
+        let ring = &self.console(id)?.ring;
+        let from = from.max(ring.start());
+        let mut count = 0;
+        for (to, position) in buffer.iter_mut().zip(from..ring.end()) {
+            *to = ring.get(position)?;
+            count += 1;
+        }
+        Some((count, from + count as u64))
+    }
+
+    /// The guest's console after this one, or the one before; around the end.
+    pub fn neighbour(&self, of: ConsoleId, next: bool) -> Option<ConsoleId> {
+        let mut guests = self.guests();
+        let around = guests.clone();
+        match next {
+            true => guests.find(|id| id.0 > of.0).or(around.min_by_key(|id| id.0)),
+            false => guests.filter(|id| id.0 < of.0).last().or(around.last()),
+        }
+    }
+
+    /// What a console is called.
+    pub fn name(&self, id: ConsoleId) -> Option<&str> {
+        Some(&self.console(id)?.name)
+    }
+
     /// Whether the shell has to show its line anew, since it was not shown, or something stands behind it. Told once.
     pub fn take_shell_disturbed(&mut self) -> bool {
         core::mem::take(&mut self.shell_disturbed)
@@ -808,18 +837,7 @@ impl ConsoleMux {
 
     /// Shows the next guest's console, or the one before.
     fn switch_by(&mut self, next: bool) {
-        let guests = self.guests();
-        let found = match next {
-            true => guests
-                .clone()
-                .find(|id| id.0 > self.focus.0)
-                .or(guests.clone().next()),
-            false => {
-                let before = guests.clone().filter(|id| id.0 < self.focus.0).last();
-                before.or(guests.clone().last())
-            }
-        };
-        drop(guests);
+        let found = self.neighbour(self.focus, next);
         self.switch(found.unwrap_or(ConsoleId(1)));
     }
 

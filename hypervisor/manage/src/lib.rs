@@ -9,6 +9,7 @@ pub mod command;
 pub mod config;
 pub mod console;
 pub mod lifecycle;
+pub mod grid;
 pub mod limit;
 pub mod line_editor;
 pub mod mirror;
