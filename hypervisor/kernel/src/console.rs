@@ -24,7 +24,7 @@ use manage::console::{ConsoleId, ConsoleMux, DEFAULT_ESCAPE, Input, Prepared};
 
 use crate::{
     interrupts::{self, vector},
-    percpu, power,
+    operator, percpu, power,
     sync::Lock,
     time,
 };
@@ -257,8 +257,59 @@ pub fn shown_alone() -> Option<ConsoleId> {
     CONSOLE.lock().mux.shown_alone()
 }
 
+/// Shows the console of this VM on the terminal. `false`: it has none.
+pub fn show(name: &str) -> bool {
+    let mut console = CONSOLE.lock();
+    let found = console.mux.find(name);
+    if let Some(id) = found {
+        console.mux.switch(id);
+        console.pump_unless_draining();
+    }
+    found.is_some()
+}
+
+/// The console of this VM.
+pub fn find(name: &str) -> Option<ConsoleId> {
+    CONSOLE.lock().mux.find(name)
+}
+
+/// The guest's console after this one, or before.
+pub fn neighbour(of: ConsoleId, next: bool) -> Option<ConsoleId> {
+    CONSOLE.lock().mux.neighbour(of, next)
+}
+
+/// Shows on the terminal what was shown before the shell.
+pub fn leave_shell() {
+    let mut console = CONSOLE.lock();
+    console.mux.leave_shell();
+    console.pump_unless_draining();
+}
+
+/// Whether the shell has to show its line anew; see [`ConsoleMux::take_shell_disturbed`].
+pub fn take_shell_disturbed() -> bool {
+    CONSOLE.lock().mux.take_shell_disturbed()
+}
+
+/// Reads along what a console shows; see [`ConsoleMux::copy`].
+pub fn copy(id: ConsoleId, from: u64, buffer: &mut [u8]) -> Option<(usize, u64)> {
+    CONSOLE.lock().mux.copy(id, from, buffer)
+}
+
+/// The byte that the escape key sends.
+pub fn escape() -> u8 {
+    CONSOLE.lock().mux.escape()
+}
+
+/// There is input to [`read`] that did not come by the port.
+pub fn look_at_input() {
+    WORK.store(true, Ordering::Relaxed);
+}
+
 /// What was typed, if anything: the oldest key.
 pub fn read() -> Option<Input> {
+    if let Some(input) = operator::read_local() {
+        return Some(input);
+    }
     let mut console = CONSOLE.lock();
     let byte = console.line.input.pop()?;
     let input = console.mux.input(byte);

@@ -20,7 +20,7 @@ use spin::Once;
 use crate::{
     console, cpu, fault,
     idt::TrapFrame,
-    info, memory,
+    info, memory, operator,
     percpu::{self, PerCpu},
     sync::Lock,
     time, warn,
@@ -32,6 +32,8 @@ pub mod vector {
     pub const FIRST: u8 = 32;
     /// The serial port.
     pub const SERIAL: u8 = 0x40;
+    /// The keyboard.
+    pub const KEYBOARD: u8 = 0x42;
     /// The local APIC's timer.
     pub const TIMER: u8 = 0xe0;
     /// A kick from another processor.
@@ -203,6 +205,10 @@ pub extern "C" fn dispatch(frame: &mut TrapFrame) {
         }
         vector::SERIAL => {
             console::on_interrupt();
+            apic().eoi();
+        }
+        vector::KEYBOARD => {
+            operator::on_key();
             apic().eoi();
         }
         // Spurious interrupts are not in service.

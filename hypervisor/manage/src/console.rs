@@ -416,6 +416,16 @@ impl ConsoleMux {
         core::mem::take(&mut self.shell_disturbed)
     }
 
+    /// The byte that the escape key sends.
+    pub fn escape(&self) -> u8 {
+        self.escape
+    }
+
+    /// Whether [`ConsoleMux::take_shell_disturbed`] would tell so.
+    pub fn is_shell_disturbed(&self) -> bool {
+        self.shell_disturbed
+    }
+
     /// Sets the byte that the escape key sends.
     pub fn set_escape(&mut self, escape: u8) {
         self.escape = escape;

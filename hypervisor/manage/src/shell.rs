@@ -94,6 +94,13 @@ impl Shell {
         }
     }
 
+    /// Says that what its door was to do was not possible, or anything else, before the prompt.
+    pub fn complain(&mut self, text: &str) {
+        self.output.push('\r');
+        self.say(text);
+        self.redraw();
+    }
+
     /// Says who this is, and shows the prompt.
     pub fn greet(&mut self) {
         self.say("Plinth's shell. help lists the verbs, Tab completes.\n");
