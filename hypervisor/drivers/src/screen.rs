@@ -98,6 +98,11 @@ impl<P: AsMut<[u8]>> Screen<P> {
         }
     }
 
+    /// Whether a picture covers the text.
+    pub fn is_covered(&self) -> bool {
+        self.canvas.is_some()
+    }
+
     /// Shows the text again: all of it is drawn.
     pub fn uncover(&mut self) {
         if self.canvas.take().is_none() {

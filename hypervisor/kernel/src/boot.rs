@@ -14,7 +14,7 @@ use manage::bundle::{self, Bundle};
 
 use crate::{
     calibrate::{self, Mhz},
-    console, cpu, debug, error, idt, info, interrupts, memory,
+    console, cpu, debug, error, idt, info, interrupts, memory, operator,
     percpu::{self, PerCpu},
     power,
     preflight::{self, Vendor},
@@ -71,6 +71,7 @@ fn entry(boot_info: &'static mut BootInfo) -> ! {
     interrupts::init(&firmware);
     calibrate::run(&firmware);
     let processors = smp::start(&firmware);
+    operator::start_keyboard(&firmware);
     if !console::start_interrupts(&firmware) && serial {
         warn!("the serial port has no interrupt: it is polled");
     }

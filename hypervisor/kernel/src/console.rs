@@ -23,6 +23,7 @@ use drivers::{
 use manage::console::{ConsoleId, ConsoleMux, DEFAULT_ESCAPE, Input, Prepared};
 
 use crate::{
+    doors,
     interrupts::{self, vector},
     operator, percpu, power,
     sync::Lock,
@@ -121,7 +122,8 @@ pub fn wake_up_at() -> Option<u64> {
         _ if CONSOLE.lock().line.has_interrupts() => u64::MAX,
         look => look,
     };
-    Some(next.min(look)).filter(|&at| at != u64::MAX)
+    let next = next.min(look).min(operator::wake_up_at());
+    Some(next).filter(|&at| at != u64::MAX)
 }
 
 /// Does what is due without an interrupt. Whether there is input to [`read`], or a guest to resume.
@@ -132,6 +134,7 @@ pub fn attend() -> bool {
     if due {
         CONSOLE.lock().pump();
     }
+    operator::attend();
     WORK.swap(false, Ordering::Relaxed)
 }
 
@@ -169,6 +172,9 @@ impl Console {
         let before = NEXT_LOOK.swap(next, Ordering::Relaxed);
         if !self.line.input.is_empty() || self.mux.can_resume() {
             WORK.store(true, Ordering::Relaxed);
+        }
+        if self.mux.is_shell_disturbed() {
+            doors::ring();
         }
         // The first processor looks, and may be halted.
         if before == u64::MAX
@@ -331,7 +337,13 @@ pub fn guest_output(from: ConsoleId, bytes: &[u8]) -> usize {
 
 /// A guest whose output was not all taken, and that can go on. To be asked until there is none.
 pub fn pop_resumable() -> Option<ConsoleId> {
-    CONSOLE.lock().mux.pop_resumable()
+    loop {
+        let found = CONSOLE.lock().mux.pop_resumable()?;
+        if found != ConsoleId::SHELL {
+            return Some(found);
+        }
+        doors::ring();
+    }
 }
 
 /// A line of the host's among the guests' lines, begun with `[plinth]`; never waits for the line.

@@ -21,7 +21,7 @@ use vmm::{
     vm::Vm,
 };
 
-use crate::{console, screen, sync::Lock, time};
+use crate::{console, operator, screen, sync::Lock, time};
 
 /// Between two steps of drawing on the screen, in microseconds.
 const EVERY_US: u64 = 10_000;
@@ -103,10 +103,13 @@ pub fn step(target: &Target<'_>) {
         Some(vm) => vm.picture(&mut show.text),
         None => Picture::None,
     };
-    if WANTED.load(Ordering::Relaxed) {
-        show.paint(picture, target.vm);
-    } else {
-        screen::uncover();
+    // Else the screen shows the shell, or a console as text.
+    if !operator::owns_screen() {
+        if WANTED.load(Ordering::Relaxed) {
+            show.paint(picture, target.vm);
+        } else {
+            screen::uncover();
+        }
     }
     if let Some(console) = target.console.filter(|_| alone == target.console)
         && now >= show.next_text

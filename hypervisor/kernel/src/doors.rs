@@ -9,21 +9,17 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use manage::command::Operate;
 
-use crate::{interrupts, percpu};
+use crate::{interrupts, operator, percpu};
 
 /// Serves one door.
 type Door = fn(&dyn Operate);
 
 /// All doors.
-const DOORS: &[Door] = &[];
+const DOORS: &[Door] = &[operator::serve];
 
 static RANG: AtomicBool = AtomicBool::new(false);
 
 /// A door has something to do: the first processor serves the doors soon, even if it runs a guest.
-#[expect(
-    dead_code,
-    reason = "each door calls it, and the first is still to come"
-)]
 pub fn ring() {
     RANG.store(true, Ordering::Release);
     if percpu::try_number().is_some_and(|number| number != 0)

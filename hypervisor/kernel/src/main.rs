@@ -23,6 +23,7 @@ mod idt;
 mod interrupts;
 mod log;
 mod memory;
+mod operator;
 mod percpu;
 mod power;
 mod preflight;

@@ -48,7 +48,7 @@ use verbs::Published;
 
 use crate::{
     boot::Machine,
-    console, cpu, display, doors, error, fault, frame, info, interrupts, log, memory,
+    console, cpu, display, doors, error, fault, frame, info, interrupts, log, memory, operator,
     percpu::{self, PerCpu},
     power,
     preflight::Vendor,
@@ -391,7 +391,8 @@ impl<B: Backend> World<B> {
     fn take_input(&self) {
         while let Some(input) = console::read() {
             match input {
-                Input::Handled | Input::Shell(_) => {}
+                Input::Handled => {}
+                Input::Shell(byte) => operator::typed(byte),
                 Input::ToggleDisplay => display::toggle(),
                 Input::Guest(to, byte) => {
                     let lost = self.with_vm_of(to, |plan, vm| {

@@ -85,6 +85,11 @@ pub fn paint_pixels(width: usize, height: usize, read_row: impl FnMut(usize, &mu
     }
 }
 
+/// Whether something covers the log.
+pub fn is_covered() -> bool {
+    SCREEN.lock().as_ref().is_some_and(Screen::is_covered)
+}
+
 /// Shows the log again, if a guest's picture covers it.
 pub fn uncover() {
     if let Some(screen) = SCREEN.lock().as_mut() {

@@ -401,7 +401,9 @@ impl ConsoleMux {
         let mut guests = self.guests();
         let around = guests.clone();
         match next {
-            true => guests.find(|id| id.0 > of.0).or(around.min_by_key(|id| id.0)),
+            true => guests
+                .find(|id| id.0 > of.0)
+                .or(around.min_by_key(|id| id.0)),
             false => guests.filter(|id| id.0 < of.0).last().or(around.last()),
         }
     }

@@ -499,6 +499,10 @@ fn another_screen_reads_along_and_holds_nobody_up() {
     assert_eq!(m.copy(STUB, 5, &mut buffer), Some((0, 5)));
     assert_eq!(m.copy(ConsoleId(7), 0, &mut buffer), None);
     write(&mut m, STUB, &"x".repeat(HISTORY_BYTES));
-    assert_eq!(m.copy(STUB, 3, &mut buffer), Some((3, 8)), "what is gone is left out");
+    assert_eq!(
+        m.copy(STUB, 3, &mut buffer),
+        Some((3, 8)),
+        "what is gone is left out"
+    );
     assert_eq!(m.name(STUB), Some("stub"));
 }
