@@ -20,6 +20,7 @@ mod running;
 mod scenarios;
 mod selftests;
 mod session;
+mod shell;
 mod terminal;
 mod test_kernels;
 

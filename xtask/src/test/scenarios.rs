@@ -14,7 +14,7 @@ use super::{
     qemu_tests, refusals,
     report::Outcome,
     rig::{Rig, Start},
-    running, selftests, test_kernels,
+    running, selftests, shell, test_kernels,
 };
 use crate::{
     apt::Unavailable,
@@ -218,6 +218,13 @@ pub fn all() -> Vec<Scenario> {
         let body = test_kernels::test_kernels;
         all.push(Scenario::new(place, "test-kernels", 15, body));
         all.push(Scenario::new(place, "console-flood", 8, consoles::flood));
+        all.push(Scenario::new(place, "shell", 15, shell::verbs));
+        all.push(Scenario::new(
+            place,
+            "shell-bad-input",
+            12,
+            shell::bad_input,
+        ));
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
         all.push(Scenario::new(place, "host-backend", 5, host::backend).selftest());

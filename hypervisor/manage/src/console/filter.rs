@@ -114,19 +114,19 @@ impl Filter {
         }
         match byte {
             b'\t' | b' '..=b'~' => Plain::Character([byte, 0, 0, 0], 1),
-            0..=0x1f | 0x7f => Plain::Nothing,
-            0x80..=0xbf if self.length == 0 => UNKNOWN,
+            0..=0x08 | 0x0a..=0x1f | 0x7f => Plain::Nothing,
             0xc2..=0xf4 => {
                 self.part[0] = byte;
                 self.length = 1;
                 self.wanted = match byte {
-                    ..0xe0 => 2,
-                    ..0xf0 => 3,
+                    0xc2..=0xdf => 2,
+                    0xe0..=0xef => 3,
                     _ => 4,
                 };
                 Plain::Nothing
             }
             0xc0 | 0xc1 | 0xf5.. => UNKNOWN,
+            0x80..=0xbf if self.length == 0 => UNKNOWN,
             0x80..=0xbf => {
                 self.part[self.length] = byte;
                 self.length += 1;

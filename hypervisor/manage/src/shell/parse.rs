@@ -15,9 +15,12 @@ use super::{
 use crate::{
     command::{Request, SchedChange},
     config::{self, distance},
+    table,
     top::Sort,
 };
 
+/// Characters of a line that an error shows.
+const SHOWN: usize = 72;
 /// Log lines that are asked for unless it says.
 const DEFAULT_LOG_LINES: u32 = 20;
 
@@ -63,15 +66,20 @@ impl ParseError {
         Self { at, message, hint }
     }
 
-    /// The line, a mark under what is wrong, and what to do.
+    /// The line, a mark under what is wrong, and what to do. Of a long line the part around the mark is shown.
     pub fn render(&self, line: &str) -> String {
-        let line: String = line
+        let first = match line.chars().count() {
+            0..SHOWN => 0,
+            _ => self.at.start.saturating_sub(SHOWN / 4),
+        };
+        let shown: String = table::printable(line)
             .chars()
-            .map(|c| if c.is_control() { '?' } else { c })
+            .skip(first)
+            .take(SHOWN)
             .collect();
-        let marks = "^".repeat(self.at.len().max(1));
-        let mark = format!("{:width$}{marks}", "", width = self.at.start);
-        format!("  {line}\n  {mark}\n{self}\n")
+        let indent = self.at.start - first;
+        let marks = "^".repeat(self.at.len().clamp(1, (SHOWN - indent).max(1)));
+        format!("  {shown}\n  {:indent$}{marks}\n{self}\n", "")
     }
 }
 
@@ -145,7 +153,7 @@ fn shown(text: &str) -> String {
     if cut.len() < text.len() {
         cut += "..";
     }
-    format!("\"{}\"", crate::table::printable(&cut))
+    format!("\"{}\"", table::printable(&cut))
 }
 
 fn find_verb(words: &[Word], end: usize) -> Result<&'static Verb, ParseError> {
@@ -422,6 +430,7 @@ fn command(verb: &Verb, values: &Values<'_>, end: usize) -> Result<Command, Pars
             vcpu: values.number("--vcpu").and_then(|n| n.try_into().ok()),
         },
         VerbId::HostShow => Request::HostShow {},
+        VerbId::HostPowerOff => Request::HostPowerOff {},
         VerbId::SchedShow => Request::SchedShow {},
         VerbId::SchedSet => {
             let change = SchedChange {
@@ -705,6 +714,21 @@ mod tests {
             error.render("vm strt web"),
             "  vm strt web\n     ^^^^\nerror: vm has no \"strt\": did you mean \"start\"?\n"
         );
+    }
+
+    #[test]
+    fn of_a_long_line_the_part_around_the_mark_is_shown() {
+        let line = format!("vm create name=a {} oops", "k=v ".repeat(50));
+        let error = parse(&line).unwrap_err();
+        let text = error.render(&line);
+        assert!(
+            text.lines().all(|line| line.chars().count() <= 100),
+            "{text}"
+        );
+        let endless = "x".repeat(1000);
+        let text = parse(&endless).unwrap_err().render(&endless);
+        let rows: Vec<_> = text.lines().map(str::len).collect();
+        assert_eq!(rows[..2], [74, 74], "{text}");
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub enum VerbId {
     VmConsole,
     InjectNmi,
     HostShow,
+    HostPowerOff,
     SchedShow,
     SchedSet,
     Stats,
@@ -234,6 +235,13 @@ pub const VERBS: &[Verb] = &[
         &["host", "show"],
         &[],
         "show the machine",
+        "",
+    ),
+    verb(
+        VerbId::HostPowerOff,
+        &["host", "power-off"],
+        &[],
+        "power the host off; VMs that run are not asked",
         "",
     ),
     verb(
