@@ -192,7 +192,7 @@ impl Others<'_> {
         const INIT: u32 = 5 << 8;
         const START_UP: u32 = 6 << 8;
         const LEVEL: u32 = 1 << 15;
-        write_start_page();
+        write_start_page(START_PAGE, None);
         let processor = &PROCESSORS[number];
         let before = processor.starts.load(SeqCst);
         let (local, id) = (apic::local(), number as u32);
@@ -297,13 +297,22 @@ impl Others<'_> {
     }
 }
 
-/// Puts the start-up code where the others begin, with this processor's control registers.
-fn write_start_page() {
+/// Puts the start-up code into a page below 1 MiB, with this processor's control registers. `target`: where it goes on
+/// in 64-bit code, without a stack; `None`: where the others begin.
+pub fn write_start_page(page: u64, target: Option<u64>) {
+    /// From the end of the code to the target of its far jump.
+    const TARGET: u64 = 6;
     let start = &raw const smp_start;
     let length = (&raw const smp_start_end) as usize - start as usize;
     // SAFETY: the symbols enclose bytes of this image.
     let code = unsafe { core::slice::from_raw_parts(start, length) };
-    memory::write_bytes(START_PAGE, code);
+    memory::write_bytes(page, code);
+    if let Some(target) = target {
+        memory::write_bytes(
+            page + length as u64 - TARGET,
+            &(target as u32).to_le_bytes(),
+        );
+    }
     const LONG_MODE_ACTIVE: u64 = 1 << 10;
     let efer = cpu::rdmsr(msr::EFER) & !LONG_MODE_ACTIVE;
     for (offset, value) in [
@@ -312,11 +321,11 @@ fn write_start_page() {
         (0xF08, efer),
         (0xF0C, cpu::cr0()),
     ] {
-        memory::write_bytes(START_PAGE + offset, &(value as u32).to_le_bytes());
+        memory::write_bytes(page + offset, &(value as u32).to_le_bytes());
     }
     let (base, limit) = interrupts::gdt();
-    memory::write_bytes(START_PAGE + 0xF10, &limit.to_le_bytes());
-    memory::write_bytes(START_PAGE + 0xF12, &(base as u32).to_le_bytes());
+    memory::write_bytes(page + 0xF10, &limit.to_le_bytes());
+    memory::write_bytes(page + 0xF12, &(base as u32).to_le_bytes());
 }
 
 /// Whether a stack address belongs to another processor than the first.

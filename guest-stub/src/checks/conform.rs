@@ -6,11 +6,12 @@
 use core::arch::{asm, global_asm};
 
 use crate::apic::{self, Register};
-use crate::cpu::{self, Cr4, Leaf1Ecx, Leaf7Ebx};
+use crate::cpu::{self, Cr4, Leaf1Ecx, Leaf7Ebx, port};
 use crate::interrupts::{count, gdt, hook, only_count, probe_rdmsr, vector};
 use crate::machine::{Host, Machine};
 use crate::memory::{self, PAGE, physical_bits};
 use crate::paging::{self, Entry};
+use crate::smp;
 use crate::{checks, ensure, ensure_eq, fail, probe, skip_if};
 
 use super::{Verdict, expect_fault, scratch, trapped};
@@ -28,6 +29,7 @@ checks![
     no_nmi_by_shorthand,
     interrupts_by_hypercall,
     platform_info,
+    sleep_and_wake,
 ];
 
 /// Device memory that keeps what is written.
@@ -408,5 +410,107 @@ fn platform_info(machine: &Machine) -> Verdict {
         (machine.tsc_hz / 100_000_000).clamp(1, 255),
         "the ratio"
     );
+    Ok(())
+}
+
+global_asm!(
+    ".section .text.sleep, \"ax\"",
+    // sleep_until_woken(port: u16, value: u16): 1 if the machine slept, 0 if nothing came of it.
+    "sleep_until_woken:",
+    "push rbx",
+    "push rbp",
+    "push r12",
+    "push r13",
+    "push r14",
+    "push r15",
+    "mov [rip + sleeper], rsp",
+    "mov edx, edi",
+    "mov eax, esi",
+    "out dx, ax",
+    "mov ecx, 100000",
+    "2: pause",
+    "dec ecx",
+    "jnz 2b",
+    "xor eax, eax",
+    "jmp 3f",
+    "sleep_woken:",
+    "mov eax, 0x10",
+    "mov ds, eax",
+    "mov es, eax",
+    "mov ss, eax",
+    "xor eax, eax",
+    "mov fs, eax",
+    "mov gs, eax",
+    "mov rsp, [rip + sleeper]",
+    "mov eax, 1",
+    "3: pop r15",
+    "pop r14",
+    "pop r13",
+    "pop r12",
+    "pop rbp",
+    "pop rbx",
+    "ret",
+    ".bss",
+    ".balign 8",
+    "sleeper: .quad 0",
+    ".text",
+);
+
+unsafe extern "C" {
+    fn sleep_until_woken(port: u16, value: u16) -> u64;
+    static sleep_woken: u8;
+}
+
+/// S3 by the PIIX4's sleep type: the clock's alarm wakes the machine at the FACS's vector, with its memory as it was.
+fn sleep_and_wake(machine: &Machine) -> Verdict {
+    skip_if!(machine.host != Host::Plinth, "firmware's affair");
+    let acpi = machine.acpi.as_ref();
+    let (Some(fadt), Some(table)) = (
+        acpi.and_then(|acpi| acpi.fadt),
+        acpi.and_then(|acpi| acpi.table(b"FACP")),
+    ) else {
+        fail!("there is no FADT");
+    };
+    const START_PAGE: u64 = 0x9000;
+    const WAKING_VECTOR: u64 = 12;
+    const RTC_ENABLE: u16 = 1 << 10;
+    const WOKEN: u16 = 1 << 15;
+    const SLEEP_S3: u16 = 1 << 13 | 1 << 10;
+    const ANY: u8 = 0xc0;
+    let facs = u64::from(memory::read32(table.address + 36));
+    ensure!(facs != 0, "there is no FACS");
+    smp::write_start_page(START_PAGE, Some(&raw const sleep_woken as u64));
+    memory::write32(facs + WAKING_VECTOR, START_PAGE as u32);
+    // An alarm each second.
+    let cmos = |at: u8, value: u8| {
+        port::write8(0x70, at);
+        port::write8(0x71, value);
+    };
+    for at in [1, 3, 5] {
+        cmos(at, ANY);
+    }
+    port::write8(0x70, 0xc);
+    port::read8(0x71);
+    cmos(0xb, 0x22);
+    let status = fadt.pm1a_event;
+    port::write16(status, RTC_ENABLE | WOKEN);
+    port::write16(status + 2, RTC_ENABLE);
+    let xcr0 = cpu::leaf1_ecx().contains(Leaf1Ecx::OSXSAVE).then(cpu::xcr0);
+    // SAFETY: interrupts are off. The code comes back with all that it may not change; what a reset changes beyond
+    // that is put back next.
+    let slept = unsafe { sleep_until_woken(fadt.pm1a_control, SLEEP_S3) };
+    if slept != 0 {
+        crate::interrupts::reload();
+        if let Some(xcr0) = xcr0 {
+            cpu::set_xcr0(xcr0);
+        }
+    }
+    let woken = port::read16(status) & WOKEN;
+    port::write16(status + 2, 0);
+    port::write16(status, RTC_ENABLE | WOKEN);
+    cmos(0xb, 2);
+    memory::write32(facs + WAKING_VECTOR, 0);
+    ensure_eq!(slept, 1, "whether it slept");
+    ensure_eq!(woken, WOKEN, "WAK_STS");
     Ok(())
 }

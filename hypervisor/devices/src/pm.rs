@@ -1,7 +1,7 @@
 //! ACPI fixed hardware: PM1a event and control blocks, the PM timer, the reset register.
 //!
 //! After the ACPI specification, section 4.8. The platform is always in ACPI mode (the FADT
-//! gives no SMI command port). The power button can be pressed from outside; entering S5
+//! gives no SMI command port). The power button can be pressed from outside; entering S3 or S5
 //! and writing the reset register become requests to [`SystemControl`].
 
 use alloc::sync::Arc;
@@ -29,6 +29,8 @@ pub const PM_TIMER: u16 = 8;
 /// SLP_TYP value of the soft-off state, as in the DSDT's `\_S5`. It is the machine's own choice; this is the
 /// PIIX4's, which small systems write without a look at the tables.
 pub const SLEEP_TYPE_S5: u8 = 0;
+/// SLP_TYP value of S3, suspend to RAM: the PIIX4's, too.
+pub const SLEEP_TYPE_S3: u8 = 1;
 /// Value to write to the reset register, as in the FADT.
 pub const RESET_VALUE: u8 = 0x06;
 
@@ -114,6 +116,27 @@ impl PowerManagement {
         self.update_sci(&state);
     }
 
+    /// The clock's alarm has come: it can wake a machine that sleeps.
+    pub fn alarm(&self) {
+        let mut state = self.state.lock();
+        state.status |= Pm1Status::RTC;
+        self.update_sci(&state);
+    }
+
+    /// Whether an event has come that the guest wants to be woken by; then it is told that it was.
+    pub fn wake(&self) -> bool {
+        let mut state = self.state.lock();
+        let wakes = state
+            .status
+            .intersection(state.enable)
+            .intersects(Pm1Status::RTC | Pm1Status::POWER_BUTTON | Pm1Status::SLEEP_BUTTON);
+        if wakes {
+            state.status |= Pm1Status::WAKE;
+            self.update_sci(&state);
+        }
+        wakes
+    }
+
     /// The tick at which the timer's top bit next changes, if that interrupts.
     pub fn deadline(&self) -> Option<u64> {
         let state = self.state.lock();
@@ -180,9 +203,14 @@ impl PowerManagement {
                 let control = Pm1Control::from_bits(kept | value);
                 state.sleep_type = control.sleep_type();
                 state.bus_master_reload = control.bus_master_reload();
-                if control.sleep_enable() && control.sleep_type() == SLEEP_TYPE_S5 {
+                let request = match control.sleep_type() {
+                    SLEEP_TYPE_S5 => Some(SystemRequest::PowerOff),
+                    SLEEP_TYPE_S3 => Some(SystemRequest::Sleep),
+                    _ => None,
+                };
+                if let Some(request) = request.filter(|_| control.sleep_enable()) {
                     drop(state);
-                    self.system.request(SystemRequest::PowerOff);
+                    self.system.request(request);
                     return;
                 }
             }
@@ -365,6 +393,23 @@ mod tests {
         assert_eq!(s.requests.take(), [SystemRequest::PowerOff]);
         s.pm.write(5, Width::Byte, 0x20).unwrap();
         assert_eq!(s.requests.take(), [SystemRequest::PowerOff]);
+    }
+
+    #[test]
+    fn sleep_and_what_wakes() {
+        let s = setup();
+        s.pm.write(4, Width::Word, 1 << 13 | 1 << 10).unwrap();
+        assert_eq!(s.requests.take(), [SystemRequest::Sleep]);
+        s.pm.alarm();
+        assert!(!s.pm.wake(), "not asked for");
+        s.pm.write(2, Width::Word, 0x400).unwrap();
+        assert!(s.pm.wake());
+        assert_eq!(s.pm.read(0, Width::Word), Ok(0x8400));
+        s.pm.write(0, Width::Word, 0x8400).unwrap();
+        assert!(!s.pm.wake());
+        s.pm.write(2, Width::Word, 0x100).unwrap();
+        s.pm.press_power_button();
+        assert!(s.pm.wake());
     }
 
     #[test]

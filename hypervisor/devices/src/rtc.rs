@@ -253,6 +253,18 @@ impl Rtc {
         state.offset = state.offset.saturating_add(self.rate.count_at(ticks));
     }
 
+    /// Whether the alarm has come since register C was last read, with its interrupt enabled.
+    pub fn has_alarm(&self) -> bool {
+        let state = self.state.lock();
+        state.b.alarm_interrupt() && state.flags.contains(Flags::ALARM)
+    }
+
+    /// The byte of CMOS memory that tells firmware how to start again.
+    pub fn shutdown_code(&self) -> u8 {
+        const SHUTDOWN: usize = 0x0f;
+        self.state.lock().cmos[SHUTDOWN]
+    }
+
     /// The tick of the next event whose interrupt is enabled and not pending yet.
     pub fn deadline(&self) -> Option<u64> {
         let state = self.state.lock();

@@ -20,6 +20,8 @@ pub enum SystemRequest {
     Reset(ResetSource),
     /// Soft-off: the guest entered ACPI S5.
     PowerOff,
+    /// Suspend to RAM: the guest entered ACPI S3.
+    Sleep,
     /// A test kernel is done, with this value.
     TestExit(u32),
 }
@@ -41,6 +43,8 @@ impl RunState {
     pub const OUTPUT_WAITS: u8 = 1 << 1;
     /// The operator, or a watchdog, has paused the VM.
     pub const PAUSED: u8 = 1 << 2;
+    /// The guest is in ACPI S3.
+    pub const ASLEEP: u8 = 1 << 3;
 
     /// Nothing keeps the vCPUs from running.
     #[inline]

@@ -25,6 +25,7 @@ pub mod task;
 pub mod vcpu;
 pub mod vm;
 pub mod walk;
+mod warm;
 
 #[cfg(test)]
 mod fake;

@@ -59,6 +59,7 @@ use crate::{
     pause::PauseControl,
     shadow::Shadow,
     vcpu::Dump,
+    warm::WarmStart,
 };
 
 /// The VGA hole below 1 MiB: device memory, not RAM.
@@ -241,6 +242,8 @@ struct EndCell {
     reason: Mutex<Option<EndReason>>,
     kick: Arc<dyn VcpuKick>,
     vcpus: u32,
+    /// Whether somebody wakes it: firmware would have to, and none of ours does.
+    can_sleep: bool,
 }
 
 impl EndCell {
@@ -270,6 +273,13 @@ impl SystemControl for EndCell {
             SystemRequest::Reset(_) => EndReason::Reset,
             SystemRequest::PowerOff => EndReason::PowerOff,
             SystemRequest::TestExit(value) => EndReason::TestExit(value),
+            SystemRequest::Sleep => {
+                if self.can_sleep {
+                    self.state.set(RunState::ASLEEP, true);
+                    self.kick_all();
+                }
+                return;
+            }
         });
     }
 }
@@ -307,6 +317,8 @@ pub struct Vm {
     work: WorkList,
     end: Arc<EndCell>,
     pub(crate) pause: PauseControl,
+    /// How it starts again with its memory as it was; firmware does that itself.
+    pub(crate) warm: Option<WarmStart>,
 }
 
 /// Where a VM has RAM: as a PC, with a hole for VGA memory.
@@ -343,8 +355,8 @@ fn cmos(spec: &VmSpec<'_>, epoch: u64) -> RtcConfig {
     }
 }
 
-/// Puts the ACPI tables into the firmware area. Returns where the RSDP is.
-fn place_acpi_tables(memory: &GuestMemory, config: &AcpiConfig<'_>) -> Result<Gpa, VmError> {
+/// Puts the ACPI tables into the firmware area. Returns where the RSDP and the FACS are.
+fn place_acpi_tables(memory: &GuestMemory, config: &AcpiConfig<'_>) -> Result<(Gpa, Gpa), VmError> {
     let built = acpi::build(config, FIRMWARE_AREA.start).map_err(|_| VmError::AcpiTables)?;
     if built.end > FIRMWARE_AREA.end() {
         return Err(VmError::AcpiTables);
@@ -352,16 +364,17 @@ fn place_acpi_tables(memory: &GuestMemory, config: &AcpiConfig<'_>) -> Result<Gp
     for (at, table) in &built.tables {
         memory.write(*at, table).map_err(|_| VmError::AcpiTables)?;
     }
-    Ok(built.rsdp)
+    Ok((built.rsdp, built.facs))
 }
 
 /// Loads the kernel, with ACPI tables and memory map as its boot protocol hands them over. Returns the
-/// state in which it starts.
+/// state in which it starts, and where the FACS is.
 fn load_kernel(
     memory: &GuestMemory,
     spec: &VmSpec<'_>,
     acpi: &AcpiConfig<'_>,
-) -> Result<CpuState, VmError> {
+) -> Result<(CpuState, Gpa), VmError> {
+    let (rsdp, facs) = place_acpi_tables(memory, acpi)?;
     let ecam = acpi.pci.ecam.map(|ecam| GuestRange {
         start: Gpa(ecam),
         bytes: ECAM_BUS_LEN,
@@ -382,13 +395,13 @@ fn load_kernel(
         .collect();
     let layout = BootLayout {
         reserved: &reserved,
-        rsdp: Some(place_acpi_tables(memory, acpi)?),
+        rsdp: Some(rsdp),
         text_screen: spec.display.kind == DisplayKind::VgaText,
     };
     let [com1, ..] = platform::SERIAL_PORTS;
     bios_data::write(memory, com1.port, layout.text_screen).map_err(LoadError::from)?;
     let entry = load::load(memory, &spec.boot, &layout)?;
-    Ok(entry.state)
+    Ok((entry.state, facs))
 }
 
 /// Offers a kernel, and its initrd, by `fw_cfg`, for firmware to load.
@@ -479,6 +492,7 @@ impl Vm {
             reason: Mutex::new(None),
             kick: host.kick.clone(),
             vcpus: u32::from(spec.vcpus),
+            can_sleep: spec.firmware.is_none(),
         });
         let clock = Arc::new(VmClock::start(host.time));
         let time: Arc<dyn Clock> = clock.clone();
@@ -592,13 +606,16 @@ impl Vm {
         disks::attach(board, &spec.name, spec.disks)?;
         let pci = Arc::new(pci);
         pci.attach(&mut ports, &mut mmio, &pci_layout)?;
-        let start = match special {
-            Some(_) => CpuState::reset(),
+        let (start, warm) = match special {
+            Some(_) => (CpuState::reset(), None),
             None => {
                 // Without firmware the bus is found as firmware leaves it.
                 pci.assign(&pci_layout, platform::pci_irq);
                 ports.write(PIC_LEVELS, Width::Word, pic_levels());
-                load_kernel(&memory, &spec, &acpi)?
+                let (start, facs) = load_kernel(&memory, &spec, &acpi)?;
+                let state = end.state.clone();
+                let warm = WarmStart::new(state, power.clone(), rtc.clone(), facs);
+                (start, Some(warm))
             }
         };
         let timers = Timers {
@@ -631,6 +648,7 @@ impl Vm {
             work,
             end,
             pause,
+            warm,
         };
         Ok((Arc::new(vm), start))
     }
@@ -683,6 +701,8 @@ impl Vm {
     /// Presses the power button: a guest that listens shuts down.
     pub fn press_power_button(&self) {
         self.timers.power.press_power_button();
+        // It may be what a VM that sleeps waits for.
+        self.end.kick.kick(TIMER_VCPU);
     }
 
     /// Sends a vCPU a non-maskable interrupt. `false`: there is no such vCPU.

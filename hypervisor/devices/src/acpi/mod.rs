@@ -54,6 +54,8 @@ pub struct AcpiConfig<'a> {
 pub struct AcpiTables {
     /// Where the RSDP is.
     pub rsdp: Gpa,
+    /// Where the FACS is.
+    pub facs: Gpa,
     /// Each table with its place, in ascending order.
     pub tables: Vec<(Gpa, Vec<u8>)>,
     /// First address after the last table.
@@ -121,6 +123,7 @@ pub fn build(config: &AcpiConfig<'_>, base: Gpa) -> Result<AcpiTables, BadBase> 
     placer.tables[0].1 = Rsdp::new(rsdt, xsdt).as_bytes().to_vec();
     Ok(AcpiTables {
         rsdp,
+        facs,
         tables: placer.tables,
         end: placer.next,
     })

@@ -222,8 +222,10 @@ fn load(files: LoaderFiles, places: [u64; 2]) -> AcpiTables {
         parts.push((Gpa(places[1] + at as u64), tables[at..at + length].to_vec()));
         at = (at + length).next_multiple_of(64);
     }
+    let facs = parts.iter().find(|(_, table)| table.starts_with(b"FACS"));
     AcpiTables {
         rsdp: Gpa(places[0]),
+        facs: facs.map(|(at, _)| *at).unwrap(),
         tables: parts,
         end,
     }
@@ -236,6 +238,7 @@ fn firmware_places_the_same_tables_elsewhere() {
     let built = build(&config, BASE).unwrap();
     let loaded = load(loader_files(&config).unwrap(), [BASE.0, BASE.0 + 64]);
     assert_eq!(loaded.tables, built.tables);
+    assert_eq!(loaded.facs, built.facs);
     // Elsewhere, all that changes is pointers and sums.
     let tables = load(loader_files(&config).unwrap(), [0xf_1230, 0x7f_e000]);
     let rsdp = at(&tables, 0xf_1230);

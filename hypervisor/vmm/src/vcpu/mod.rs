@@ -11,6 +11,7 @@ mod end;
 mod hypercall;
 mod msrs;
 mod platform;
+mod wake;
 
 use alloc::{boxed::Box, sync::Arc};
 
@@ -265,6 +266,11 @@ impl<V: VirtualCpu> Vcpu<V> {
         if vm.pause.holds(&mut self.rest.pause_seen, host.now()) {
             return Some(Pause::Idle { until: None });
         }
+        if let Some(warm) = &vm.warm
+            && warm.sleeps()
+        {
+            return self.asleep();
+        }
         vm.resume_output();
         vm.run_state()
             .has(RunState::OUTPUT_WAITS)
@@ -332,13 +338,17 @@ impl<V: VirtualCpu> Vcpu<V> {
             self.rest.apic.init();
             self.rest.nmi_pending = 0;
             self.hw.cancel_injection();
+            let is_boot_processor = self.rest.apic.base().bsp();
             // INIT keeps the FPU, MSRs such as the MTRRs, and the TSC; only the core state goes.
-            let mut state = CpuState::reset();
+            let mut state = match &self.rest.vm.warm {
+                Some(warm) if is_boot_processor => self.warm_state(warm),
+                _ => CpuState::reset(),
+            };
             state.xcr0 = self.hw.xcr0();
             // CD and NW stay (SDM vol. 3A, table 10-1).
             state.cr0 = (state.cr0 & !CR0_CACHE) | (self.hw.cr0() & CR0_CACHE);
             self.hw.set_state(&state);
-            self.activity = if self.rest.apic.base().bsp() {
+            self.activity = if is_boot_processor {
                 Activity::Running
             } else {
                 Activity::WaitForStartup

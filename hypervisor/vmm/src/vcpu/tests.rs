@@ -15,6 +15,7 @@ use virt::TaskSource;
 mod display;
 mod firmware;
 mod pause;
+mod warm;
 
 use super::{msrs::MAX_MSR_NOTES, *};
 use crate::{
