@@ -125,6 +125,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
 /// A register that the guest could not have set itself (reserved bits) must be refused by
 /// the caller before it gets here; the VMM does, with #GP.
 pub trait VirtualCpu: Send + 'static {
+    /// Whether the processor takes the page-directory-pointer entries of PAE paging in when CR0, CR3 or CR4 is
+    /// written, and refuses bad ones then (SDM vol. 3A, section 4.4.1). With nested paging AMD's processors
+    /// read them as they walk, instead (APM vol. 2, section 15.25.10).
+    const LOADS_PDPTES: bool;
+
     /// Makes this vCPU current on pCPU `cpu`: VMPTRLD, guest's FPU/XCR0, debug registers and the MSRs that
     /// are not switched at each entry. Host values that the hypervisor needs are kept aside.
     fn load(&mut self, cpu: usize);

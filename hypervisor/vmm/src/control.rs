@@ -39,8 +39,11 @@ pub struct Context<'a> {
 
 impl Context<'_> {
     /// Loads the page-directory-pointer entries at `cr3`, as a change of PAE paging does (SDM vol. 3A,
-    /// section 4.4.1). Outside RAM there are only ones.
-    fn check_pdptes(self, cr3: u64) -> Result<(), Exception> {
+    /// section 4.4.1), where the processor does. Outside RAM there are only ones.
+    fn check_pdptes<V: VirtualCpu>(self, cr3: u64) -> Result<(), Exception> {
+        if !V::LOADS_PDPTES {
+            return Ok(());
+        }
         let table = cr3 & 0xffff_ffe0;
         for number in 0..4 {
             let entry = self.memory.read_entry(Gpa(table + 8 * number));
@@ -79,7 +82,7 @@ pub fn write_cr0<V: VirtualCpu>(
     }
     let loads_pdptes = (old ^ value) & (CR0_PG | CR0_CD | CR0_NW) != 0;
     if loads_pdptes && pg && cr4 & CR4_PAE != 0 && efer & EFER_LME == 0 {
-        context.check_pdptes(cpu.cr3())?;
+        context.check_pdptes::<V>(cpu.cr3())?;
     }
     if !pg && old & CR0_PG != 0 {
         let in_64_bit = efer & EFER_LMA != 0 && long_code;
@@ -113,7 +116,7 @@ pub fn write_cr3<V: VirtualCpu>(
         return Err(GP);
     }
     if !long && cpu.cr0() & CR0_PG != 0 && cpu.cr4() & CR4_PAE != 0 {
-        context.check_pdptes(value)?;
+        context.check_pdptes::<V>(value)?;
     }
     cpu.set_cr3(value);
     Ok(())
@@ -140,7 +143,7 @@ pub fn write_cr4<V: VirtualCpu>(
     const LOADS_PDPTES: u64 = CR4_PAE | CR4_PGE | CR4_PSE | CR4_SMEP;
     let pae_paging = cpu.cr0() & CR0_PG != 0 && !long && value & CR4_PAE != 0;
     if pae_paging && (old ^ value) & LOADS_PDPTES != 0 {
-        context.check_pdptes(cpu.cr3())?;
+        context.check_pdptes::<V>(cpu.cr3())?;
     }
     cpu.set_cr4(value);
     // PSE, PAE, PGE, PCIDE, SMEP, SMAP, PKE change how translations are formed (SDM vol. 3A, 4.10.4.1).

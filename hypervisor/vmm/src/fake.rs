@@ -67,6 +67,8 @@ impl FakeCpu {
 }
 
 impl VirtualCpu for FakeCpu {
+    const LOADS_PDPTES: bool = true;
+
     fn load(&mut self, _cpu: usize) {}
     fn unload(&mut self) {}
     fn enter(&mut self) -> Exit {

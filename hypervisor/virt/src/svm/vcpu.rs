@@ -597,6 +597,8 @@ impl Drop for SvmVcpu {
 }
 
 impl VirtualCpu for SvmVcpu {
+    const LOADS_PDPTES: bool = false;
+
     fn load(&mut self, cpu: usize) {
         assert!(!self.loaded, "vCPU loaded twice");
         let shared = self.shared.clone();

@@ -781,6 +781,8 @@ const fn task_state_base([low, high]: [u64; 2]) -> u64 {
 }
 
 impl VirtualCpu for VtxVcpu {
+    const LOADS_PDPTES: bool = true;
+
     fn load(&mut self, cpu: usize) {
         assert!(!self.is_loaded(), "vCPU loaded twice");
         self.state.set(State::Launch);

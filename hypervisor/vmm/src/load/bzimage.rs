@@ -1,14 +1,15 @@
-//! Linux' bzImage by the 64-bit boot protocol.
+//! Linux' bzImage by the 64-bit boot protocol, or by the 32-bit one.
 //!
 //! Source: Linux, Documentation/arch/x86/boot.rst and zero-page.rst. The protected-mode part goes to
 //! the address that the kernel prefers, or, if it is relocatable, to the lowest that suits;
-//! the initrd as high as the kernel allows. The kernel is entered in 64-bit mode with the first
-//! 4 GiB mapped one to one and RSI pointing to the zero page.
+//! the initrd as high as the kernel allows. A kernel with a 64-bit entry is entered in 64-bit mode with the first
+//! 4 GiB mapped one to one; a 32-bit one, or one older than that entry, in flat 32-bit mode without paging.
+//! In both, RSI points to the zero page.
 
 use core::mem::offset_of;
 
 use mem::{Gpa, PAGE_SIZE, PAGE_SIZE_2M};
-use virt::Gpr;
+use virt::{CpuState, Gpr};
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -57,6 +58,32 @@ pub(super) struct SetupHeader {
     init_size: U32,
     handover_offset: U32,
     kernel_info_offset: U32,
+}
+
+impl SetupHeader {
+    /// `xloadflags`, where there is such a field.
+    fn flags(&self) -> u16 {
+        if self.version.get() < WITH_XLOADFLAGS {
+            return 0;
+        }
+        self.xloadflags.get()
+    }
+
+    /// How the kernel is entered: in 64-bit mode where it can be.
+    fn protocol(&self) -> Protocol {
+        match self.flags() & XLF_KERNEL_64 {
+            0 => Protocol::Linux32,
+            _ => Protocol::Linux64,
+        }
+    }
+
+    /// Where the entry lies in the protected-mode part.
+    fn entry_offset(&self) -> u64 {
+        match self.protocol() {
+            Protocol::Linux64 => ENTRY_64,
+            _ => 0,
+        }
+    }
 }
 
 /// Where the setup header starts.
@@ -139,8 +166,10 @@ const _: () = assert!(offset_of!(BootParams, header) == HEADER);
 const _: () = assert!(offset_of!(BootParams, e820_table) == 0x2d0);
 const _: () = assert!(size_of::<BootParams>() == 4096);
 
-/// First protocol version with `xloadflags`: 2.12.
-const OLDEST: u16 = 0x020c;
+/// First protocol version with `pref_address` and `init_size`: 2.10.
+const OLDEST: u16 = 0x020a;
+/// First protocol version with `xloadflags`: 2.12. In older ones that field means nothing.
+const WITH_XLOADFLAGS: u16 = 0x020c;
 /// `loadflags`: the protected-mode part goes above 1 MiB.
 const LOADED_HIGH: u8 = 1 << 0;
 /// `xloadflags`: there is a 64-bit entry.
@@ -188,9 +217,6 @@ fn check<'a>(header: &SetupHeader, image: &'a [u8]) -> Result<&'a [u8], LoadErro
             version: header.version.get(),
         });
     }
-    if header.xloadflags.get() & XLF_KERNEL_64 == 0 {
-        return Err(LoadError::No64BitEntry);
-    }
     if header.loadflags & LOADED_HIGH == 0 {
         return bad("loadflags", header.loadflags.into());
     }
@@ -212,7 +238,7 @@ fn check<'a>(header: &SetupHeader, image: &'a [u8]) -> Result<&'a [u8], LoadErro
             has: image.len() as u64,
         });
     }
-    if size <= ENTRY_64 {
+    if size <= header.entry_offset() {
         return bad("syssize", header.syssize.get().into());
     }
     if u64::from(header.init_size.get()) < size {
@@ -265,7 +291,7 @@ pub(super) fn load(mut job: Job<'_>) -> Result<Entry, LoadError> {
     let initrd = job.files.modules.first().map(|initrd| initrd.data);
     if let Some(initrd) = initrd.filter(|data| !data.is_empty()) {
         let bytes = initrd.len() as u64;
-        let highest = if header.xloadflags.get() & XLF_CAN_BE_LOADED_ABOVE_4G != 0 {
+        let highest = if header.flags() & XLF_CAN_BE_LOADED_ABOVE_4G != 0 {
             u64::MAX
         } else {
             u64::from(header.initrd_addr_max.get()) + 1
@@ -304,20 +330,28 @@ pub(super) fn load(mut job: Job<'_>) -> Result<Entry, LoadError> {
     if let Some(rsdp) = job.layout.rsdp {
         params.acpi_rsdp_addr = rsdp.0.into();
     }
+    let (protocol, entry_offset) = (header.protocol(), header.entry_offset());
     params.header = header;
     let zero_page = job.place("the zero page", params.as_bytes(), PAGE_SIZE)?;
 
+    let mut state = if protocol == Protocol::Linux64 {
+        long_mode_state(&mut job)?
+    } else {
+        job.flat_state(Mode::Linux32)?
+    };
+    state.rip = start.0 + entry_offset;
+    set(&mut state, Gpr::Rsi, zero_page.0);
+    Ok(Entry { protocol, state })
+}
+
+/// The state of the 64-bit entry but for RIP and RSI.
+fn long_mode_state(job: &mut Job<'_>) -> Result<CpuState, LoadError> {
     let mut state = job.flat_state(Mode::Long64)?;
-    state.cr3 = identity_map(&mut job)?.0;
+    state.cr3 = identity_map(job)?.0;
     state.cr4 = CR4_PAE;
     state.efer = EFER_LME | EFER_LMA;
     state.cr0 |= CR0_PE | CR0_PG;
-    state.rip = start.0 + ENTRY_64;
-    set(&mut state, Gpr::Rsi, zero_page.0);
-    Ok(Entry {
-        protocol: Protocol::Linux64,
-        state,
-    })
+    Ok(state)
 }
 
 const CR0_PG: u64 = 1 << 31;

@@ -2,7 +2,7 @@
 //!
 //! [`load`] finds out what the file is, places it, its modules, the command line and the tables
 //! of its boot protocol in guest memory, and gives the boot processor's first state. Protocols:
-//! Linux' 64-bit one ([`bzimage`]), PVH ([`pvh`]) and multiboot 1 ([`multiboot`]).
+//! Linux' 64-bit and 32-bit ones ([`bzimage`]), PVH ([`pvh`]) and multiboot 1 ([`multiboot`]).
 //!
 //! Files are hostile: every number in them is checked before use, work and allocation are bounded
 //! by the sizes of the file and of guest memory, and an error says by name what is wrong. What is
@@ -75,6 +75,8 @@ impl BootLayout<'_> {
 pub enum Protocol {
     /// Linux' 64-bit boot protocol.
     Linux64,
+    /// Linux' 32-bit boot protocol.
+    Linux32,
     /// Xen's PVH entry.
     Pvh,
     /// Multiboot 1.
@@ -85,6 +87,7 @@ impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Protocol::Linux64 => "bzImage (64-bit entry)",
+            Protocol::Linux32 => "bzImage (32-bit entry)",
             Protocol::Pvh => "PVH ELF",
             Protocol::Multiboot => "multiboot",
         })
@@ -143,13 +146,11 @@ pub enum LoadError {
         /// Bytes in the file.
         has: u64,
     },
-    /// A bzImage older than protocol 2.12 (Linux 3.8).
+    /// A bzImage older than protocol 2.10 (Linux 2.6.31).
     OldProtocol {
-        /// Version, 0x020c being 2.12.
+        /// Version, 0x020a being 2.10.
         version: u16,
     },
-    /// A bzImage without 64-bit entry: a 32-bit kernel.
-    No64BitEntry,
     /// A header field with a value that can't be.
     BadField {
         /// Its name in the format's documentation.
@@ -212,16 +213,10 @@ impl fmt::Display for LoadError {
             }
             LoadError::OldProtocol { version } => write!(
                 f,
-                "boot protocol {}.{:02} is too old; needs 2.12 (Linux 3.8) or later",
+                "boot protocol {}.{:02} is too old; needs 2.10 (Linux 2.6.31) or later",
                 version >> 8,
                 version & 0xff
             ),
-            LoadError::No64BitEntry => {
-                write!(
-                    f,
-                    "needs 64-bit entry (XLF_KERNEL_64): this is a 32-bit kernel"
-                )
-            }
             LoadError::BadField { name, value } => {
                 write!(f, "damaged: {name} can't be {value:#x}")
             }
@@ -398,10 +393,11 @@ impl Job<'_> {
 const CR0_PE: u64 = 1 << 0;
 const CR0_ET: u64 = 1 << 4;
 
-/// Width of the flat code segment.
+/// Width of the flat code segment, and whose it is.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Protected32,
+    Linux32,
     Long64,
 }
 
@@ -411,7 +407,7 @@ impl Mode {
     const fn selectors(self) -> (u16, u16) {
         match self {
             Mode::Protected32 => (0x8, 0x10),
-            Mode::Long64 => (0x10, 0x18),
+            Mode::Linux32 | Mode::Long64 => (0x10, 0x18),
         }
     }
 }

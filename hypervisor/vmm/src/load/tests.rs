@@ -201,6 +201,35 @@ fn a_bzimage_is_entered_as_the_64_bit_protocol_says() {
 }
 
 #[test]
+fn a_kernel_without_64_bit_entry_is_entered_as_the_32_bit_protocol_says() {
+    let memory = memory(64);
+    let mut without_entry = bzimage();
+    patch(&mut without_entry, 0x236, &[0x3e, 0]);
+    // What is no flag yet says nothing.
+    let mut without_flags = bzimage();
+    patch(&mut without_flags, 0x206, &[0x0a, 0x02]);
+    for image in [without_entry, without_flags] {
+        let entry = load(&memory, &image, Some(&[1; 5000]), "quiet", &LAYOUT).unwrap();
+        assert_eq!(entry.protocol, Protocol::Linux32);
+        let state = &entry.state;
+        assert_eq!((state.rip, state.cr3), (0x100_0000, 0));
+        assert_flat_32(&memory, state);
+        let selector = |name| state.segments[name as usize].selector;
+        assert_eq!(selector(SegmentName::Cs), 0x10);
+        for name in [SegmentName::Ds, SegmentName::Es, SegmentName::Ss] {
+            assert_eq!(selector(name), 0x18);
+        }
+        for gpr in [Gpr::Rbp, Gpr::Rdi, Gpr::Rbx] {
+            assert_eq!(state.gprs[gpr as usize], 0);
+        }
+        let zero_page = state.gprs[Gpr::Rsi as usize];
+        let command_line = u32_at(&memory, zero_page + 0x228);
+        assert_eq!(text(&memory, command_line), "quiet");
+        assert!(u32_at(&memory, zero_page + 0x218) > 0x100_0000);
+    }
+}
+
+#[test]
 fn the_first_4_gib_are_mapped_one_to_one() {
     let memory = memory(64);
     let state = load(&memory, &bzimage(), None, "", &LAYOUT).unwrap().state;
@@ -256,12 +285,8 @@ fn bad_bzimages_are_refused_by_name() {
             .to_string()
     };
     assert_eq!(
-        refusal(0x206, &[0x0b, 0x02]),
-        "boot protocol 2.11 is too old; needs 2.12 (Linux 3.8) or later"
-    );
-    assert_eq!(
-        refusal(0x236, &[0x3e]),
-        "needs 64-bit entry (XLF_KERNEL_64): this is a 32-bit kernel"
+        refusal(0x206, &[0x09, 0x02]),
+        "boot protocol 2.09 is too old; needs 2.10 (Linux 2.6.31) or later"
     );
     assert_eq!(refusal(0x211, &[0]), "damaged: loadflags can't be 0x0");
     assert_eq!(
@@ -275,7 +300,7 @@ fn bad_bzimages_are_refused_by_name() {
     );
     assert_eq!(
         refusal(0x201, &[0]),
-        "boot protocol 0.00 is too old; needs 2.12 (Linux 3.8) or later"
+        "boot protocol 0.00 is too old; needs 2.10 (Linux 2.6.31) or later"
     );
     assert_eq!(
         refusal(0x260, &[0, 0, 0, 0x80]),
