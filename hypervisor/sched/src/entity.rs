@@ -272,6 +272,12 @@ impl Recent {
         self.epoch = now >> Self::HALF_LIFE_BITS;
     }
 
+    /// Takes so much away again.
+    pub(crate) fn remove(&mut self, ticks: u64, now: u64) {
+        self.ticks = self.at(now).saturating_sub(ticks);
+        self.epoch = now >> Self::HALF_LIFE_BITS;
+    }
+
     /// What is left of it at this tick.
     pub(crate) fn at(self, now: u64) -> u64 {
         let halvings = (now >> Self::HALF_LIFE_BITS).saturating_sub(self.epoch);

@@ -35,6 +35,7 @@ extern crate alloc;
 extern crate std;
 
 mod cpus;
+mod crowd;
 mod entity;
 mod heap;
 mod metrics;

@@ -11,7 +11,8 @@ use alloc::{boxed::Box, collections::BTreeSet, vec::Vec};
 
 use crate::{
     cpus::CpuSet,
-    entity::{Entity, EntityId, Params, State},
+    crowd::Crowd,
+    entity::{Entity, EntityId, Params, Recent, State},
     heap::KeyedHeap,
     metrics::{Metrics, PcpuMetrics},
     policy::{Policy, PolicyKind, Ready},
@@ -73,9 +74,11 @@ pub(crate) struct Queue {
     last: Option<EntityId>,
     /// The next one to run, taken out of those that wait.
     favoured: Option<EntityId>,
+    /// The pCPU that the running one is to go to when it stops here and could go on.
+    promised_to: Option<usize>,
     waiting: u32,
-    /// Sum of weights of those attached.
-    load: u64,
+    /// Those attached.
+    crowd: Crowd,
     slice: u64,
     capacity: usize,
     metrics: PcpuMetrics,
@@ -94,8 +97,9 @@ impl Queue {
             run_until: u64::MAX,
             last: None,
             favoured: None,
+            promised_to: None,
             waiting: 0,
-            load: 0,
+            crowd: Crowd::default(),
             slice,
             capacity,
             metrics: PcpuMetrics::default(),
@@ -110,9 +114,9 @@ impl Queue {
         self.slice
     }
 
-    /// Sum of the weights of those who run or wait.
-    pub(crate) fn load(&self) -> u64 {
-        self.load
+    /// Those who run or wait.
+    pub(crate) fn crowd(&self) -> Crowd {
+        self.crowd
     }
 
     /// How many wait that may run elsewhere.
@@ -205,7 +209,8 @@ impl Queue {
             self.policy.remove(entity);
         }
         self.waiting -= 1;
-        self.load -= u64::from(entity.params.weight);
+        let share = self.policy.share(entity);
+        self.crowd.leave(share, entity.recent, now);
         true
     }
 
@@ -227,8 +232,9 @@ impl Queue {
         }
         self.waiting += 1;
         let attached = matches!(why, Ready::SliceOver | Ready::Preempted | Ready::Yielded);
-        if !attached && let Some(entity) = self.get(id) {
-            self.load += u64::from(entity.params.weight);
+        if !attached && let Some(entity) = self.entities[id.index()].as_ref() {
+            let share = self.policy.share(entity);
+            self.crowd.join(share, entity.recent, now);
         }
     }
 
@@ -285,6 +291,7 @@ impl Queue {
         entity.burst += ran;
         entity.slice_left = entity.slice_left.saturating_sub(ran);
         entity.recent.add(ran, now);
+        self.crowd.charge(self.policy.share(entity), ran, now);
         if let Some(bandwidth) = &mut entity.bandwidth {
             bandwidth.charge(ran);
         }
@@ -386,7 +393,7 @@ impl Queue {
         self.running = None;
         self.run_until = u64::MAX;
         let entity = self.entities.get_mut(id.index())?.as_mut()?;
-        let weight = u64::from(entity.params.weight);
+        let (share, had) = (self.policy.share(entity), entity.recent);
         let ready = match why {
             Stop::Interrupted if entity.slice_left > 0 => Ready::Preempted,
             Stop::Interrupted => Ready::SliceOver,
@@ -398,7 +405,7 @@ impl Queue {
                     entity.slice_left = 0;
                     entity.state = State::Blocked { until };
                     self.policy.leave(entity);
-                    self.load -= weight;
+                    self.crowd.leave(share, had, now);
                     if let Some(at) = until {
                         self.timers.push(id, at);
                     }
@@ -409,7 +416,7 @@ impl Queue {
             Stop::Retired => {
                 entity.state = State::Retired;
                 self.policy.leave(entity);
-                self.load -= weight;
+                self.crowd.leave(share, had, now);
                 return Some(id);
             }
         };
@@ -426,11 +433,11 @@ impl Queue {
         if entity.paused {
             entity.state = State::Held;
             self.policy.leave(entity);
-            self.load -= weight;
+            self.crowd.leave(share, had, now);
         } else if let Some(at) = entity.throttled_until() {
             entity.state = State::Throttled { until: at };
             self.policy.leave(entity);
-            self.load -= weight;
+            self.crowd.leave(share, had, now);
             self.timers.push(id, at);
         } else {
             self.enqueue(id, ready, now);
@@ -504,11 +511,13 @@ impl Queue {
         self.metrics.reserved += utilization(&params);
         self.metrics.reserved -= utilization(&entity.params);
         if runs {
+            self.crowd
+                .leave(self.policy.share(entity), entity.recent, now);
             self.policy.leave(entity);
-            self.load -= u64::from(entity.params.weight);
             entity.set_params(params, allowed, slice, now);
             self.policy.join(entity);
-            self.load += u64::from(entity.params.weight);
+            self.crowd
+                .join(self.policy.share(entity), entity.recent, now);
             self.run_until = self.run_until.min(now);
             return;
         }
@@ -536,6 +545,8 @@ impl Queue {
         if let Some(id) = self.running
             && let Some(entity) = self.entities[id.index()].as_mut()
         {
+            self.crowd
+                .leave(self.policy.share(entity), entity.recent, now);
             self.policy.leave(entity);
         }
         for entity in self.entities.iter_mut().flatten() {
@@ -547,6 +558,8 @@ impl Queue {
             && let Some(entity) = self.entities[id.index()].as_mut()
         {
             self.policy.join(entity);
+            self.crowd
+                .join(self.policy.share(entity), entity.recent, now);
             self.run_until = self.run_until.min(now);
         }
         for id in waited {
@@ -580,33 +593,41 @@ impl Queue {
         })
     }
 
-    /// The one that waits, may run on `pcpu`, weighs no more than `most`, and had the most CPU time of late for its weight.
-    pub(crate) fn richest(&self, pcpu: usize, most: u64, now: u64) -> Option<(u64, EntityId)> {
-        self.movable
-            .iter()
-            .take(COMPARED)
-            .filter(|(places, _, _)| places.contains(pcpu))
-            .filter_map(|(_, _, id)| self.get(*id))
-            .filter(|entity| u64::from(entity.params.weight) <= most)
-            .map(|entity| (wealth(entity, now), entity.id))
-            .max()
+    /// Promises the running one to another pCPU. `false`: it does not run here.
+    pub(crate) fn promise(&mut self, id: EntityId, to: usize) -> bool {
+        let runs = self.running == Some(id);
+        if runs {
+            self.promised_to = Some(to);
+        }
+        runs
     }
 
-    /// CPU time of late, for its weight, of the one that runs or ran last; `None` if that is gone.
-    pub(crate) fn wealth_of_last(&self, now: u64) -> Option<u64> {
-        self.get(self.last?).map(|entity| wealth(entity, now))
+    /// The pCPU that was promised the one that has just stopped, if it could go on and others are here to run instead.
+    pub(crate) fn keep_promise(&mut self, id: EntityId) -> Option<usize> {
+        let to = self.promised_to.take()?;
+        let entity = self.get(id)?;
+        let goes = entity.state == State::Waiting && entity.allowed.contains(to);
+        (goes && self.waiting > 1).then_some(to)
     }
 
-    /// The least CPU time of late, for their weights, of those that wait and may move, and of the one that runs.
-    pub(crate) fn poorest(&self, now: u64) -> Option<u64> {
+    /// Counts what the running one has run so far.
+    pub(crate) fn settle_running(&mut self, now: u64) {
+        if let Some(id) = self.running {
+            self.charge(id, now);
+        }
+    }
+
+    /// The one that runs and some of those that wait, if they may run on `pcpu`: each with its share and what it has had.
+    pub(crate) fn candidates(&self, pcpu: usize) -> impl Iterator<Item = (EntityId, u64, Recent)> {
         self.movable
             .iter()
             .take(COMPARED)
             .map(|(_, _, id)| *id)
             .chain(self.running)
             .filter_map(|id| self.get(id))
-            .map(|entity| wealth(entity, now))
-            .min()
+            .filter(move |entity| entity.allowed.contains(pcpu))
+            .map(|entity| (entity.id, self.policy.share(entity), entity.recent))
+            .filter(|&(_, share, _)| share > 0)
     }
 
     pub(crate) fn metrics_of(&self, id: EntityId, now: u64) -> Option<Metrics> {
@@ -649,15 +670,6 @@ pub(crate) fn utilization(params: &Params) -> u64 {
     params
         .reservation
         .map_or(0, |reservation| reservation.utilization())
-}
-
-/// CPU time of late, by weight.
-fn wealth(entity: &Entity, now: u64) -> u64 {
-    let unpaid = match entity.state {
-        State::Running { .. } => now.saturating_sub(entity.since),
-        _ => 0,
-    };
-    (entity.recent.at(now) + unpaid) / u64::from(entity.params.weight)
 }
 
 /// Counts the time since the last change of state of one that does not run.

@@ -9,9 +9,8 @@
 //! other queues of its pool, then may halt. Who makes an entity ready puts it into its home's queue first and then
 //! looks at the idle bits. So one of the two sees the other, whichever comes first.
 //!
-//! *Balance.* Every few slices a busy pCPU compares its load (the weights of those who run or wait) with the greatest in its pool, and
-//! takes one over if that makes them more equal; of those that fit, the one with the most CPU time of late for
-//! its weight. Where loads cannot be equal, the difference itself moves around: to where those are that had more of late.
+//! *Balance.* Every few slices a busy pCPU looks whether one that waits elsewhere in its pool had better be here
+//! ([`crate::crowd`]), and takes it over.
 
 use alloc::{boxed::Box, vec::Vec};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -274,7 +273,12 @@ impl Scheduler {
         while !places.is_empty() {
             let crowd = |pcpu: &usize| {
                 let queue = self.pcpus[*pcpu].queue.lock();
-                (queue.reserved(), queue.load(), queue.population(), *pcpu)
+                (
+                    queue.reserved(),
+                    queue.crowd().share(),
+                    queue.population(),
+                    *pcpu,
+                )
             };
             let Some(pcpu) = places.iter().min_by_key(crowd) else {
                 break;
@@ -593,41 +597,55 @@ impl Scheduler {
         }
     }
 
-    /// Takes one over from the pCPU with the greatest load of the pool, if that makes loads more equal, or at least moves the
-    /// difference on.
+    /// Takes one over from another pCPU of the pool, if that makes the two a better place: see [`crate::crowd`].
     fn balance(&self, pcpu: usize, now: u64) {
         let this = &self.pcpus[pcpu];
-        let pool = &self.pools[usize::from(this.pool.0)];
-        let load = |pcpu: usize| self.pcpus[pcpu].load.load(Ordering::Relaxed);
-        let busiest = pool.cpus.iter().max_by_key(|&pcpu| load(pcpu));
-        let Some(busiest) = busiest.filter(|&other| other != pcpu) else {
+        let Some(own) = self.lock(pcpu) else { return };
+        let ahead = BALANCE_SLICES * own.queue.slice();
+        let (crowd, reserved) = (own.queue.crowd(), own.queue.reserved());
+        drop(own);
+        let unrest = crowd.unrest(reserved, ahead, now);
+        this.balance_at
+            .store(now.saturating_add(ahead), Ordering::Relaxed);
+        let mut best: Option<(u128, usize, EntityId)> = None;
+        for other in self.pools[usize::from(this.pool.0)].cpus.iter() {
+            if other == pcpu || self.pcpus[other].movable.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let Some(mut locked) = self.lock(other) else {
+                continue;
+            };
+            locked.queue.settle_running(now);
+            let (theirs, reserved_there) = (locked.queue.crowd(), locked.queue.reserved());
+            let before = unrest + theirs.unrest(reserved_there, ahead, now);
+            for (id, share, had) in locked.queue.candidates(pcpu) {
+                let (mut here, mut there) = (crowd, theirs);
+                here.join(share, had, now);
+                there.leave(share, had, now);
+                if there.share() == 0 {
+                    // It has a pCPU for itself; that would have nothing to do.
+                    continue;
+                }
+                let after =
+                    here.unrest(reserved, ahead, now) + there.unrest(reserved_there, ahead, now);
+                let gain = before.saturating_sub(after);
+                if gain > best.map_or(0, |(gain, _, _)| gain) {
+                    best = Some((gain, other, id));
+                }
+            }
+        }
+        let Some((_, other, id)) = best else { return };
+        let Some(mut locked) = self.lock(other) else {
             return;
         };
-        let own = self
-            .lock(pcpu)
-            .and_then(|own| own.queue.wealth_of_last(now));
-        let Some(mut locked) = self.lock(busiest) else {
-            return;
-        };
-        let slice = locked.queue.slice();
-        let next = now.saturating_add(BALANCE_SLICES * slice);
-        let difference = locked.queue.load().saturating_sub(load(pcpu));
-        let Some((wealth, id)) = locked.queue.richest(pcpu, difference, now) else {
-            this.balance_at.store(next, Ordering::Relaxed);
-            return;
-        };
-        let weight = locked
-            .queue
-            .get(id)
-            .map_or(0, |entity| entity.params.weight);
-        let swaps = u64::from(weight) == difference;
-        let poorest = locked.queue.poorest(now);
-        // Who stays there gains, and who runs here loses; that is for the better if the former has had less. The one that
-        // should move may run just now: at the next look.
-        if swaps && (own <= poorest || Some(wealth) < locked.queue.wealth_of_last(now)) {
+        if locked.queue.promise(id, pcpu) {
+            // It comes when it stops there.
             return;
         }
-        this.balance_at.store(next, Ordering::Relaxed);
+        // It may have gone since.
+        if locked.queue.get(id).map(|entity| entity.state) != Some(State::Waiting) {
+            return;
+        }
         let Some(entity) = self.take_out(&mut locked, id, now) else {
             return;
         };
@@ -642,6 +660,16 @@ impl Scheduler {
     pub fn stop(&self, pcpu: usize, why: Stop, now: u64) -> Option<usize> {
         let mut locked = self.lock(pcpu)?;
         let id = locked.queue.stop(why, now)?;
+        if let Some(to) = locked.queue.keep_promise(id) {
+            let entity = self.take_out(&mut locked, id, now)?;
+            drop(locked);
+            let mut locked = self.lock(to)?;
+            self.put_in(to, &mut locked, entity, now);
+            locked.queue.note_migration(id, false);
+            drop(locked);
+            let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
+            return idle.contains(to).then_some(to);
+        }
         let allowed = locked.queue.get(id)?.allowed;
         if allowed.contains(pcpu) {
             return None;
@@ -806,7 +834,7 @@ impl Drop for Locked<'_> {
         let (queue, pcpu) = (&self.queue, self.pcpu);
         pcpu.run_until.store(queue.run_until(), Ordering::Release);
         if pcpu.shared {
-            pcpu.load.store(queue.load(), Ordering::Relaxed);
+            pcpu.load.store(queue.crowd().share(), Ordering::Relaxed);
             let movable = queue.movable() as u32;
             // Before the idle bits are looked at.
             pcpu.movable.store(movable, Ordering::SeqCst);

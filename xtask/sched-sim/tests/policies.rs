@@ -173,6 +173,14 @@ proptest! {
         check_weights(&weights, 1)?;
     }
 
+    /// Also on several: what a vCPU cannot use, since it has one processor at most, the others share.
+    #[test]
+    fn weights_are_honoured_on_several_processors(
+        weights in proptest::collection::vec(50u32..=400, 3..10), pcpus in 2usize..=4,
+    ) {
+        check_weights(&weights, pcpus)?;
+    }
+
     /// First come, first served: on one processor jobs end in the order in which they came, without a break.
     #[test]
     fn first_come_is_first_served(jobs in proptest::collection::vec((0u64..300, 1u64..20_000), 1..12)) {

@@ -69,6 +69,10 @@ impl Policy for ByAllocation {
         entity.paid = entity.paid.saturating_add(price(entity, ran));
     }
 
+    fn share(&self, entity: &Entity) -> u64 {
+        allocation(entity) / 1000
+    }
+
     fn slice(&self, _entity: &Entity) -> u64 {
         self.slice
     }

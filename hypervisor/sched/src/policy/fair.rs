@@ -224,6 +224,10 @@ impl Policy for Fair {
         }
     }
 
+    fn share(&self, entity: &Entity) -> u64 {
+        u64::from(entity.params.weight)
+    }
+
     fn slice(&self, _entity: &Entity) -> u64 {
         self.slice
     }

@@ -198,6 +198,11 @@ pub(crate) trait Policy: fmt::Debug + Send {
     /// One that is not attached changes to another queue, or to another policy.
     fn forget(&mut self, _entity: &mut Entity) {}
 
+    /// What it is due beside the others of its pool; 0: it is due nothing but what it has reserved.
+    fn share(&self, _entity: &Entity) -> u64 {
+        1
+    }
+
     /// For how long it may run.
     fn slice(&self, entity: &Entity) -> u64;
 

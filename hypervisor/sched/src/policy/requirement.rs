@@ -52,6 +52,10 @@ impl Policy for ByRequirement {
         self.waiting.push(entity.id, entity.rank);
     }
 
+    fn share(&self, entity: &Entity) -> u64 {
+        u64::from(entity.params.weight)
+    }
+
     fn slice(&self, _entity: &Entity) -> u64 {
         self.slice
     }

@@ -88,6 +88,13 @@ impl Policy for EarliestDeadline {
         self.rest.forget(entity);
     }
 
+    fn share(&self, entity: &Entity) -> u64 {
+        match deadline(entity) {
+            Some(_) => 0,
+            None => self.rest.share(entity),
+        }
+    }
+
     fn slice(&self, entity: &Entity) -> u64 {
         self.rest.slice(entity)
     }
