@@ -23,6 +23,8 @@ pub enum Code {
     GuestStopped,
     /// The status of a test kernel, as QEMU would give it.
     Guest(u8),
+    /// The status of `plinthctl`.
+    Control(u8),
 }
 
 impl Code {
@@ -37,7 +39,7 @@ impl Code {
             Code::NotRun => 126,
             Code::Interrupted => 130,
             Code::GuestStopped => 134,
-            Code::Guest(status) => status,
+            Code::Guest(status) | Code::Control(status) => status,
         }
     }
 }

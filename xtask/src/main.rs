@@ -9,6 +9,7 @@ mod bench;
 mod check_config;
 mod check_hw;
 mod clean;
+mod ctl;
 mod deps;
 mod emulator;
 mod exit;
@@ -57,6 +58,7 @@ enum Command {
     SchedSim(sched_sim::Args),
     Lint(lint::Args),
     Image(image::Args),
+    Ctl(ctl::Args),
     CheckHw(check_hw::Args),
     CheckConfig(check_config::Args),
     Clean(clean::Args),
@@ -82,6 +84,7 @@ fn run(command: &Command) -> anyhow::Result<Code> {
         Command::SchedSim(args) => sched_sim::run(args),
         Command::Lint(args) => lint::run(args),
         Command::Image(args) => image::run(args),
+        Command::Ctl(args) => Ok(ctl::run(args)),
         Command::CheckHw(args) => check_hw::run(args),
         Command::CheckConfig(args) => check_config::run(args),
         Command::Clean(args) => clean::run(args),

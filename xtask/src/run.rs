@@ -21,6 +21,7 @@ use manage::config::{self, FileKind};
 use typist::Typist;
 
 use crate::{
+    ctl,
     emulator::{
         self, Cursor, Emulator, End, Firmware, Keyboard, Machine, Missed, Regex, Running, Time,
         Watch,
@@ -111,6 +112,10 @@ pub struct Args {
     /// Processors of the emulated PC [default: 2 in QEMU, 1 in Bochs].
     #[arg(long, value_name = "COUNT")]
     host_cpus: Option<u32>,
+    /// Give the machine a second serial port, Plinth's control channel, as this socket
+    /// [default: target/plinth-control.sock, but none with --headless].
+    #[arg(long, value_name = "SOCKET", num_args = 0..=1, default_missing_value = "")]
+    control: Option<PathBuf>,
     /// Take no keys, only print what comes out.
     #[arg(long)]
     headless: bool,
@@ -433,6 +438,12 @@ fn run_shown(args: &Args) -> anyhow::Result<Code> {
     if let Some(trace) = &machine.trace {
         eprintln!("Trace: {}", paths::shown(trace));
     }
+    if let Some(control) = &machine.control {
+        eprintln!(
+            "Control channel: {}; cargo xtask ctl vm list",
+            paths::shown(control)
+        );
+    }
     if let Some(port) = machine.debugger_port {
         eprintln!(
             "Waiting for a debugger; in another terminal:\n  gdb -ex 'add-symbol-file {} -o \
@@ -508,9 +519,33 @@ fn describe(args: &Args, folder: &ImageFolder) -> anyhow::Result<Machine> {
         .trace
         .then(|| paths::target().join(format!("trace-{name}.log")));
     machine.debugger_port = args.gdb.then_some(1234);
+    machine.control = control_socket(args)?;
     // Before anything is built.
     machine.check()?;
     Ok(machine)
+}
+
+/// The socket of the control channel, if there is to be one.
+fn control_socket(args: &Args) -> anyhow::Result<Option<PathBuf>> {
+    let path = match &args.control {
+        Some(path) if !path.as_os_str().is_empty() => path.clone(),
+        Some(_) => ctl::default_socket(),
+        None if args.headless => return Ok(None),
+        None => ctl::default_socket(),
+    };
+    match (ctl::is_free(&path), args.control.is_some()) {
+        (true, _) => Ok(Some(path)),
+        (false, true) => {
+            let text = format!("--control {}: another machine has it", path.display());
+            Err(Stop::with(Code::Usage, text))
+        }
+        (false, false) => {
+            eprintln!(
+                "Another machine has the control channel; --control SOCKET gives this one its own."
+            );
+            Ok(None)
+        }
+    }
 }
 
 /// What a run waits for.

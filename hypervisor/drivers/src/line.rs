@@ -5,7 +5,7 @@
 //! [`Line::settle`] then asks for the interrupts that the queues need. Queues are of fixed size.
 //!
 //! Invariant: bytes are read in the order in which they arrived and sent in the order in which they
-//! were queued. What is lost is counted, never replaced.
+//! were queued. What is lost is counted, and where it was can be marked.
 
 use crate::{queue::ByteQueue, serial::Serial};
 
@@ -59,8 +59,12 @@ impl Port for Serial {
 pub enum WhenFull {
     /// It is read and dropped, so that the newest input's loss is known exactly.
     Drop,
-    /// It stays in the port, which holds the sender up where it can (an emulator's) and otherwise overruns.
-    Leave,
+    /// It stays in the port, which holds the sender up where it can (an emulator's) and otherwise overruns. What
+    /// was in the port when it overran is dropped, and this byte stands where something is missing.
+    Leave {
+        /// The mark.
+        gap: u8,
+    },
 }
 
 /// A port and its queues of `IN` and `OUT` bytes.
@@ -80,6 +84,12 @@ pub struct Line<P, const IN: usize, const OUT: usize> {
     asked: (bool, bool),
     /// The last byte sent ended a text line.
     fresh: bool,
+    /// Bytes that the port took.
+    sent: u64,
+    /// Overruns of the port that are marked.
+    marked_overruns: u64,
+    /// Until the port runs dry: what it gives may be followed by what was lost.
+    lossy: bool,
 }
 
 impl<P: Port, const IN: usize, const OUT: usize> Line<P, IN, OUT> {
@@ -94,6 +104,9 @@ impl<P: Port, const IN: usize, const OUT: usize> Line<P, IN, OUT> {
             interrupts: false,
             asked: (false, false),
             fresh: true,
+            sent: 0,
+            marked_overruns: 0,
+            lossy: false,
         }
     }
 
@@ -118,6 +131,11 @@ impl<P: Port, const IN: usize, const OUT: usize> Line<P, IN, OUT> {
         self.fresh
     }
 
+    /// Bytes that the port has taken since the line was made.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
     /// What input was lost, in bytes: for want of room, and (a lower bound) because the port was not
     /// emptied in time.
     pub fn lost(&self) -> (u64, u64) {
@@ -126,20 +144,42 @@ impl<P: Port, const IN: usize, const OUT: usize> Line<P, IN, OUT> {
 
     /// Moves what has arrived into the input queue.
     pub fn receive(&mut self) {
-        let Some(port) = self.port.as_mut() else {
-            return;
-        };
         // A port that never runs dry is broken: no more than a queue's worth at a time.
         for _ in 0..IN {
-            if self.when_full == WhenFull::Leave && self.input.len() == IN {
+            if matches!(self.when_full, WhenFull::Leave { .. }) && self.input.len() == IN {
                 break;
             }
-            match port.receive() {
-                Some(byte) if self.input.push(byte) => {}
-                Some(_) => self.dropped += 1,
-                None => break,
+            let Some(port) = self.port.as_mut() else {
+                break;
+            };
+            let byte = port.receive();
+            let overruns = port.overruns();
+            let kept = match self.when_full {
+                WhenFull::Drop => byte,
+                WhenFull::Leave { gap } => self.without_losses(byte, overruns, gap),
+            };
+            if kept.is_some_and(|byte| !self.input.push(byte)) {
+                self.dropped += 1;
+            }
+            if byte.is_none() {
+                break;
             }
         }
+    }
+
+    /// What to keep of a byte that was read. An overrun is seen before the oldest byte in the port is
+    /// read, and what was lost came behind the newest.
+    fn without_losses(&mut self, byte: Option<u8>, overruns: u64, gap: u8) -> Option<u8> {
+        if overruns != self.marked_overruns {
+            self.marked_overruns = overruns;
+            self.lossy = true;
+        }
+        if !self.lossy {
+            return byte;
+        }
+        self.lossy = byte.is_some();
+        self.dropped += u64::from(byte.is_some());
+        (!self.lossy).then_some(gap)
     }
 
     /// Hands the port what it takes now; `fetch` may refill the output queue before each piece.
@@ -155,6 +195,7 @@ impl<P: Port, const IN: usize, const OUT: usize> Line<P, IN, OUT> {
                 return;
             };
             self.fresh = last == b'\n';
+            self.sent += sent as u64;
             self.output.consume(sent);
         }
         fetch(&mut self.output);
@@ -197,6 +238,7 @@ impl<P: Port, const IN: usize, const OUT: usize> Line<P, IN, OUT> {
                 return false;
             };
             self.fresh = last == b'\n';
+            self.sent += sent as u64;
             self.output.consume(sent);
         }
         true
@@ -215,6 +257,7 @@ mod tests {
         sent: Vec<u8>,
         takes: usize,
         asks: (bool, bool),
+        overruns: u64,
     }
 
     impl Port for Fake {
@@ -244,7 +287,7 @@ mod tests {
         }
 
         fn overruns(&self) -> u64 {
-            0
+            self.overruns
         }
     }
 
@@ -281,7 +324,7 @@ mod tests {
 
     #[test]
     fn what_finds_no_room_stays_where_it_is() {
-        let mut line = line(WhenFull::Leave, 0);
+        let mut line = line(WhenFull::Leave { gap: b'?' }, 0);
         arrive(&mut line, b"abcdef");
         arrive(&mut line, b"");
         assert_eq!(line.lost(), (0, 0));
@@ -291,6 +334,18 @@ mod tests {
         arrive(&mut line, b"");
         let all: Vec<u8> = std::iter::from_fn(|| line.input.pop()).collect();
         assert_eq!((&all[..], asks(&line).0), (&b"def"[..], true));
+    }
+
+    #[test]
+    fn where_something_was_lost_there_is_a_mark() {
+        let mut line = line(WhenFull::Leave { gap: b'?' }, 0);
+        arrive(&mut line, b"a");
+        line.port.as_mut().unwrap().overruns = 1;
+        // Behind "c" something is missing; "d" came after that.
+        arrive(&mut line, b"bcd");
+        arrive(&mut line, b"ef");
+        let all: Vec<u8> = std::iter::from_fn(|| line.input.pop()).collect();
+        assert_eq!((&all[..], line.lost()), (&b"a?ef"[..], (3, 1)));
     }
 
     #[test]
@@ -308,6 +363,7 @@ mod tests {
         line.transmit(&mut fetch);
         line.settle();
         assert!(!line.is_draining() && !asks(&line).1 && line.is_fresh());
+        assert_eq!(line.sent(), 8);
         assert_eq!(line.port.as_ref().unwrap().sent, b"abcdefg\n");
     }
 

@@ -40,7 +40,6 @@ entry_point!(entry, config = &CONFIG);
 /// The machine as it is once the host is up.
 pub struct Machine {
     /// What the firmware's tables say.
-    #[cfg(feature = "selftest")]
     pub firmware: Firmware,
     /// The boot image's files: configuration, kernels, initial ramdisks.
     pub bundle: Bundle<'static>,
@@ -84,7 +83,6 @@ fn entry(boot_info: &'static mut BootInfo) -> ! {
         Mhz(time::hz())
     );
     let machine = Machine {
-        #[cfg(feature = "selftest")]
         firmware,
         bundle,
         vendor: preflight::check(),

@@ -36,9 +36,9 @@ const COM1_IRQ: u8 = 4;
 const INPUT_BYTES: usize = 4096;
 /// How long the port is left alone where it has to be looked at, in microseconds. Its 16 bytes of memory are
 /// full after 1.4 ms at 115,200 baud, in Bochs after 1.1.
-const LOOK_EVERY_US: u64 = 500;
+pub const LOOK_EVERY_US: u64 = 500;
 /// While output waits the port is looked at so often even if no interrupt comes, in microseconds.
-const LOOK_AT_OUTPUT_US: u64 = 10_000;
+pub const LOOK_AT_OUTPUT_US: u64 = 10_000;
 /// Bytes of output that wait on their way past the guests' queues. At 115,200 baud this is a second and a half.
 const OUTPUT_BYTES: usize = 16 * 1024;
 /// Bytes moved from the guests' queues at a time: the FIFO of a UART.

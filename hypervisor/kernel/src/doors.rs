@@ -9,13 +9,13 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use manage::command::Operate;
 
-use crate::{interrupts, operator, percpu};
+use crate::{control, interrupts, operator, percpu};
 
 /// Serves one door.
 type Door = fn(&dyn Operate);
 
 /// All doors.
-const DOORS: &[Door] = &[operator::serve];
+const DOORS: &[Door] = &[operator::serve, control::serve];
 
 static RANG: AtomicBool = AtomicBool::new(false);
 

@@ -14,16 +14,17 @@ use drivers::{
     firmware::Firmware,
     ioapic::{IoApic, silence_pics},
 };
+use manage::trace::Kind;
 use mem::Hpa;
 use spin::Once;
 
 use crate::{
-    console, cpu, fault,
+    console, control, cpu, fault,
     idt::TrapFrame,
     info, memory, operator,
     percpu::{self, PerCpu},
     sync::Lock,
-    time, warn,
+    time, trace, warn,
 };
 
 /// Vectors of the host's interrupts.
@@ -32,6 +33,8 @@ pub mod vector {
     pub const FIRST: u8 = 32;
     /// The serial port.
     pub const SERIAL: u8 = 0x40;
+    /// The second serial port, where programs are.
+    pub const CONTROL: u8 = 0x41;
     /// The keyboard.
     pub const KEYBOARD: u8 = 0x42;
     /// The local APIC's timer.
@@ -197,6 +200,9 @@ pub extern "C" fn dispatch(frame: &mut TrapFrame) {
             let cpu = percpu::current();
             cpu.timer_armed.store(0, Ordering::Relaxed);
             cpu.timer_due.store(true, Ordering::Relaxed);
+            if trace::is_on() {
+                trace::record(Kind::Timer, (0, 0), 0, 0);
+            }
             apic().eoi();
         }
         vector::KICK => {
@@ -209,6 +215,10 @@ pub extern "C" fn dispatch(frame: &mut TrapFrame) {
         }
         vector::KEYBOARD => {
             operator::on_key();
+            apic().eoi();
+        }
+        vector::CONTROL => {
+            control::on_interrupt();
             apic().eoi();
         }
         // Spurious interrupts are not in service.

@@ -33,12 +33,13 @@ use manage::{
     config::{self, AfterLastVm, Config, ConsoleKind, Pools},
     console::{ConsoleId, Input},
     lifecycle::Life,
+    trace::{INJECTED_NMI, Kind, Why},
 };
-use sched::{Dispatch, EntityId, Scheduler, Stop};
+use sched::{Dispatch, EntityId, Outcome, Scheduler, Stop};
 use spin::Once;
 use virt::{Backend, svm::Svm, vtx::Vtx};
 use vmm::{
-    host::{Attention, Host},
+    host::{Attention, Host, Traced},
     vcpu::{Pause, Vcpu},
     vm::Vm,
 };
@@ -48,12 +49,13 @@ use verbs::Published;
 
 use crate::{
     boot::Machine,
-    console, cpu, display, doors, error, fault, frame, info, interrupts, log, memory, operator,
+    console, control, cpu, display, doors, error, fault, frame, info, interrupts, log, memory,
+    operator,
     percpu::{self, PerCpu},
     power,
     preflight::Vendor,
     sync::Lock,
-    time, warn,
+    time, trace, warn,
 };
 
 /// vCPUs that the host has at most.
@@ -62,7 +64,7 @@ const NS_PER_SECOND: u64 = 1_000_000_000;
 
 /// What the parts of the kernel that don't know the vendor see of the world.
 trait Runner: Sync {
-    fn wake(&self, entity: EntityId);
+    fn wake(&self, entity: EntityId) -> Outcome;
     fn run(&'static self, cpu: &'static PerCpu) -> !;
 }
 
@@ -71,6 +73,8 @@ static WORLD: Once<&'static dyn Runner> = Once::new();
 /// One vCPU and where it belongs.
 struct Entity<B: Backend> {
     vm: VmNumber,
+    /// Which of its VM's.
+    number: u8,
     /// Host TSC when it first ran, 0 before; noted only for figures.
     first_run: AtomicU64,
     /// The vCPUs of its VM.
@@ -106,6 +110,7 @@ struct World<B: Backend> {
 
 /// Wakes the vCPUs of one VM.
 struct Kick {
+    vm: VmNumber,
     entities: Once<Vec<EntityId>>,
 }
 
@@ -113,7 +118,10 @@ impl VcpuKick for Kick {
     fn kick(&self, vcpu: VcpuId) {
         let entity = self.entities.get().and_then(|all| all.get(vcpu.0 as usize));
         if let (Some(&entity), Some(world)) = (entity, WORLD.get()) {
-            world.wake(entity);
+            let outcome = world.wake(entity);
+            if trace::is_on() && outcome == Outcome::Waiting {
+                trace::record(Kind::Wake, (self.vm.0, vcpu.0 as u8), 0, 0);
+            }
         }
     }
 }
@@ -168,6 +176,9 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
     let config = read_config(bundle)?;
 
     console::set_escape(config.host.console_escape);
+    if config.host.control {
+        control::start(&machine.firmware);
+    }
     let now = wall_clock::read_epoch().unwrap_or_else(|| {
         warn!("the CMOS clock shows no date: guests start in 1970");
         0
@@ -309,7 +320,22 @@ impl<B: Backend> World<B> {
         let pause = {
             let mut vcpu = entity.vcpu.lock();
             vcpu.load(cpu.number);
-            let pause = vcpu.run(&mut HostCpu { world: self, cpu });
+            let whose = (entity.vm.0, entity.number);
+            let pause = match trace::is_on() {
+                false => vcpu.run(&mut HostCpu::<B, false>::new(self, cpu, whose)),
+                true => {
+                    trace::record(Kind::SwitchIn, whose, 0, 0);
+                    let pause = vcpu.run(&mut HostCpu::<B, true>::new(self, cpu, whose));
+                    let why = match pause {
+                        Pause::SliceOver => Why::SliceOver,
+                        Pause::Yielded => Why::Yielded,
+                        Pause::Idle { .. } => Why::Idle,
+                        Pause::Ended => Why::Ended,
+                    };
+                    trace::record(Kind::SwitchOut, whose, why as u16, 0);
+                    pause
+                }
+            };
             vcpu.unload();
             entity.exits.publish(vcpu.counters());
             pause
@@ -432,6 +458,9 @@ impl<B: Backend> World<B> {
     /// Host work between vCPUs and after each host interrupt.
     fn host_work(&self, cpu: &PerCpu) {
         interrupts::window();
+        if cpu.number == 0 {
+            control::attend();
+        }
         if cpu.number == 0 && console::attend() {
             self.take_input();
             while let Some(console) = console::pop_resumable() {
@@ -453,6 +482,7 @@ impl<B: Backend> World<B> {
             .chain(console)
             .chain(display)
             .chain(due.filter(|&at| at != u64::MAX))
+            .chain(first.then(control::wake_up_at).flatten())
             .min();
         if self.is_wanted(cpu) {
             return;
@@ -466,10 +496,11 @@ impl<B: Backend> World<B> {
 }
 
 impl<B: Backend> Runner for World<B> {
-    fn wake(&self, entity: EntityId) {
+    fn wake(&self, entity: EntityId) -> Outcome {
         let wake = self.sched.wake(entity, time::now_tsc());
         // This pCPU looks before it halts or enters a guest the next time.
         self.kick(wake.kick);
+        wake.outcome
     }
 
     fn run(&'static self, cpu: &'static PerCpu) -> ! {
@@ -491,6 +522,7 @@ impl<B: Backend> Runner for World<B> {
             if cpu.number == 0 {
                 doors::serve(self);
                 if self.power_off.load(Ordering::Relaxed) {
+                    control::flush();
                     power::off();
                 }
                 self.look_at_clock();
@@ -507,13 +539,35 @@ impl<B: Backend> Runner for World<B> {
     }
 }
 
-/// The pCPU under a running vCPU.
-struct HostCpu<B: Backend> {
+/// The pCPU under a running vCPU. Its two kinds make two run loops: one has no code for traces.
+struct HostCpu<B: Backend, const TRACED: bool> {
     world: &'static World<B>,
     cpu: &'static PerCpu,
+    /// For records: the VM's number and the vCPU's.
+    whose: (u16, u8),
 }
 
-impl<B: Backend> Host for HostCpu<B> {
+impl<B: Backend, const TRACED: bool> HostCpu<B, TRACED> {
+    fn new(world: &'static World<B>, cpu: &'static PerCpu, whose: (u16, u8)) -> Self {
+        HostCpu { world, cpu, whose }
+    }
+}
+
+impl<B: Backend, const TRACED: bool> Host for HostCpu<B, TRACED> {
+    const TRACES: bool = TRACED;
+
+    fn trace(&mut self, what: Traced) {
+        let (kind, detail, extra) = match what {
+            Traced::Entry | Traced::Exit { .. } if !trace::has_exits() => return,
+            Traced::Entry => (Kind::Entry, 0, 0),
+            Traced::Exit { kind, port } => (Kind::Exit, kind as u16, port),
+            Traced::Interrupt(vector) => (Kind::Inject, u16::from(vector), 0),
+            Traced::Nmi => (Kind::Inject, INJECTED_NMI, 0),
+            Traced::DeviceWork => (Kind::Device, 0, 0),
+        };
+        trace::record(kind, self.whose, detail, extra);
+    }
+
     fn now(&self) -> u64 {
         time::now_tsc()
     }
@@ -528,7 +582,7 @@ impl<B: Backend> Host for HostCpu<B> {
 
     fn interrupts_wait_until(&self) -> u64 {
         match self.cpu.number {
-            0 => console::look_again_at(),
+            0 => console::look_again_at().min(control::look_again_at()),
             _ => u64::MAX,
         }
     }

@@ -118,6 +118,8 @@ pub struct HostConfig {
     pub console_frame: Option<String>,
     /// `scheduler`, `slice` and the `[[pool]]` sections.
     pub pools: Pools,
+    /// `control`: the second serial port is a channel for programs that operate the host.
+    pub control: bool,
     /// `files`: what the image carries for VMs that are created while the host runs.
     pub files: Vec<HostFile>,
 }
@@ -141,6 +143,7 @@ impl Default for HostConfig {
             console_frame: None,
             pools: Pools::default(),
             files: Vec::new(),
+            control: true,
         }
     }
 }
@@ -437,6 +440,7 @@ impl<'t> Parser<'t> {
                 "files",
                 "scheduler",
                 "slice",
+                "control",
             ],
         );
         let default = HostConfig::default();
@@ -478,6 +482,9 @@ impl<'t> Parser<'t> {
             console_frame: self.console_frame(s),
             files: self.host_files(s),
             pools: Pools::default(),
+            control: self
+                .boolean(s, "control")
+                .map_or(default.control, |(value, _)| value),
         };
         self.default_pool(s);
     }

@@ -21,7 +21,7 @@ pub enum Kind {
     Entry = 1,
     /// A guest has exited; the detail is the exit's number, and for port I/O the extra is the port.
     Exit = 2,
-    /// An event is injected; the detail is the vector, with [`INJECTED_NMI`] and [`INJECTED_EXCEPTION`] for those.
+    /// An interrupt is injected; the detail is the vector, or [`INJECTED_NMI`].
     Inject = 3,
     /// A vCPU comes to run on this processor.
     SwitchIn = 4,
@@ -35,10 +35,8 @@ pub enum Kind {
     Timer = 8,
 }
 
-/// Added to the detail of [`Kind::Inject`]: an NMI.
+/// Detail of [`Kind::Inject`] for an NMI.
 pub const INJECTED_NMI: u16 = 0x100;
-/// Added to the detail of [`Kind::Inject`]: an exception.
-pub const INJECTED_EXCEPTION: u16 = 0x200;
 
 impl Kind {
     /// All kinds.
@@ -63,21 +61,24 @@ impl Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Why {
-    /// Its time slice is over, or it gave up the rest.
+    /// Its time is over, or the processor is needed for something else.
     SliceOver = 0,
     /// It has nothing to do.
     Idle = 1,
     /// Its VM has ended.
     Ended = 2,
+    /// It gave up the rest of its time slice.
+    Yielded = 3,
 }
 
 impl Why {
-    /// In words, for a number from a record.
+    /// In a word, for a number from a record; the words are published.
     pub fn name(number: u16) -> &'static str {
         match number {
-            n if n == Why::SliceOver as u16 => "slice over",
+            n if n == Why::SliceOver as u16 => "slice",
             n if n == Why::Idle as u16 => "idle",
             n if n == Why::Ended as u16 => "ended",
+            n if n == Why::Yielded as u16 => "yield",
             _ => "other",
         }
     }

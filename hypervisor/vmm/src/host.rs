@@ -12,8 +12,36 @@ pub enum Attention {
     GiveWay,
 }
 
+/// Something that a run loop did, for a trace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Traced {
+    /// The guest is entered now.
+    Entry,
+    /// It has exited.
+    Exit {
+        /// [`Exit::index`](virt::Exit::index).
+        kind: usize,
+        /// The port, where it is port I/O; else 0.
+        port: u16,
+    },
+    /// The guest gets this interrupt.
+    Interrupt(u8),
+    /// It gets an NMI.
+    Nmi,
+    /// The VM's devices did what they had put off.
+    DeviceWork,
+}
+
 /// The pCPU under a running vCPU. The kernel implements it; tests have their own.
 pub trait Host {
+    /// Whether it wants to be told by [`Host::trace`]. A run loop for a host that does not has no code for it.
+    const TRACES: bool = false;
+
+    /// The run loop did this, just now.
+    fn trace(&mut self, what: Traced) {
+        let _ = what;
+    }
+
     /// Host TSC, in ticks.
     fn now(&self) -> u64;
     /// Host TSC at which the vCPU's time on this pCPU is over. It may become earlier at any time.

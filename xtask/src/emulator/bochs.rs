@@ -26,11 +26,12 @@ const INSTRUCTIONS_PER_SECOND: u32 = 50_000_000;
 /// Seconds since 1970 that the emulated clock starts with.
 const START_TIME: u32 = 1_700_000_000;
 
-/// Starts Bochs on a machine whose files go to `folder`, with COM1 on `device`.
+/// Starts Bochs on a machine whose files go to `folder`, with COM1 on `device` and COM2 on `control`.
 pub fn start(
     machine: &Machine,
     folder: &Path,
     device: &Path,
+    control: Option<&Path>,
 ) -> anyhow::Result<(Guarded, EndSource)> {
     deps::require(&[Program::Bochs])?;
     let log = machine
@@ -38,7 +39,10 @@ pub fn start(
         .clone()
         .unwrap_or_else(|| folder.join("bochs.log"));
     let configuration = folder.join("bochsrc");
-    fs::write(&configuration, configure(machine, folder, device, &log))?;
+    fs::write(
+        &configuration,
+        configure(machine, folder, (device, control), &log),
+    )?;
     let commands = folder.join("commands");
     fs::write(&commands, "c\n")?;
     // Its screen is text on a terminal that somebody must read, or it stands still.
@@ -61,7 +65,12 @@ pub fn start(
 }
 
 /// The text of Bochs' configuration file.
-fn configure(machine: &Machine, folder: &Path, device: &Path, log: &Path) -> String {
+fn configure(
+    machine: &Machine,
+    folder: &Path,
+    (device, control): (&Path, Option<&Path>),
+    log: &Path,
+) -> String {
     let (cpus, memory) = (machine.cpus, machine.memory_mib);
     let model = machine.cpu_model.as_deref().unwrap_or(MODEL);
     let ips = match machine.time {
@@ -99,6 +108,14 @@ fn configure(machine: &Machine, folder: &Path, device: &Path, log: &Path) -> Str
          info: action={chatter}\n\
          debug: action=ignore\n"
     );
+    if let Some(control) = control {
+        writeln!(
+            text,
+            "com2: enabled=1, mode=term, dev={}",
+            control.display()
+        )
+        .expect("a String takes any text");
+    }
     for line in &machine.extra {
         writeln!(text, "{line}").expect("a String takes any text");
     }
@@ -142,11 +159,11 @@ mod tests {
         let mut machine = Machine::new(Emulator::Bochs, Path::new("/x/plinth.img"));
         machine.cpus = 4;
         machine.memory_mib = 512;
-        machine.extra.push("com2: enabled=0".into());
+        machine.extra.push("port_e9_hack: enabled=1".into());
         let text = configure(
             &machine,
             Path::new("/r"),
-            Path::new("/dev/pts/3"),
+            (Path::new("/dev/pts/3"), Some(Path::new("/dev/pts/4"))),
             Path::new("/r/log"),
         );
         let has = |line: &str| text.lines().any(|l| l.starts_with(line));
@@ -156,14 +173,21 @@ mod tests {
             "ata0-master: type=disk, path=\"/x/plinth.img\", mode=volatile"
         ));
         assert!(has("com1: enabled=1, mode=term, dev=/dev/pts/3"));
-        assert!(has("com2: enabled=0"));
+        assert!(has("com2: enabled=1, mode=term, dev=/dev/pts/4"));
+        assert!(has("port_e9_hack: enabled=1"));
     }
 
     #[test]
     fn time_may_pass_quicker() {
         let mut machine = Machine::new(Emulator::Bochs, Path::new("x"));
-        let text =
-            |machine: &Machine| configure(machine, Path::new("r"), Path::new("d"), Path::new("l"));
+        let text = |machine: &Machine| {
+            configure(
+                machine,
+                Path::new("r"),
+                (Path::new("d"), None),
+                Path::new("l"),
+            )
+        };
         assert!(text(&machine).contains("ips=50000000,"));
         machine.time = Time::Instructions { shift: 6 };
         assert!(text(&machine).contains("ips=15625000,"));

@@ -8,6 +8,7 @@
 //! parent it goes by the parent's thread.
 
 mod bochs;
+mod bridge;
 pub mod kvm;
 pub mod newer;
 mod pty;
@@ -34,8 +35,12 @@ use crate::{
     process::Guarded,
 };
 pub use bochs::MAX_MEMORY_MIB as BOCHS_MAX_MEMORY_MIB;
+use bridge::Bridge;
 use serial::Serial;
 pub use serial::{Cursor, Keyboard, Watch};
+
+/// Longest path of a Unix socket, in bytes.
+const MAX_SOCKET_PATH: usize = 107;
 
 /// Which emulator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -103,6 +108,8 @@ pub struct Machine {
     pub debugger_port: Option<u16>,
     /// The QEMU to use instead of the installed one.
     pub qemu: Option<PathBuf>,
+    /// The machine's second serial port is here, as a Unix socket that takes one program at a time.
+    pub control: Option<PathBuf>,
     /// More arguments for QEMU, or lines for Bochs' configuration.
     pub extra: Vec<String>,
 }
@@ -130,6 +137,7 @@ impl Machine {
             trace: None,
             debugger_port: None,
             qemu: None,
+            control: None,
             extra: Vec::new(),
         }
     }
@@ -142,6 +150,14 @@ impl Machine {
         let refuse = |why: &str| Err(Stop::with(Code::Usage, why));
         if self.cpus == 0 {
             return refuse("a machine has at least one processor");
+        }
+        if let Some(path) = &self.control
+            && path.as_os_str().len() > MAX_SOCKET_PATH
+        {
+            return refuse(&format!(
+                "{}: the path of a socket has up to {MAX_SOCKET_PATH} bytes",
+                path.display()
+            ));
         }
         if self.emulator == Emulator::Bochs {
             if self.firmware == Firmware::Uefi {
@@ -171,9 +187,17 @@ impl Machine {
         self.check()?;
         let folder = Folder::new()?;
         let serial = Serial::open(watch)?;
+        // QEMU has sockets of its own. Bochs' server waits for its client before it starts, and has only one.
+        let bridge = match (&self.control, self.emulator) {
+            (Some(path), Emulator::Bochs) => Some(Bridge::open(path)?),
+            _ => None,
+        };
         let (child, source) = match self.emulator {
             Emulator::Qemu => qemu::start(self, &folder.0, serial.device())?,
-            Emulator::Bochs => bochs::start(self, &folder.0, serial.device())?,
+            Emulator::Bochs => {
+                let control = bridge.as_ref().map(Bridge::device);
+                bochs::start(self, &folder.0, serial.device(), control)?
+            }
         };
         Ok(Running {
             child,
@@ -181,6 +205,8 @@ impl Machine {
             source,
             end: None,
             read: Cursor::default(),
+            control: self.control.clone(),
+            _bridge: bridge,
             _folder: folder,
         })
     }
@@ -288,6 +314,9 @@ pub struct Running {
     end: Option<End>,
     /// How far [`Running::read_until`] has read.
     read: Cursor,
+    /// The socket of its second serial port.
+    control: Option<PathBuf>,
+    _bridge: Option<Bridge>,
     _folder: Folder,
 }
 
@@ -374,6 +403,16 @@ impl Running {
     /// 32 MiB.
     pub fn log(&self) -> String {
         self.serial.text()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(path) = &self.control {
+            self.child.kill();
+            // Whoever made it may have removed it.
+            let _ = fs::remove_file(path);
+        }
     }
 }
 

@@ -119,6 +119,10 @@ fn arguments(
         &format!("serial,id=com1,path={}", escaped(device)),
     ]);
     add(&["-serial", "chardev:com1"]);
+    if let Some(path) = &machine.control {
+        let socket = format!("socket,id=com2,path={},server=on,wait=off", escaped(path));
+        add(&["-chardev", &socket, "-serial", "chardev:com2"]);
+    }
     add(&["-chardev", "stdio,id=monitor,signal=off"]);
     add(&["-mon", "chardev=monitor,mode=control"]);
     add(&["-nic", "none"]);
@@ -231,6 +235,17 @@ mod tests {
         let args = arguments(&counting, None, Path::new("x"));
         assert_eq!(after(&args, "-cpu"), ["max,-rdrand,-rdseed"]);
         assert_eq!(after(&args, "-icount"), ["shift=2,sleep=off"]);
+    }
+
+    #[test]
+    fn the_second_serial_port_is_a_socket() {
+        let with = Machine {
+            control: Some("a,b".into()),
+            ..machine()
+        };
+        let args = arguments(&with, None, Path::new("x"));
+        assert_eq!(after(&args, "-serial"), ["chardev:com1", "chardev:com2"]);
+        assert!(after(&args, "-chardev")[1].contains("path=a,,b,server=on,wait=off"));
     }
 
     #[test]

@@ -145,7 +145,9 @@ impl<B: Backend> World<B> {
         while let Some(job) = self.next_job() {
             match job {
                 Job::Make(number) => match self.ready_vm(number) {
-                    Ok(boot) => self.wake(boot),
+                    Ok(boot) => {
+                        self.wake(boot);
+                    }
                     Err(after) => self.follow(number, after),
                 },
                 Job::Remove(slot) => {
@@ -278,6 +280,7 @@ impl<B: Backend> World<B> {
         let id = number.0;
         let config = &plan.config;
         let kick = Arc::new(Kick {
+            vm: number,
             entities: Once::new(),
         });
         let console: Arc<dyn ConsoleSink> = match plan.console {
@@ -344,7 +347,7 @@ impl<B: Backend> World<B> {
         let pcpu = percpu::current().number;
         let params = self.params(plan, &plan.sched.lock())?;
         let mut entities = Vec::new();
-        for vcpu in 0..config.vcpus {
+        for (vcpu, vcpu_number) in (0..config.vcpus).zip(0..) {
             let entity = match self.sched.add(params, time::now_tsc()) {
                 Ok(entity) => entity,
                 Err(why) => {
@@ -374,6 +377,7 @@ impl<B: Backend> World<B> {
                     entity,
                     Entity {
                         vm: number,
+                        number: vcpu_number,
                         first_run: AtomicU64::new(0),
                         siblings: kick.clone(),
                         vcpu: Lock::new(vcpu),

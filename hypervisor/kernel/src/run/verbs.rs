@@ -30,7 +30,7 @@ use super::{
     scheduling::parameters,
     slots::{Plan, Slot, Slots},
 };
-use crate::{cpu, log, memory, percpu, sync::Lock, time};
+use crate::{cpu, log, memory, percpu, sync::Lock, time, trace};
 
 /// How old the exit counters of a vCPU that runs may be, in microseconds.
 const PUBLISH_EVERY_US: u64 = 100_000;
@@ -326,9 +326,11 @@ impl<B: Backend> Operate for World<B> {
             Request::TraceStart { .. }
             | Request::TraceStop {}
             | Request::TraceShow {}
-            | Request::TraceRead { .. } => {
-                failure(FailureCode::BadRequest, "this host records no traces")
-            }
+            | Request::TraceRead { .. } => trace::operate(request, || {
+                let slots = self.slots.lock();
+                let name = |slot: &Slot<B>| (slot.number.0, slot.plan.config.name.clone());
+                slots.iter().map(name).collect()
+            }),
             Request::Stats {} => Ok(Answer::Stats {
                 stats: self.stats(),
             }),

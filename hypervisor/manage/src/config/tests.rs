@@ -53,6 +53,15 @@ fn only_problem(line: &str) -> String {
 }
 
 #[test]
+fn the_control_channel_can_be_turned_off() {
+    let config = parse("p", b"[host]\ncontrol = false\n");
+    let is_wrong = |config: &Config| config.problems.iter().any(|p| p.key == "host.control");
+    assert!(!config.host.control && !is_wrong(&config));
+    let config = parse("p", b"[host]\ncontrol = \"off\"\n");
+    assert!(config.host.control && is_wrong(&config));
+}
+
+#[test]
 fn a_good_file_has_no_problems() {
     let config = parse("plinth.toml", GOOD.as_bytes());
     assert_eq!(config.problems, []);
@@ -67,6 +76,7 @@ fn a_good_file_has_no_problems() {
             console_frame: None,
             files: Vec::new(),
             pools: Pools::default(),
+            control: true,
         }
     );
     let [linux, stub] = &config.vms[..] else {

@@ -4,6 +4,9 @@
 //! each VM, with a track per vCPU that shows where it ran, and in that its exits by name. Injections, wake-ups, device
 //! work and timers are instants; busy processors and exits per millisecond are counters.
 //!
+//! Slices of a vCPU on a processor and wake-ups have the category `sched` and say in their arguments `vm`, `vcpu` and
+//! `pcpu`, and for a slice `why` it ended: `cargo xtask sched-sim` reads these.
+//!
 //! The format: "Trace Event Format", the JSON object form. Times there are microseconds; here they
 //! are those since the trace's start, to the nanosecond.
 
@@ -14,7 +17,7 @@ use alloc::{
 };
 use core::fmt::{self, Write};
 
-use super::{INJECTED_EXCEPTION, INJECTED_NMI, Kind, Record, Why};
+use super::{INJECTED_NMI, Kind, Record, Why};
 use crate::command::TraceDetails;
 
 /// Process number of the host.
@@ -117,13 +120,20 @@ impl<W: Write> Writer<'_, W> {
         Ok(())
     }
 
-    fn slice(&mut self, track: Track, name: &str, begin: u64, end: u64, args: &str) -> fmt::Result {
+    fn slice(
+        &mut self,
+        track: Track,
+        name: &str,
+        (begin, end): (u64, u64),
+        category: &str,
+        args: &str,
+    ) -> fmt::Result {
         self.tracks.insert(track);
         self.separate()?;
         let (begin, end) = (self.ns(begin), self.ns(end));
         write!(
             self.out,
-            "{{\"ph\":\"X\",\"pid\":{},\"tid\":{},\"ts\":{},\"dur\":{},\"name\":{},\"args\":{{{args}}}}}",
+            "{{\"ph\":\"X\",\"cat\":\"{category}\",\"pid\":{},\"tid\":{},\"ts\":{},\"dur\":{},\"name\":{},\"args\":{{{args}}}}}",
             track.0,
             track.1,
             Us(begin),
@@ -133,17 +143,34 @@ impl<W: Write> Writer<'_, W> {
     }
 
     fn instant(&mut self, track: Track, name: &str, at: u64) -> fmt::Result {
+        self.instant_with(track, name, at, "vcpu", "")
+    }
+
+    fn instant_with(
+        &mut self,
+        track: Track,
+        name: &str,
+        at: u64,
+        category: &str,
+        args: &str,
+    ) -> fmt::Result {
         self.tracks.insert(track);
         self.separate()?;
         let at = self.ns(at);
         write!(
             self.out,
-            "{{\"ph\":\"i\",\"s\":\"t\",\"pid\":{},\"tid\":{},\"ts\":{},\"name\":{}}}",
+            "{{\"ph\":\"i\",\"s\":\"t\",\"cat\":\"{category}\",\"pid\":{},\"tid\":{},\"ts\":{},\"name\":{},\"args\":{{{args}}}}}",
             track.0,
             track.1,
             Us(at),
             quoted(name),
         )
+    }
+
+    /// Whose vCPU, and on which processor, as arguments.
+    fn whose(&self, (vm, vcpu): (u16, u8), pcpu: u32) -> String {
+        let vm = quoted(&self.vm_name(vm));
+        format_text(format_args!("\"vm\":{vm},\"vcpu\":{vcpu},\"pcpu\":{pcpu}"))
     }
 
     fn counter(&mut self, pid: u32, name: &str, at_ns: u64, value: u64) -> fmt::Result {
@@ -172,7 +199,7 @@ impl<W: Write> Writer<'_, W> {
                 self.record(ring.pcpu, record, &mut running)?;
             }
             let last = records.last().map_or(0, |record| record.tsc);
-            self.leave(ring.pcpu, &mut running, last, "the record ends")?;
+            self.leave(ring.pcpu, &mut running, last, "unknown")?;
         }
         Ok(())
     }
@@ -204,17 +231,15 @@ impl<W: Write> Writer<'_, W> {
                 }
             }
             Kind::Inject => {
-                let vector = r.detail & 0xff;
-                let name = match r.detail & !0xff {
+                let name = match r.detail {
                     INJECTED_NMI => "inject NMI".to_string(),
-                    INJECTED_EXCEPTION => format_text(format_args!("inject exception {vector}")),
-                    _ => format_text(format_args!("inject vector {vector:#x}")),
+                    vector => format_text(format_args!("inject vector {vector:#x}")),
                 };
                 self.instant(track, &name, r.tsc)?;
             }
             Kind::Wake => {
-                let name = format_text(format_args!("woken by pCPU {pcpu}"));
-                self.instant(track, &name, r.tsc)?;
+                let args = self.whose(vcpu, pcpu);
+                self.instant_with(track, "wake", r.tsc, "sched", &args)?;
             }
             Kind::Device => self.instant(track, "device work", r.tsc)?,
             Kind::Timer => self.instant(host_track(pcpu), "timer", r.tsc)?,
@@ -244,7 +269,8 @@ impl<W: Write> Writer<'_, W> {
             "port-io" => format_text(format_args!("\"port\":\"{extra:#x}\"")),
             _ => String::new(),
         };
-        self.slice(vcpu_track(running.vcpu), &name, begin, end, &args)
+        let track = vcpu_track(running.vcpu);
+        self.slice(track, &name, (begin, end), "exit", &args)
     }
 
     /// What runs on this processor leaves it.
@@ -261,11 +287,11 @@ impl<W: Write> Writer<'_, W> {
         };
         self.busy.push((self.ns(end), -1));
         let name = format_text(format_args!("{} vCPU {}", self.vm_name(vcpu.0), vcpu.1));
-        let why = quoted(why);
-        let args = format_text(format_args!("\"left\":{why}"));
-        self.slice(host_track(pcpu), &name, since, end, &args)?;
+        let whose = self.whose(vcpu, pcpu);
+        let args = format_text(format_args!("{whose},\"why\":{}", quoted(why)));
+        self.slice(host_track(pcpu), &name, (since, end), "sched", &args)?;
         let name = format_text(format_args!("on pCPU {pcpu}"));
-        self.slice(vcpu_track(vcpu), &name, since, end, &args)
+        self.slice(vcpu_track(vcpu), &name, (since, end), "vcpu", &args)
     }
 
     fn counters(&mut self) -> fmt::Result {
@@ -456,18 +482,17 @@ mod tests {
             (&ran["tid"], &ran["ts"], &ran["dur"]),
             (&4.into(), &1.0.into(), &3.0.into())
         );
-        assert_eq!(ran["args"]["left"], "idle");
+        assert_eq!(ran["cat"], "sched");
+        let args =
+            serde_json::json!({"vm": "a \"quoted\" one", "vcpu": 2, "pcpu": 3, "why": "idle"});
+        assert_eq!(ran["args"], args);
         let on = find(&events, 11, "on pCPU 3");
         assert_eq!((&on["tid"], &on["dur"]), (&3.into(), &3.0.into()));
         let exit = find(&events, 11, "port-io");
         assert_eq!((&exit["ts"], &exit["dur"]), (&2.0.into(), &0.5.into()));
         assert_eq!(exit["args"]["port"], "0x60");
         assert_eq!(find(&events, 11, "exit 77")["dur"], 0.5);
-        for (pid, instant) in [
-            (11, "inject vector 0x31"),
-            (11, "woken by pCPU 3"),
-            (1, "timer"),
-        ] {
+        for (pid, instant) in [(11, "inject vector 0x31"), (11, "wake"), (1, "timer")] {
             assert_eq!(find(&events, pid, instant)["ph"], "i");
         }
         assert_eq!(find(&events, 11, "exits per ms")["args"]["value"], 2);

@@ -32,7 +32,7 @@ use crate::{
     control,
     cpuid::CpuidState,
     emulate::{self, DecodeCache, Exception, Outcome, Platform, SimpleMove, Target},
-    host::{Attention, Host},
+    host::{Attention, Host, Traced},
     msr::number,
     task,
     vm::Vm,
@@ -250,8 +250,19 @@ impl<V: VirtualCpu> Vcpu<V> {
             {
                 return pause;
             }
+            if H::TRACES {
+                host.trace(Traced::Entry);
+            }
             let exit = self.hw.enter();
             self.counters[exit.index()] += 1;
+            if H::TRACES {
+                let port = match &exit {
+                    Exit::PortIo(io) => io.port,
+                    _ => 0,
+                };
+                let kind = exit.index();
+                host.trace(Traced::Exit { kind, port });
+            }
             next = self.dispatch(exit, host);
         }
     }
@@ -292,6 +303,9 @@ impl<V: VirtualCpu> Vcpu<V> {
         let vm = &self.rest.vm;
         if vm.has_work() {
             vm.work(|line| host.note(line));
+            if H::TRACES {
+                host.trace(Traced::DeviceWork);
+            }
         }
         if let Some(special) = &vm.special {
             special.drop_stale(&mut self.rest.special_seen);
@@ -302,7 +316,7 @@ impl<V: VirtualCpu> Vcpu<V> {
         self.rest.vm.poll_timers(self.rest.id, now);
         self.take_signals();
         if self.activity != Activity::WaitForStartup {
-            self.deliver();
+            self.deliver(host);
         }
         let vm = &self.rest.vm;
         let timer = earliest(self.rest.apic.deadline(), vm.timer_deadline(self.rest.id))
@@ -376,12 +390,15 @@ impl<V: VirtualCpu> Vcpu<V> {
     }
 
     /// Injects the most urgent event that the vCPU can take, or asks to be told when it can.
-    fn deliver(&mut self) {
+    fn deliver<H: Host>(&mut self, host: &mut H) {
         let rest = &mut self.rest;
         if rest.nmi_pending != 0 && self.hw.queued().is_none() {
             if self.hw.nmi_ready() {
                 rest.nmi_pending -= 1;
                 self.hw.inject(Event::Nmi);
+                if H::TRACES {
+                    host.trace(Traced::Nmi);
+                }
                 self.activity = Activity::Running;
                 if rest.nmi_pending != 0 {
                     self.hw.request_nmi_window(true);
@@ -418,6 +435,9 @@ impl<V: VirtualCpu> Vcpu<V> {
             None => return,
         };
         self.hw.inject(Event::Interrupt(vector));
+        if H::TRACES {
+            host.trace(Traced::Interrupt(vector));
+        }
         self.activity = Activity::Running;
         if more || rest.apic.wants_extint(|| rest.vm.pic.pending()) {
             self.hw.request_interrupt_window(true);
