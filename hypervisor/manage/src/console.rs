@@ -20,17 +20,17 @@
 
 mod filter;
 mod ring;
+mod store;
+mod text;
 
-use alloc::{
-    collections::VecDeque,
-    string::{String, ToString},
-    vec::Vec,
-};
+use alloc::{collections::VecDeque, vec::Vec};
 use core::fmt;
 
 use crate::config::MAX_VMS;
 use filter::{Filter, Plain};
-use ring::Ring;
+use store::Console;
+pub use store::Prepared;
+pub use text::Text;
 
 /// Bytes of output kept per console.
 pub const HISTORY_BYTES: usize = 16 * 1024;
@@ -89,129 +89,6 @@ enum View {
     Focus,
     /// All guests' consoles, line by line.
     All,
-}
-
-/// A console that is not attached yet: all of its memory.
-#[derive(Debug)]
-pub struct Prepared(Console);
-
-impl Prepared {
-    /// Takes a console's memory.
-    pub fn new(name: &str) -> Self {
-        Prepared(Console {
-            name: name.to_string(),
-            ring: Ring::new(),
-            shown: 0,
-            searched: 0,
-            refused: false,
-            marked: false,
-            filter: Filter::default(),
-            silent: None,
-        })
-    }
-}
-
-#[derive(Debug)]
-struct Console {
-    name: String,
-    ring: Ring<HISTORY_BYTES>,
-    /// Position behind what was shown.
-    shown: u64,
-    /// Position before which no line feed has not been shown.
-    searched: u64,
-    /// Output was refused.
-    refused: bool,
-    /// It wrote control sequences to the terminal.
-    marked: bool,
-    filter: Filter,
-    /// Since when nothing was written behind this position, in microseconds.
-    silent: Option<(u64, u64)>,
-}
-
-impl Console {
-    /// Bytes that were not shown and are kept.
-    fn waiting(&self) -> usize {
-        (self.ring.end() - self.shown.max(self.ring.start())) as usize
-    }
-
-    fn room(&self) -> usize {
-        HISTORY_BYTES - self.waiting()
-    }
-
-    fn next(&self) -> Option<u8> {
-        self.ring.get(self.shown.max(self.ring.start()))
-    }
-
-    /// The next byte has been shown.
-    fn advance(&mut self) {
-        self.shown = self.shown.max(self.ring.start()) + 1;
-    }
-
-    /// Whether a whole line has not been shown yet.
-    fn has_line(&mut self) -> bool {
-        self.searched = self.searched.max(self.shown).max(self.ring.start());
-        while let Some(byte) = self.ring.get(self.searched) {
-            if byte == b'\n' {
-                return true;
-            }
-            self.searched += 1;
-        }
-        false
-    }
-
-    /// Whether it may take the terminal's next row.
-    fn is_due(&mut self, now_us: u64) -> bool {
-        if self.waiting() == 0 {
-            self.silent = None;
-            return false;
-        }
-        if self.waiting() >= LONGEST_LINE || self.has_line() {
-            return true;
-        }
-        match self.silent {
-            Some((end, since)) if end == self.ring.end() => {
-                now_us.saturating_sub(since) >= PATIENCE_US
-            }
-            _ => {
-                self.silent = Some((self.ring.end(), now_us));
-                false
-            }
-        }
-    }
-}
-
-/// A line put together without the heap; what does not fit is cut.
-pub struct Text {
-    bytes: [u8; 120],
-    length: usize,
-}
-
-impl Text {
-    /// The words, of which the first 120 bytes are kept.
-    pub fn new(words: fmt::Arguments<'_>) -> Self {
-        let mut text = Text {
-            bytes: [0; 120],
-            length: 0,
-        };
-        // It cuts, and never fails.
-        let _ = fmt::write(&mut text, words);
-        text
-    }
-
-    /// What was kept.
-    pub fn as_bytes(&self) -> &[u8] {
-        &self.bytes[..self.length]
-    }
-}
-
-impl fmt::Write for Text {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        let room = &mut self.bytes[self.length..];
-        let taken = text.len().min(room.len());
-        room[..taken].copy_from_slice(&text.as_bytes()[..taken]);
-        self.length += taken;
-        Ok(())
-    }
 }
 
 /// When a host line may go out.
