@@ -210,7 +210,8 @@ impl Queue {
         }
         self.waiting -= 1;
         let share = self.policy.share(entity);
-        self.crowd.leave(share, entity.recent, now);
+        let had = had(&*self.policy, entity);
+        self.crowd.leave(share, had, now);
         true
     }
 
@@ -234,7 +235,8 @@ impl Queue {
         let attached = matches!(why, Ready::SliceOver | Ready::Preempted | Ready::Yielded);
         if !attached && let Some(entity) = self.entities[id.index()].as_ref() {
             let share = self.policy.share(entity);
-            self.crowd.join(share, entity.recent, now);
+            let had = had(&*self.policy, entity);
+            self.crowd.join(share, had, now);
         }
     }
 
@@ -291,7 +293,9 @@ impl Queue {
         entity.burst += ran;
         entity.slice_left = entity.slice_left.saturating_sub(ran);
         entity.recent.add(ran, now);
-        self.crowd.charge(self.policy.share(entity), ran, now);
+        if self.policy.divides_time() {
+            self.crowd.charge(self.policy.share(entity), ran, now);
+        }
         if let Some(bandwidth) = &mut entity.bandwidth {
             bandwidth.charge(ran);
         }
@@ -393,7 +397,7 @@ impl Queue {
         self.running = None;
         self.run_until = u64::MAX;
         let entity = self.entities.get_mut(id.index())?.as_mut()?;
-        let (share, had) = (self.policy.share(entity), entity.recent);
+        let (share, had) = (self.policy.share(entity), had(&*self.policy, entity));
         let ready = match why {
             Stop::Interrupted if entity.slice_left > 0 => Ready::Preempted,
             Stop::Interrupted => Ready::SliceOver,
@@ -512,12 +516,12 @@ impl Queue {
         self.metrics.reserved -= utilization(&entity.params);
         if runs {
             self.crowd
-                .leave(self.policy.share(entity), entity.recent, now);
+                .leave(self.policy.share(entity), had(&*self.policy, entity), now);
             self.policy.leave(entity);
             entity.set_params(params, allowed, slice, now);
             self.policy.join(entity);
             self.crowd
-                .join(self.policy.share(entity), entity.recent, now);
+                .join(self.policy.share(entity), had(&*self.policy, entity), now);
             self.run_until = self.run_until.min(now);
             return;
         }
@@ -546,7 +550,7 @@ impl Queue {
             && let Some(entity) = self.entities[id.index()].as_mut()
         {
             self.crowd
-                .leave(self.policy.share(entity), entity.recent, now);
+                .leave(self.policy.share(entity), had(&*self.policy, entity), now);
             self.policy.leave(entity);
         }
         for entity in self.entities.iter_mut().flatten() {
@@ -559,7 +563,7 @@ impl Queue {
         {
             self.policy.join(entity);
             self.crowd
-                .join(self.policy.share(entity), entity.recent, now);
+                .join(self.policy.share(entity), had(&*self.policy, entity), now);
             self.run_until = self.run_until.min(now);
         }
         for id in waited {
@@ -626,7 +630,13 @@ impl Queue {
             .chain(self.running)
             .filter_map(|id| self.get(id))
             .filter(move |entity| entity.allowed.contains(pcpu))
-            .map(|entity| (entity.id, self.policy.share(entity), entity.recent))
+            .map(|entity| {
+                (
+                    entity.id,
+                    self.policy.share(entity),
+                    had(&*self.policy, entity),
+                )
+            })
             .filter(|&(_, share, _)| share > 0)
     }
 
@@ -670,6 +680,15 @@ pub(crate) fn utilization(params: &Params) -> u64 {
     params
         .reservation
         .map_or(0, |reservation| reservation.utilization())
+}
+
+/// What an entity has had of late, as far as that matters to the policy.
+fn had(policy: &dyn Policy, entity: &Entity) -> Recent {
+    if policy.divides_time() {
+        entity.recent
+    } else {
+        Recent::default()
+    }
 }
 
 /// Counts the time since the last change of state of one that does not run.

@@ -181,19 +181,20 @@ proptest! {
         check_weights(&weights, pcpus)?;
     }
 
-    /// First come, first served: on one processor jobs end in the order in which they came, without a break.
+    /// First come, first served: who runs goes on until it is done, and on one processor jobs end in the order in which
+    /// they came.
     #[test]
-    fn first_come_is_first_served(jobs in proptest::collection::vec((0u64..300, 1u64..20_000), 1..12)) {
+    fn first_come_is_first_served(jobs in proptest::collection::vec((0u64..300, 1u64..20_000), 1..12), pcpus in 1usize..=3) {
         let vcpus = jobs.iter().map(|&(at, work)| {
             Program::Jobs([Arrival { at: at * MS, work: work * US }].into())
         });
-        let workload = plain(1, 1_000 * MS, vec![vm("jobs", params(), vcpus.collect())]);
+        let workload = plain(pcpus, 1_000 * MS, vec![vm("jobs", params(), vcpus.collect())]);
         let outcome = simulate(&workload, PolicyKind::Fcfs, &config(SLICE));
         let mut ended = outcome.jobs.clone();
         ended.sort_by_key(|job| job.end);
         prop_assert_eq!(ended.len(), jobs.len());
         prop_assert!(ended.iter().all(|job| job.done));
-        prop_assert!(ended.windows(2).all(|two| two[0].release <= two[1].release));
+        prop_assert!(pcpus > 1 || ended.windows(2).all(|two| two[0].release <= two[1].release));
         prop_assert!(ended.iter().all(|job| job.end - job.start.unwrap() == job.work));
     }
 

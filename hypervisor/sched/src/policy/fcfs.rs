@@ -45,6 +45,10 @@ impl Policy for Fcfs {
         }
     }
 
+    fn divides_time(&self) -> bool {
+        false
+    }
+
     fn slice(&self, _entity: &Entity) -> u64 {
         self.slice
     }

@@ -203,6 +203,11 @@ pub(crate) trait Policy: fmt::Debug + Send {
         1
     }
 
+    /// Whether all are to have CPU time by their share in the long run. Else pCPUs only share out those who wait.
+    fn divides_time(&self) -> bool {
+        true
+    }
+
     /// For how long it may run.
     fn slice(&self, entity: &Entity) -> u64;
 
