@@ -5,8 +5,7 @@
 //! interrupt line, as a pulse per rising edge. Channel 2's gate and output are at port 0x61,
 //! with the refresh toggle that delay loops watch.
 //!
-//! Simplifications: a count written to a running channel in modes 2 and 3 takes effect at
-//! once instead of at the end of the period, and the one-clock load delay is left out.
+//! Simplification: the one-clock load delay is left out.
 
 use alloc::sync::Arc;
 
@@ -103,6 +102,16 @@ struct Status {
     output: bool,
 }
 
+/// A count that was written to a channel that counts periodically: it waits for the end of what is being counted.
+#[derive(Clone, Copy)]
+struct Pending {
+    load: u64,
+    /// PIT count at which it takes effect.
+    at: u64,
+    /// That is the middle of a square wave: the low half is the first with the new count.
+    low_half: bool,
+}
+
 #[derive(Clone, Copy)]
 struct Channel {
     mode: Mode,
@@ -117,6 +126,7 @@ struct Channel {
     start: Option<u64>,
     /// Counts done when the gate stopped the channel.
     paused: Option<u64>,
+    pending: Option<Pending>,
     /// The low byte written, while the high byte is awaited.
     written_low: Option<u8>,
     /// The next live read is of the high byte.
@@ -137,6 +147,7 @@ impl Channel {
             gate,
             start: None,
             paused: None,
+            pending: None,
             written_low: None,
             read_high: false,
             latched_status: None,
@@ -198,6 +209,11 @@ impl Channel {
             return None;
         }
         let start = self.start?;
+        if let Some(pending) = self.pending.filter(|pending| pending.low_half) {
+            let mut later = *self;
+            later.settle(pending.at);
+            return later.next_edge(pending.at.max(count));
+        }
         let done = count.saturating_sub(start);
         let edge = match self.mode {
             Mode::RateGenerator | Mode::SquareWave => (done / self.load)
@@ -207,6 +223,38 @@ impl Channel {
             Mode::SoftwareStrobe | Mode::HardwareStrobe => self.load + 1,
         };
         (edge > done).then(|| start.saturating_add(edge))
+    }
+
+    /// Puts a count that waited into effect, if its time has come.
+    fn settle(&mut self, count: u64) {
+        if let Some(Pending { load, at, low_half }) = self.pending
+            && count >= at
+            && self.paused.is_none()
+        {
+            self.pending = None;
+            self.load = load;
+            self.null_count = false;
+            let counted = if low_half { load.div_ceil(2) } else { 0 };
+            self.start = Some(at.saturating_sub(counted));
+        }
+    }
+
+    /// When a new count takes effect: at the end of the period, of a square wave at that of its half
+    /// (data sheet, modes 2 and 3). `None`: the channel is not counting periodically.
+    fn wait_for_period(&self, load: u64, count: u64) -> Option<Pending> {
+        let start = self.start.filter(|_| self.paused.is_none())?;
+        if !self.mode.is_periodic() {
+            return None;
+        }
+        let done = count.saturating_sub(start);
+        let half = self.load.div_ceil(2);
+        let low_half = self.mode == Mode::SquareWave && done % self.load < half;
+        let left = if low_half { half } else { self.load } - done % self.load;
+        Some(Pending {
+            load,
+            at: count.max(start).saturating_add(left),
+            low_half,
+        })
     }
 
     fn control(&mut self, control: Control, count: u64) {
@@ -226,6 +274,7 @@ impl Channel {
         self.null_count = true;
         self.start = None;
         self.paused = None;
+        self.pending = None;
         self.written_low = None;
         self.read_high = false;
         self.latched_count = None;
@@ -233,6 +282,7 @@ impl Channel {
     }
 
     fn latch_count(&mut self, count: u64) {
+        self.settle(count);
         if self.latched_count.is_none() {
             let bytes = if self.access == Access::LowThenHigh {
                 2
@@ -244,6 +294,7 @@ impl Channel {
     }
 
     fn latch_status(&mut self, count: u64) {
+        self.settle(count);
         if self.latched_status.is_none() {
             let status = Status::new()
                 .with_bcd(self.bcd)
@@ -256,6 +307,7 @@ impl Channel {
     }
 
     fn read(&mut self, count: u64) -> u8 {
+        self.settle(count);
         if let Some(status) = self.latched_status.take() {
             return status;
         }
@@ -285,6 +337,7 @@ impl Channel {
     }
 
     fn write(&mut self, value: u8, count: u64) {
+        self.settle(count);
         let raw = match (self.access, self.written_low) {
             (Access::Low, _) => u16::from(value),
             (Access::High, _) => u16::from(value) << 8,
@@ -308,11 +361,17 @@ impl Channel {
         } else {
             u64::from(raw)
         };
-        self.load = if value == 0 { self.modulus() } else { value };
+        let mut load = if value == 0 { self.modulus() } else { value };
         // A period of one count has no low phase; the data sheet forbids it.
         if self.mode.is_periodic() {
-            self.load = self.load.max(2);
+            load = load.max(2);
         }
+        self.pending = self.wait_for_period(load, count);
+        if self.pending.is_some() {
+            self.null_count = true;
+            return;
+        }
+        self.load = load;
         if self.mode.is_triggered() {
             // Takes effect with the next trigger.
             self.null_count = true;
@@ -332,6 +391,7 @@ impl Channel {
         if gate == self.gate {
             return;
         }
+        self.settle(count);
         // Evaluated before the gate changes.
         let elapsed = self.elapsed(count);
         self.gate = gate;
@@ -342,6 +402,9 @@ impl Channel {
                 }
             }
             Mode::RateGenerator | Mode::SquareWave if gate => {
+                if let Some(pending) = self.pending.take() {
+                    self.load = pending.load;
+                }
                 if self.start.is_some() {
                     self.begin(count);
                 }
@@ -426,6 +489,7 @@ impl Pit {
         if now < state.not_before || state.next_edge.is_none_or(|edge| edge > count) {
             return;
         }
+        state.channels[0].settle(count);
         state.next_edge = state.channels[0].next_edge(count);
         let pause = scale(MIN_INTERRUPT_PERIOD_US, self.clock.hz(), 1_000_000);
         state.not_before = now.saturating_add(pause);
@@ -438,7 +502,8 @@ impl Pit {
 
     fn read_port_b(&self) -> u8 {
         let count = self.count();
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        state.channels[2].settle(count);
         state
             .port_b
             .with_refresh((count / REFRESH_COUNTS) % 2 == 1)
@@ -619,6 +684,58 @@ mod tests {
             let value = u16::from_le_bytes([s.inb(0x42), s.inb(0x42)]);
             assert_eq!(u64::from(value), 0xffff - elapsed);
         }
+    }
+
+    #[test]
+    fn a_new_count_waits_for_the_end_of_the_period() {
+        let s = setup();
+        s.program(0, 2, 1000);
+        s.clock.set(300);
+        s.out(0x40, 100);
+        s.out(0x40, 0);
+        s.out(0x43, 0b1110_0010); // status of channel 0
+        assert_ne!(s.inb(0x40) & 0x40, 0, "null count");
+        assert_eq!(s.latched(0), 700, "the old count goes on");
+        assert_eq!(s.pit.deadline(), Some(1000));
+        assert_eq!(s.run(1000), 1);
+        s.clock.set(1030);
+        assert_eq!(s.latched(0), 70);
+        s.out(0x43, 0b1110_0010);
+        assert_eq!(s.inb(0x40) & 0x40, 0);
+        // A square wave changes at the end of its half: high until 500, then low for 50 counts of the new 100.
+        let s = setup();
+        s.program(0, 3, 1000);
+        s.clock.set(300);
+        s.out(0x40, 100);
+        s.out(0x40, 0);
+        assert_eq!(s.pit.deadline(), Some(550));
+        s.clock.set(499);
+        s.out(0x43, 0b1110_0010);
+        assert_eq!(s.inb(0x40) & 0xc0, 0xc0, "high still");
+        s.clock.set(501);
+        s.out(0x43, 0b1110_0010);
+        assert_eq!(s.inb(0x40) & 0xc0, 0, "low, with the new count");
+        // Interrupts come half a millisecond apart at most, whatever the period.
+        s.pit.poll(550);
+        assert_eq!(s.irq.take().len(), 2);
+        // In the low half it waits for the end of the period, and the gate starts anew with it.
+        let s = setup();
+        s.out(0x61, 1);
+        s.program(2, 3, 1000);
+        s.clock.set(700);
+        s.out(0x42, 100);
+        s.out(0x42, 0);
+        s.clock.set(999);
+        assert_eq!(s.inb(0x61) & 0x20, 0, "low");
+        s.clock.set(1049);
+        assert_eq!(s.inb(0x61) & 0x20, 0x20);
+        s.clock.set(1051);
+        assert_eq!(s.inb(0x61) & 0x20, 0);
+        s.out(0x42, 60);
+        s.out(0x42, 0);
+        s.out(0x61, 0);
+        s.out(0x61, 1);
+        assert_eq!(s.latched(2), 60);
     }
 
     #[test]
