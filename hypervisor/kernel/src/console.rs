@@ -226,13 +226,15 @@ pub fn on_interrupt() {
     console.pump();
 }
 
-/// Sets the byte that the escape key sends.
-pub fn set_escape(escape: u8) {
-    CONSOLE.lock().mux.set_escape(escape);
+/// Makes the shell's console, and sets the byte that the escape key sends. Before guests' consoles are attached.
+pub fn begin(escape: u8) {
+    let mut console = CONSOLE.lock();
+    console.mux.begin();
+    console.mux.set_escape(escape);
 }
 
 /// Adds a guest's console. The first one is shown, until another one is to be `shown`. `None`: there are as
-/// many as there may be. Memory is asked for outside the lock, but for the very first one.
+/// many as there may be. Memory is asked for outside the lock.
 pub fn attach(name: &str, shown: bool) -> Option<ConsoleId> {
     let prepared = Prepared::new(name);
     let mut console = CONSOLE.lock();

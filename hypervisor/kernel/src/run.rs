@@ -175,7 +175,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
     let bundle = &machine.bundle;
     let config = read_config(bundle)?;
 
-    console::set_escape(config.host.console_escape);
+    console::begin(config.host.console_escape);
     if config.host.control {
         control::start(&machine.firmware);
     }

@@ -15,7 +15,7 @@
 //! Lines of the host wait for the end of the guest's line, or for [`PATIENCE_US`] in which the guest says no more;
 //! what a guest wrote before such a line goes out before it. Answers to commands do not wait.
 //!
-//! Invariants: memory is bounded, and none is taken but by [`Prepared::new`] and the first [`ConsoleMux::attach`];
+//! Invariants: memory is bounded, and none is taken but by [`Prepared::new`] and [`ConsoleMux::begin`];
 //! nobody waits; a host line never stands inside a guest's line. This module neither reads nor writes a device.
 
 mod filter;
@@ -171,14 +171,19 @@ impl ConsoleMux {
         }
     }
 
-    /// Adds a guest's console. `None`: there are as many as there may be.
-    pub fn attach(&mut self, console: Prepared) -> Option<ConsoleId> {
+    /// Takes the memory that does not depend on guests: the shell's console, and room for lines. Once is enough.
+    pub fn begin(&mut self) {
         if self.consoles.is_empty() {
             self.consoles.reserve_exact(MAX_VMS + 1);
             self.consoles.push(Some(Prepared::new("shell").0));
             self.piece.reserve_exact(PIECE_BYTES);
             self.reserve_lines();
         }
+    }
+
+    /// Adds a guest's console. `None`: there are as many as there may be.
+    pub fn attach(&mut self, console: Prepared) -> Option<ConsoleId> {
+        self.begin();
         let free = self.consoles.iter().position(Option::is_none);
         match free {
             Some(free) => {
