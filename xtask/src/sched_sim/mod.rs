@@ -79,7 +79,7 @@ pub struct Args {
     /// Print the workloads and policies that there are.
     #[arg(long)]
     list: bool,
-    /// Write bench/sched-sim.md and its plots, which are kept under version control.
+    /// Write bench/sched-sim.md, its plots and the table in docs/SCHEDULING.md, which are kept under version control.
     #[arg(long, conflicts_with_all = ["workload", "policy", "trace", "pcpus", "duration", "slice", "switch_cost", "wake_cost", "seed", "out", "no_plots", "list"])]
     write: bool,
 }
@@ -145,7 +145,7 @@ pub fn run(args: &Args) -> anyhow::Result<Code> {
         for (path, text) in &kept {
             write(path, text)?;
         }
-        println!("Written: {} files in bench/", kept.len());
+        println!("Written: {} files in bench/ and docs/", kept.len());
         return Ok(Code::Success);
     }
     let mut workloads = if args.trace.is_empty() {
@@ -256,10 +256,13 @@ const KEPT_PLOTS: [&str; 8] = [
     "abuse-response.svg",
 ];
 
-/// What is kept in `bench/` of the workloads of this repository: paths and contents.
+/// The part of docs/SCHEDULING.md that is written by this command.
+const MARKS: [&str; 2] = ["<!-- sched-sim: begin -->", "<!-- sched-sim: end -->"];
+
+/// What is kept in `bench/` and `docs/` of the workloads of this repository: paths and contents.
 ///
 /// # Errors
-/// A recorded workload cannot be read.
+/// A recorded workload or the page in `docs/` cannot be read.
 fn kept() -> anyhow::Result<Vec<(PathBuf, String)>> {
     let results = simulate(repository()?, &PolicyKind::ALL, &Config::default());
     let bench = paths::workspace().join("bench");
@@ -274,6 +277,13 @@ fn kept() -> anyhow::Result<Vec<(PathBuf, String)>> {
             }
         }
     }
+    let page = paths::workspace().join("docs/SCHEDULING.md");
+    let text =
+        fs::read_to_string(&page).with_context(|| format!("reading {}", paths::shown(&page)))?;
+    let overview = page::overview(&results);
+    let text = page::replaced(&text, MARKS, &overview)
+        .with_context(|| format!("{} has no place for the table", paths::shown(&page)))?;
+    files.push((page, text));
     Ok(files)
 }
 
@@ -291,7 +301,7 @@ mod tests {
     #[test]
     fn what_is_kept_is_what_comes_out() {
         let kept = kept().unwrap();
-        assert_eq!(kept.len(), KEPT_PLOTS.len() + 1);
+        assert_eq!(kept.len(), KEPT_PLOTS.len() + 2);
         let different: Vec<_> = kept
             .iter()
             .filter(|(path, text)| fs::read_to_string(path).ok().as_ref() != Some(text))

@@ -148,6 +148,59 @@ pub fn whole(results: &[(Workload, Vec<Outcome>)], plots: &[&str]) -> String {
     text
 }
 
+/// Writes a figure, if there is one.
+type Column = (&'static str, &'static str, fn(&Summary) -> String);
+
+/// What tells most of each workload: workload, head of the column, figure.
+const TELLING: [Column; 7] = [
+    ("shares", "weights 1:2:4, Jain", |s| {
+        format!("{:.3}", s.jain)
+    }),
+    ("interactive", "keystroke, AWT ms", |s| {
+        or_dash(s.awt, milliseconds)
+    }),
+    ("real-time", "deadlines missed", |s| {
+        format!("{} of {}", s.misses, s.deadlines)
+    }),
+    ("io", "disk, jobs/s", |s| {
+        grouped(s.throughput.round() as u64)
+    }),
+    ("web", "web, AWT ms", |s| or_dash(s.awt, milliseconds)),
+    ("batch", "batch, AWT ms", |s| or_dash(s.awt, milliseconds)),
+    ("abuse", "beside an abuser, AWT ms", |s| {
+        or_dash(s.awt, milliseconds)
+    }),
+];
+
+/// The figure that tells most of each workload, by policy.
+pub fn overview(results: &[(Workload, Vec<Outcome>)]) -> String {
+    let Some((_, first)) = results.first() else {
+        return String::new();
+    };
+    let mut head = vec!["policy".to_owned()];
+    head.extend(TELLING.map(|(_, title, _)| title.to_owned()));
+    let mut rows = vec![head];
+    for outcome in first {
+        let mut row = vec![outcome.policy.name().to_owned()];
+        for (name, _, figure) in TELLING {
+            let found = results
+                .iter()
+                .find(|(workload, _)| workload.name == name)
+                .and_then(|(_, outcomes)| outcomes.iter().find(|o| o.policy == outcome.policy));
+            row.push(found.map_or_else(|| "-".into(), |outcome| figure(&outcome.summary())));
+        }
+        rows.push(row);
+    }
+    markdown(&rows)
+}
+
+/// A page with everything between two marks replaced; `None` if it does not have them, once each and in this order.
+pub fn replaced(page: &str, [begin, end]: [&str; 2], text: &str) -> Option<String> {
+    let (before, rest) = page.split_once(begin)?;
+    let (_, after) = rest.split_once(end)?;
+    Some(format!("{before}{begin}\n{text}{end}{after}"))
+}
+
 /// Waiting times in two workloads, side by side.
 fn comparison(results: &[(Workload, Vec<Outcome>)], one: &str, other: &str) -> Vec<Vec<String>> {
     let of = |name: &str| {
@@ -220,6 +273,15 @@ pub fn json(results: &[(Workload, Vec<Outcome>)]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_between_marks_is_replaced() {
+        let page = "a <b>\nold <e> z";
+        let new = replaced(page, ["<b>", "<e>"], "new\n").unwrap();
+        assert_eq!(new, "a <b>\nnew\n<e> z");
+        assert_eq!(replaced(&new, ["<b>", "<e>"], "new\n"), Some(new.clone()));
+        assert_eq!(replaced("a <e> <b>", ["<b>", "<e>"], ""), None);
+    }
 
     #[test]
     fn milliseconds_have_the_digits_that_mean_something() {
