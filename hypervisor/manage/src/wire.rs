@@ -11,6 +11,8 @@
 //! whole, and the next one is read as if nothing had been.
 
 mod channel;
+#[cfg(test)]
+mod manual;
 
 use alloc::{boxed::Box, format, string::String};
 

@@ -1,7 +1,7 @@
 //! A workload from a recorded trace: what `plinthctl trace` writes, played again.
 //!
 //! The file is JSON trace events for Perfetto (`manage::trace::perfetto`). Read are, on the tracks of vCPUs, the slices `on pCPU N`, with
-//! why the vCPU left in `args.left`, the instants `woken by pCPU N`, and the VMs' names; all else is passed over.
+//! why the vCPU left in `args.why`, the instants `wake`, and the VMs' names; all else is passed over.
 //! Of each vCPU the processor time from wake-up to block is kept, and the time until its next wake-up: the guest's
 //! own behaviour, without what the scheduler that was recorded added.
 
@@ -76,7 +76,7 @@ struct Event {
 
 #[derive(Default, Deserialize)]
 struct Args {
-    left: Option<String>,
+    why: Option<String>,
     name: Option<String>,
 }
 
@@ -198,7 +198,7 @@ pub fn import(name: &str, text: &str) -> Result<Workload, TraceError> {
             && let Some(pcpu) = event.name.strip_prefix("on pCPU ")
         {
             let (begin, end) = event.times()?;
-            let why = match event.args.left.as_deref() {
+            let why = match event.args.why.as_deref() {
                 Some("idle") => Why::Blocked,
                 Some("ended") => Why::Ended,
                 _ => Why::Ready,
@@ -206,7 +206,7 @@ pub fn import(name: &str, text: &str) -> Result<Workload, TraceError> {
             pcpus.insert(pcpu);
             happened.push((begin, What::In, vcpu));
             happened.push((end, What::Out(why), vcpu));
-        } else if event.ph == "i" && event.name.starts_with("woken by pCPU ") {
+        } else if event.ph == "i" && event.name == "wake" {
             happened.push((event.times()?.0, What::Wake, vcpu));
         } else if event.ph == "M" && event.name == "process_name" {
             let name = event.args.name.as_deref().unwrap_or_default();
@@ -353,7 +353,7 @@ mod tests {
 
     #[test]
     fn a_bare_list_is_read() {
-        let text = r#"[{"ph":"X","pid":9,"tid":1,"ts":2,"dur":4,"name":"on pCPU 0","args":{"left":"idle"}}]"#;
+        let text = r#"[{"ph":"X","pid":9,"tid":1,"ts":2,"dur":4,"name":"on pCPU 0","args":{"why":"idle"}}]"#;
         let workload = import("t", text).unwrap();
         assert_eq!(workload.vms[0].name, "9");
     }
