@@ -9,6 +9,7 @@
 //! | `checks=A,B.C` | groups or single checks to run; `none`; all when absent |
 //! | `facts=off` | no `fact` lines |
 //! | `mode=bench` | measure instead of checking |
+//! | `mode=share`, `mode=periodic` | tell how much of the processor it gets, or whether periodic work is in time |
 //! | `iterations=N`, `mmio=ADDRESS`, `only=NAME`, `start=key` | for the measurements |
 //! | `abuse=NAME` | misbehave in one way after the checks; `abuse=list` names them |
 //! | `end=poweroff`, `halt`, `reset`, `triple-fault`, `spin`, `shell` | how to end; `halt` when absent |
@@ -31,6 +32,7 @@ mod cpu;
 mod facts;
 mod interrupts;
 mod legacy;
+mod load;
 mod machine;
 mod memory;
 mod options;
@@ -69,6 +71,8 @@ extern "C" fn main() -> ! {
     match options.mode {
         Mode::Check => checks::run(&machine, &options.checks),
         Mode::Bench => bench::run(&machine, &options, tsc_at_entry),
+        Mode::Share => load::share(&machine),
+        Mode::Periodic => load::periodic(&machine),
     }
     abuse::run(&machine, &options.abuse);
     end(&machine, options.end)

@@ -13,6 +13,10 @@ pub type Value = Text<160>;
 pub enum Mode {
     Check,
     Bench,
+    /// A guest that only spins.
+    Share,
+    /// A guest that works in each period.
+    Periodic,
 }
 
 /// The command line, understood.
@@ -63,11 +67,15 @@ pub fn parse(line: &Text<COMMAND_LINE>) -> Options {
             "end" => End::named(value).map(|end| options.end = end).is_some(),
             "mode" => match value {
                 "check" => true,
-                "bench" => {
-                    options.mode = Mode::Bench;
-                    true
+                other => {
+                    let modes = [
+                        ("bench", Mode::Bench),
+                        ("share", Mode::Share),
+                        ("periodic", Mode::Periodic),
+                    ];
+                    let mode = modes.iter().find(|(name, _)| *name == other);
+                    mode.map(|&(_, mode)| options.mode = mode).is_some()
                 }
-                _ => false,
             },
             "exit" => {
                 let value = number(value).and_then(|value| u32::try_from(value).ok());

@@ -355,6 +355,9 @@ fn measure_operations(machine: &Machine) -> anyhow::Result<Figures> {
     for (key, unit) in [
         ("kernel-to-entry", Unit::Instructions),
         ("vm-start", Unit::Instructions),
+        ("sched-decision-4", Unit::Instructions),
+        ("sched-decision-64", Unit::Instructions),
+        ("sched-decision-1024", Unit::Instructions),
         ("vm-overhead-bytes", Unit::Bytes),
     ] {
         if let Some(&value) = host.get(key) {

@@ -18,6 +18,7 @@ mod report;
 mod rig;
 mod running;
 mod scenarios;
+mod sched;
 mod selftests;
 mod session;
 mod shell;

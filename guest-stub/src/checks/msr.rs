@@ -4,7 +4,7 @@ use core::arch::{asm, naked_asm};
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::apic::{ApicBase, LOCAL_APIC_ADDRESS};
-use crate::cpu::{self, Efer, ExtendedEdx, Leaf1Edx, Leaf7Ebx, Rflags, msr};
+use crate::cpu::{self, Efer, ExtendedEdx, Leaf1Ecx, Leaf1Edx, Leaf7Ebx, Rflags, msr};
 use crate::interrupts::{
     KERNEL_CODE, USER_CODE_32, USER_CODE_64, probe_rdmsr, probe_wrmsr, vector,
 };
@@ -28,6 +28,7 @@ checks![
     mtrrs,
     unknown_registers,
     nx_follows_efer,
+    steal_time,
 ];
 
 /// Values that a 64-bit address register must keep: canonical, both halves busy.
@@ -421,5 +422,73 @@ fn nx_follows_efer(machine: &Machine) -> Verdict {
     }
     // SAFETY: its own value.
     unsafe { cpu::wrmsr(msr::EFER, efer) };
+    Ok(())
+}
+
+/// Where the host counts the time that it took from this processor.
+#[repr(C, align(64))]
+struct StealTime {
+    nanoseconds: AtomicU64,
+    /// Odd while the host writes; flags above.
+    version_and_flags: AtomicU64,
+    /// In its lowest byte.
+    preempted: AtomicU64,
+    rest: [AtomicU64; 5],
+}
+
+static STEAL_TIME: StealTime = StealTime {
+    nanoseconds: AtomicU64::new(0),
+    version_and_flags: AtomicU64::new(u64::MAX),
+    preempted: AtomicU64::new(0),
+    rest: [const { AtomicU64::new(u64::MAX) }; 5],
+};
+
+/// Linux' KVM interface, MSR_KVM_STEAL_TIME: what is told is well-formed, never falls, and ends when it is switched off.
+fn steal_time(machine: &Machine) -> Verdict {
+    const MSR: u32 = 0x4b56_4d03;
+    const FEATURE: u32 = 1 << 5;
+    let offered = cpu::leaf1_ecx().contains(Leaf1Ecx::HYPERVISOR)
+        && &cpu::hypervisor_signature(0x4000_0000) == b"KVMKVMKVM\0\0\0"
+        && cpu::cpuid(0x4000_0001, 0).eax & FEATURE != 0;
+    ensure!(offered || machine.host != Host::Plinth, "it is not offered");
+    skip_if!(!offered, "it is not offered");
+    let page = &raw const STEAL_TIME as u64;
+    for reserved in [1 << 1, 1 << 5] {
+        // SAFETY: it is refused; were it taken, the address would still be that of the static.
+        let trap = unsafe { probe_wrmsr(MSR, page | reserved | 1) };
+        ensure!(
+            trap.is_err_and(|trap| trap.vector == vector::GENERAL_PROTECTION),
+            "reserved bit {reserved:#x} is taken"
+        );
+    }
+    // SAFETY: the static is 64 bytes long and aligned, and only atomics are in it.
+    unsafe { cpu::wrmsr(MSR, page | 1) };
+    ensure_eq!(cpu::rdmsr(MSR), page | 1, "the MSR");
+    let mut last = 0;
+    for _ in 0..100 {
+        // An exit each, and often the end of a turn on the processor.
+        for _ in 0..50 {
+            core::hint::spin_loop();
+        }
+        cpu::cpuid(0, 0);
+        let version = STEAL_TIME.version_and_flags.load(Relaxed);
+        ensure!(
+            version & 1 == 0 && version >> 32 == 0,
+            "version and flags {version:#x}"
+        );
+        let now = STEAL_TIME.nanoseconds.load(Relaxed);
+        ensure!(now >= last, "it fell from {last} to {now}");
+        ensure_eq!(
+            STEAL_TIME.preempted.load(Relaxed) & 0xff,
+            0,
+            "preempted while it runs"
+        );
+        last = now;
+    }
+    for word in &STEAL_TIME.rest {
+        ensure_eq!(word.load(Relaxed), u64::MAX, "what is behind it");
+    }
+    // SAFETY: switches it off.
+    unsafe { cpu::wrmsr(MSR, 0) };
     Ok(())
 }

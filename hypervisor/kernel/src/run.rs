@@ -322,10 +322,11 @@ impl<B: Backend> World<B> {
             vcpu.load(cpu.number);
             let whose = (entity.vm.0, entity.number);
             let pause = match trace::is_on() {
-                false => vcpu.run(&mut HostCpu::<B, false>::new(self, cpu, whose)),
+                false => vcpu.run(&mut HostCpu::<B, false>::new(self, cpu, run.stolen, whose)),
                 true => {
                     trace::record(Kind::SwitchIn, whose, 0, 0);
-                    let pause = vcpu.run(&mut HostCpu::<B, true>::new(self, cpu, whose));
+                    let pause =
+                        vcpu.run(&mut HostCpu::<B, true>::new(self, cpu, run.stolen, whose));
                     let why = match pause {
                         Pause::SliceOver => Why::SliceOver,
                         Pause::Yielded => Why::Yielded,
@@ -545,11 +546,18 @@ struct HostCpu<B: Backend, const TRACED: bool> {
     cpu: &'static PerCpu,
     /// For records: the VM's number and the vCPU's.
     whose: (u16, u8),
+    /// What was stolen from the vCPU, in ticks.
+    stolen: u64,
 }
 
 impl<B: Backend, const TRACED: bool> HostCpu<B, TRACED> {
-    fn new(world: &'static World<B>, cpu: &'static PerCpu, whose: (u16, u8)) -> Self {
-        HostCpu { world, cpu, whose }
+    fn new(world: &'static World<B>, cpu: &'static PerCpu, stolen: u64, whose: (u16, u8)) -> Self {
+        HostCpu {
+            world,
+            cpu,
+            whose,
+            stolen,
+        }
     }
 }
 
@@ -574,6 +582,10 @@ impl<B: Backend, const TRACED: bool> Host for HostCpu<B, TRACED> {
 
     fn run_until(&self) -> u64 {
         self.world.sched.run_until(self.cpu.number)
+    }
+
+    fn stolen_ns(&self) -> u64 {
+        time::ticks_to_ns(self.stolen)
     }
 
     fn arm_timer(&mut self, host_tsc: u64) {

@@ -25,6 +25,8 @@ pub struct Dispatch {
     pub id: EntityId,
     /// Tick at which it has to be stopped at the latest: by `stop` with [`Stop::Interrupted`].
     pub until: u64,
+    /// Time for which it was ready and did not run, since it was added, in ticks.
+    pub stolen: u64,
 }
 
 /// Why a running entity leaves its pCPU.
@@ -387,7 +389,8 @@ impl Queue {
         self.running = Some(id);
         self.picked_at = now;
         self.run_until = until;
-        Some(Dispatch { id, until })
+        let stolen = entity.metrics.steal();
+        Some(Dispatch { id, until, stolen })
     }
 
     /// The running entity leaves the pCPU. Returns which one it was.

@@ -46,6 +46,8 @@ pub trait Host {
     fn now(&self) -> u64;
     /// Host TSC at which the vCPU's time on this pCPU is over. It may become earlier at any time.
     fn run_until(&self) -> u64;
+    /// Time in which the vCPU was ready and did not run, since it was made and up to the beginning of this run, in nanoseconds.
+    fn stolen_ns(&self) -> u64;
     /// Has the pCPU interrupted no later than this host TSC.
     fn arm_timer(&mut self, host_tsc: u64);
     /// Host TSC until which this pCPU's own interrupts may wait for a guest's next exit: the guest

@@ -40,6 +40,7 @@ pub mod number {
     pub const X2APIC_LAST: u32 = 0x8ff;
     pub const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
     pub const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
+    pub const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
     pub const EFER: u32 = 0xc000_0080;
     pub const TSC_AUX: u32 = 0xc000_0103;
     pub const SMI_COUNT: u32 = 0x34;

@@ -408,7 +408,7 @@ impl Engine<'_> {
         let turn = self.pcpus[pcpu].turn;
         let pick = self.scheduler.pick(pcpu, now);
         self.kick(pick.kick);
-        let Some(Dispatch { id, until }) = pick.run else {
+        let Some(Dispatch { id, until, .. }) = pick.run else {
             if let Some(deadline) = self.scheduler.next_deadline(pcpu) {
                 self.at(deadline.max(now), Event::Turn { pcpu, turn });
             }

@@ -32,7 +32,7 @@ const fn operation(
 }
 
 /// All operations, in the order of the tables. Figures that are not listed follow.
-pub const OPERATIONS: [Operation; 33] = [
+pub const OPERATIONS: [Operation; 36] = [
     operation("floor", "nothing (the measurement itself)", Some(4), None),
     operation("cpuid", "CPUID", Some(2835), Some(250)),
     operation("hypercall", "hypercall", Some(3070), Some(250)),
@@ -107,6 +107,24 @@ pub const OPERATIONS: [Operation; 33] = [
     operation(
         "vcpu-switch",
         "of that, from HLT to the other vCPU's handler",
+        None,
+        None,
+    ),
+    operation(
+        "sched-decision-4",
+        "scheduler's decision among 4 vCPUs",
+        None,
+        None,
+    ),
+    operation(
+        "sched-decision-64",
+        "scheduler's decision among 64 vCPUs",
+        None,
+        None,
+    ),
+    operation(
+        "sched-decision-1024",
+        "scheduler's decision among 1,024 vCPUs",
         None,
         None,
     ),

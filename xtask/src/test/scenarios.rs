@@ -14,7 +14,7 @@ use super::{
     qemu_tests, refusals,
     report::Outcome,
     rig::{Rig, Start},
-    running, selftests, shell, test_kernels,
+    running, sched, selftests, shell, test_kernels,
 };
 use crate::{
     apt::Unavailable,
@@ -215,6 +215,7 @@ pub fn all() -> Vec<Scenario> {
             running::triple_fault,
         ));
         all.push(Scenario::new(place, "guest-abuse", 30, running::abuse));
+        all.push(Scenario::new(place, "sched-shares", 12, sched::shares));
         let body = test_kernels::test_kernels;
         all.push(Scenario::new(place, "test-kernels", 15, body));
         all.push(Scenario::new(place, "console-flood", 8, consoles::flood));
@@ -255,6 +256,7 @@ pub fn all() -> Vec<Scenario> {
         let tests = Scenario::new(place, "qemu-tests", 40, qemu_tests::qemu_tests);
         all.push(slow(tests));
     }
+    all.push(Scenario::new(place, "eight-linux", 80, sched::eight_linux));
     all.push(Scenario::new(place, "restarts", 15, consoles::restarts));
     all.push(Scenario::new(place, "host-keys", 8, consoles::host_keys));
     all.push(Scenario::new(place, "host-absent-processor", 3, host::absent_processor).selftest());

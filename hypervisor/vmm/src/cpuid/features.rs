@@ -166,6 +166,7 @@ bitflags! {
         const CLOCKSOURCE = 1 << 0;
         const NOP_IO_DELAY = 1 << 1;
         const CLOCKSOURCE2 = 1 << 3;
+        const STEAL_TIME = 1 << 5;
         const SEND_IPI = 1 << 11;
         const CLOCKSOURCE_STABLE = 1 << 24;
     }

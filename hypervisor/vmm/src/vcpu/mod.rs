@@ -11,6 +11,7 @@ mod end;
 mod hypercall;
 mod msrs;
 mod platform;
+mod steal;
 mod wake;
 
 use alloc::{boxed::Box, sync::Arc};
@@ -225,6 +226,19 @@ impl<V: VirtualCpu> Vcpu<V> {
 
     /// Runs the vCPU until its time is over ([`Host::run_until`]), it idles or yields, or its VM ends.
     pub fn run<H: Host>(&mut self, host: &mut H) -> Pause {
+        let Rest { msrs, vm, .. } = &mut self.rest;
+        if msrs.steal_time.is_on() {
+            msrs.steal_time.begin_run(&vm.memory, host.stolen_ns());
+        }
+        let pause = self.run_guest(host);
+        let Rest { msrs, vm, .. } = &mut self.rest;
+        if msrs.steal_time.is_on() && matches!(pause, Pause::SliceOver | Pause::Yielded) {
+            msrs.steal_time.end_run(&vm.memory);
+        }
+        pause
+    }
+
+    fn run_guest<H: Host>(&mut self, host: &mut H) -> Pause {
         let mut next = Next::Check;
         if !self.rest.vm.run_state().runs()
             && let Some(pause) = self.held_up(host)

@@ -9,7 +9,7 @@ use devices::{
 use mem::Gpa;
 use virt::{Gpr, VirtualCpu};
 
-use super::{Next, Rest, Vcpu};
+use super::{Next, Rest, Vcpu, steal::StealTime};
 use crate::{
     clock, control,
     emulate::Exception,
@@ -30,6 +30,7 @@ pub(super) struct Msrs {
     tsc_adjust: u64,
     system_time: u64,
     wall_clock: u64,
+    pub(super) steal_time: StealTime,
     misc_enable: u64,
     notes: u32,
 }
@@ -41,6 +42,7 @@ impl Default for Msrs {
             tsc_adjust: 0,
             system_time: 0,
             wall_clock: 0,
+            steal_time: StealTime::default(),
             misc_enable: msr::MISC_ENABLE_RESET,
             notes: 0,
         }
@@ -104,6 +106,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             number::EFER => Some(hw.efer()),
             number::KVM_SYSTEM_TIME | number::KVM_SYSTEM_TIME_OLD => Some(rest.msrs.system_time),
             number::KVM_WALL_CLOCK | number::KVM_WALL_CLOCK_OLD => Some(rest.msrs.wall_clock),
+            number::KVM_STEAL_TIME => Some(rest.msrs.steal_time.msr()),
             number::MISC_ENABLE => Some(rest.msrs.misc_enable),
             number::PLATFORM_INFO => Some(msr::platform_info(rest.vm.clock.hz())),
             number::SPEC_CTRL if !rest.vm.cpuid.has_spec_ctrl() => None,
@@ -146,6 +149,11 @@ impl<V: VirtualCpu> Vcpu<V> {
                     return Err(GP);
                 }
                 rest.msrs.wall_clock = value;
+            }
+            number::KVM_STEAL_TIME => {
+                if !rest.msrs.steal_time.set(&rest.vm.memory, value) {
+                    return Err(GP);
+                }
             }
             number::MISC_ENABLE => {
                 let changed = rest.msrs.misc_enable ^ value;

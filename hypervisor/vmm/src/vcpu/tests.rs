@@ -15,6 +15,7 @@ use virt::TaskSource;
 mod display;
 mod firmware;
 mod pause;
+mod steal;
 mod warm;
 
 use super::{msrs::MAX_MSR_NOTES, *};
@@ -52,6 +53,7 @@ struct FakeHost {
     patience: Option<u64>,
     /// Host TSC at which the vCPU's time is over; 0: never.
     until: u64,
+    stolen_ns: u64,
     /// The pCPU is needed for something else.
     busy: bool,
     notes: Vec<String>,
@@ -66,6 +68,9 @@ impl Host for FakeHost {
             0 => u64::MAX,
             until => until,
         }
+    }
+    fn stolen_ns(&self) -> u64 {
+        self.stolen_ns
     }
     fn arm_timer(&mut self, host_tsc: u64) {
         self.armed = Some(host_tsc);
