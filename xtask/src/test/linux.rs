@@ -206,6 +206,20 @@ fn processors(shell: &mut Shell, given: &Given) -> Result<()> {
     Ok(())
 }
 
+/// The time that others took from the guest's processors, as its kernel was told by the hypervisor: in hundredths of
+/// a second.
+///
+/// # Errors
+/// The kernel does not count it.
+pub fn stolen(shell: &mut Shell) -> Result<u64> {
+    let text = shell.ask("head -n 1 /proc/stat")?;
+    // "cpu", user, nice, system, idle, iowait, irq, softirq, steal (Linux, Documentation/filesystems/proc.rst).
+    let steal = text.split_whitespace().nth(8);
+    steal
+        .and_then(|steal| steal.parse().ok())
+        .with_context(|| format!("no steal time in {text}"))
+}
+
 fn memory(shell: &mut Shell, given: &Given) -> Result<()> {
     let text = shell.ask("cat /proc/meminfo")?;
     let line = Regex::new(r"(?m)^MemTotal:\s+(\d+) kB$")?;

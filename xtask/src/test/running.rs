@@ -280,6 +280,8 @@ pub fn two_vms(rig: &Rig, start: &Start) -> Result<String> {
     terminal.expect(&Regex::new("console 1: linux")?, limits.command)?;
     shell.still_there()?;
     ensure!(shell.ask("nproc")? == "1", "the shell has changed");
+    // The stub was busy beside it.
+    ensure!(linux::stolen(&mut shell)? > 0, "no steal time was told");
     shell.say("poweroff")?;
     session.wait_for_power_off(limits.command)?;
     Ok(report.remark)

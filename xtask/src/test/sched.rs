@@ -114,6 +114,7 @@ pub fn eight_linux(rig: &Rig, start: &Start) -> Result<String> {
         boot: 4 * limits.boot,
         command: 4 * limits.command,
     };
+    let mut stolen = 0;
     for number in 1..=NAMES.len() {
         session.send(&format!("\x1d{number}"))?;
         // What came before the switch has been shown, or is kept; an empty line brings the prompt either way.
@@ -121,8 +122,10 @@ pub fn eight_linux(rig: &Rig, start: &Start) -> Result<String> {
             .with_context(|| format!("the Linux on console {number}"))?;
         let answer = shell.ask(&format!("echo $(({number} * 111))"))?;
         ensure!(answer == format!("{}", number * 111), "{answer}");
+        stolen += linux::stolen(&mut shell)?;
         shell.say("poweroff")?;
     }
+    ensure!(stolen > 0, "no steal time was told");
     session.wait_for_power_off(patient.command)?;
     Ok(format!("{} shells on 2 processors", NAMES.len()))
 }
