@@ -248,6 +248,7 @@ impl CpuidPolicy {
         let mut paravirt = ParavirtFeatures::CLOCKSOURCE
             | ParavirtFeatures::NOP_IO_DELAY
             | ParavirtFeatures::CLOCKSOURCE2
+            | ParavirtFeatures::STEAL_TIME
             | ParavirtFeatures::SEND_IPI;
         paravirt.set(ParavirtFeatures::CLOCKSOURCE_STABLE, stable_clock);
         let mut policy = CpuidPolicy {
