@@ -12,7 +12,7 @@
 //! | `mode=share`, `mode=periodic` | tell how much of the processor it gets, or whether periodic work is in time |
 //! | `iterations=N`, `mmio=ADDRESS`, `only=NAME`, `start=key` | for the measurements |
 //! | `abuse=NAME` | misbehave in one way after the checks; `abuse=list` names them |
-//! | `end=poweroff`, `halt`, `reset`, `triple-fault`, `spin`, `shell` | how to end; `halt` when absent |
+//! | `end=poweroff`, `halt`, `reset`, `triple-fault`, `spin`, `shell`, `button` | how to end; `halt` when absent; `button`: power off when the power button is pressed |
 //! | `exit=VALUE` | end by writing the value to the exit port of test kernels |
 //!
 //! `boot` enters, `interrupts` catches, `checks` holds the checks by group; the other modules
@@ -85,6 +85,7 @@ fn end(machine: &Machine, end: End) -> ! {
         End::Reset => power::reset(machine.acpi.as_ref()),
         End::TripleFault => power::triple_fault(),
         End::Spin => power::spin(),
+        End::Button => power::wait_for_button(machine),
         End::Shell => shell::run(machine),
         End::TestExit(value) => power::test_exit(value),
         End::Halt => {

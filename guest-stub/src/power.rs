@@ -1,7 +1,10 @@
 //! Ways to end: power off, reset, halt, triple fault, spin.
 
 use crate::acpi::Acpi;
+use crate::apic;
 use crate::cpu::{self, port};
+use crate::interrupts::{end_at_apic, hook, only_count, vector};
+use crate::machine::Machine;
 use crate::{console, interrupts, println};
 
 /// How a run ends, as the command line names it.
@@ -13,19 +16,22 @@ pub enum End {
     TripleFault,
     Spin,
     Shell,
+    /// Power off, when the power button is pressed.
+    Button,
     /// By the exit port of test kernels, with this value.
     TestExit(u32),
 }
 
 impl End {
     /// Those that have a name.
-    pub const NAMES: [(&'static str, Self); 6] = [
+    pub const NAMES: [(&'static str, Self); 7] = [
         ("poweroff", Self::PowerOff),
         ("halt", Self::Halt),
         ("reset", Self::Reset),
         ("triple-fault", Self::TripleFault),
         ("spin", Self::Spin),
         ("shell", Self::Shell),
+        ("button", Self::Button),
     ];
 
     /// The end of that name.
@@ -118,6 +124,45 @@ pub fn triple_fault() -> ! {
         // SAFETY: the exception is the purpose.
         unsafe { core::arch::asm!("ud2", options(nomem, nostack)) };
     }
+}
+
+/// Vector of the system control interrupt.
+const SCI_VECTOR: u8 = 0x35;
+/// PM1 status and enable: the power button.
+const POWER_BUTTON: u16 = 1 << 8;
+
+/// Halts until the power button is pressed, which the system control interrupt tells, and powers off. Says so
+/// when an NMI comes.
+pub fn wait_for_button(machine: &Machine) -> ! {
+    let fadt = machine.acpi.as_ref().and_then(|acpi| acpi.fadt);
+    let madt = machine.acpi.as_ref().and_then(|acpi| acpi.madt);
+    let (Some(fadt), Some(madt), Some(ioapic)) = (fadt, madt, machine.ioapic) else {
+        println!("stub: no ACPI button here; halting");
+        cpu::halt_forever()
+    };
+    let (pin, active_low, level) = madt.isa_pin(fadt.sci as u8);
+    let mut flags = u32::from(SCI_VECTOR);
+    for (set, flag) in [(active_low, apic::ACTIVE_LOW), (level, apic::LEVEL)] {
+        flags |= if set { flag } else { 0 };
+    }
+    // The interrupt stays until the status is cleared, which this program does not do before it goes on.
+    hook(SCI_VECTOR, end_at_apic);
+    hook(vector::NMI, only_count);
+    port::write16(fadt.pm1a_event + 2, POWER_BUTTON);
+    ioapic.route(pin, flags, apic::local().id());
+    println!("stub: waits for the power button");
+    let mut nmis = interrupts::count(vector::NMI);
+    // Interrupts are off here: a press that comes after the look ends the halt.
+    while port::read16(fadt.pm1a_event) & POWER_BUTTON == 0 {
+        cpu::wait_for_interrupt();
+        if interrupts::count(vector::NMI) != nmis {
+            nmis = interrupts::count(vector::NMI);
+            println!("stub: an NMI came");
+        }
+    }
+    println!("stub: the power button was pressed");
+    port::write16(fadt.pm1a_event, POWER_BUTTON);
+    power_off(machine.acpi.as_ref())
 }
 
 /// Spins with interrupts off: such a guest can only be stopped from outside.

@@ -15,7 +15,12 @@ use crate::{control, interrupts, operator, percpu};
 type Door = fn(&dyn Operate);
 
 /// All doors.
-const DOORS: &[Door] = &[operator::serve, control::serve];
+const DOORS: &[Door] = &[
+    operator::serve,
+    control::serve,
+    #[cfg(feature = "selftest")]
+    crate::selftest::lifecycle::serve,
+];
 
 static RANG: AtomicBool = AtomicBool::new(false);
 

@@ -6,9 +6,10 @@
 //! `stack-overflow`, `write-code`, `execute-data`, `invalid-opcode` and `panic` make the host fail; the report
 //! must name what was done. `panic-halt` and `panic-reset` do as `on-fault` says then. `interrupts` tries timer, kicks and serial line (it waits for a byte),
 //! `absent-processor` starts one that is not there, `reset` restarts the machine: one line each,
-//! `selftest ok NAME` or `selftest FAILED NAME: REASON`.
+//! `selftest ok NAME` or `selftest FAILED NAME: REASON`. `lifecycle` runs the VMs of the configuration, as their operator.
 
 mod backend;
+pub mod lifecycle;
 
 use alloc::{format, string::String, vec};
 use core::{arch::asm, hint::black_box, sync::atomic::Ordering};
@@ -35,6 +36,10 @@ pub fn run(machine: Machine) -> Machine {
         b"backend" => {
             backend::run();
             power::off()
+        }
+        b"lifecycle" => {
+            lifecycle::prepare();
+            return machine;
         }
         b"page-fault" => read_unmapped(),
         b"stack-overflow" => {
@@ -168,7 +173,7 @@ fn kick() -> Result<String, String> {
 
 /// More output than the queue holds, taken as the line drains it.
 fn output() -> Result<String, String> {
-    let console = console::attach("selftest", true);
+    let console = console::attach("selftest", true).ok_or("there is no room for a console")?;
     let text = vec![b'.'; 20_000];
     let mut sent = 0;
     let in_time = idle_until(10_000_000, |_| {

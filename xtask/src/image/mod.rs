@@ -229,14 +229,7 @@ impl Builder {
         image: &Path,
     ) -> anyhow::Result<Written> {
         let mut writer = Writer::new();
-        writer.add(bundle::CONFIG, &configuration.text)?;
-        writer.add(bundle::SYMBOLS, self.symbols.as_bytes())?;
-        for (name, file) in configuration.files() {
-            // The check has told of a file that is not there, and the kernel will, too.
-            if let Ok(bytes) = fs::read(&file) {
-                writer.add(&bundle::entry_name(&name), &bytes)?;
-            }
-        }
+        self.add_configuration(&mut writer, configuration)?;
         self.finish(writer, image)
     }
 
@@ -249,6 +242,39 @@ impl Builder {
         writer.add("selftest", word.as_bytes())?;
         writer.add(bundle::SYMBOLS, self.symbols.as_bytes())?;
         self.finish(writer, image)
+    }
+
+    /// As `write_selftest`, with VMs for it to run.
+    ///
+    /// # Errors
+    /// As `write_selftest`.
+    pub fn write_selftest_with(
+        &self,
+        word: &str,
+        configuration: &Configuration,
+        image: &Path,
+    ) -> anyhow::Result<Written> {
+        let mut writer = Writer::new();
+        writer.add("selftest", word.as_bytes())?;
+        self.add_configuration(&mut writer, configuration)?;
+        self.finish(writer, image)
+    }
+
+    /// Adds the configuration, the symbols, and the files that it names and that can be read.
+    fn add_configuration(
+        &self,
+        writer: &mut Writer,
+        configuration: &Configuration,
+    ) -> anyhow::Result<()> {
+        writer.add(bundle::CONFIG, &configuration.text)?;
+        writer.add(bundle::SYMBOLS, self.symbols.as_bytes())?;
+        for (name, file) in configuration.files() {
+            // The check has told of a file that is not there, and the kernel will, too.
+            if let Ok(bytes) = fs::read(&file) {
+                writer.add(&bundle::entry_name(&name), &bytes)?;
+            }
+        }
+        Ok(())
     }
 
     fn finish(&self, writer: Writer, image: &Path) -> anyhow::Result<Written> {

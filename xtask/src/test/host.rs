@@ -107,6 +107,48 @@ pub fn reset(rig: &Rig, start: &Start) -> Result<String> {
     Ok(String::new())
 }
 
+/// The VMs of the `lifecycle` self-test.
+const LIFECYCLE: &str = r#"
+[host]
+after-last-vm = "stay"
+files = ["stub"]
+
+[[vm]]
+name = "button"
+memory = "32M"
+autostart = false
+boot = { kernel = "stub", cmdline = "checks=none facts=off end=button" }
+
+[[vm]]
+name = "deaf"
+memory = "32M"
+autostart = false
+boot = { kernel = "stub", cmdline = "checks=none facts=off end=spin" }
+"#;
+
+/// Every verb for VMs, what must be refused, and a thousand VMs that come and go and leave nothing behind.
+pub fn lifecycle(rig: &Rig, start: &Start) -> Result<String> {
+    let limits = start.place.limits();
+    let mut session = rig.boot_selftest_with(start, "lifecycle", LIFECYCLE)?;
+    let rounds = Regex::new(r"selftest (ok|FAILED) rounds: ([^\r\n]*)")?;
+    session.expect(&rounds, limits.boot)?;
+    session.wait_for_power_off(limits.boot)?;
+    let text = session.text();
+    succeeded(&text)?;
+    let steps = text.matches("selftest ok ").count();
+    ensure!(steps >= 50, "only {steps} steps were taken");
+    for said in [
+        "stub: an NMI came",
+        "stub: the power button was pressed",
+        "button: powered off",
+        "deaf: does not shut down: forced off",
+    ] {
+        ensure!(text.contains(said), "{said:?} was not said");
+    }
+    let rounds = rounds.captures(&text).and_then(|found| found.get(2));
+    Ok(rounds.map_or_else(String::new, |rounds| rounds.as_str().to_owned()))
+}
+
 /// A failure of the host is reported: what, where by name, and the registers.
 pub fn fault(rig: &Rig, start: &Start, fault: &Fault) -> Result<String> {
     let limits = start.place.limits();

@@ -323,6 +323,26 @@ impl Rig {
         Session::start(&machine, &start.log, start.place.patience())
     }
 
+    /// As [`Rig::boot_selftest`], with a configuration for the word.
+    ///
+    /// # Errors
+    /// As [`Rig::boot_selftest`].
+    pub fn boot_selftest_with(
+        &self,
+        start: &Start,
+        word: &str,
+        configuration: &str,
+    ) -> Result<Session> {
+        let builder = self.selftest.as_ref();
+        let image = self.images.join(format!("{}.img", start.name));
+        let configuration = Configuration::new("plinth.toml", configuration, self.files.clone());
+        builder
+            .context("this run prepared no self-test")?
+            .write_selftest_with(word, &configuration, &image)?;
+        let machine = start.place.machine(&image);
+        Session::start(&machine, &start.log, start.place.patience())
+    }
+
     /// Starts QEMU with the guest's kernel and without Plinth.
     fn boot_bare(&self, start: &Start, vm: &Vm<'_>) -> Result<Session> {
         if let Some((name, why)) = self.missing.iter().find(|(name, _)| name == vm.kernel) {

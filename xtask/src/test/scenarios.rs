@@ -230,6 +230,7 @@ pub fn all() -> Vec<Scenario> {
     for place in [Place::QEMU_BIOS, Place::Bochs] {
         all.push(Scenario::new(place, "host-backend", 5, host::backend).selftest());
         all.push(Scenario::new(place, "host-interrupts", 5, host::interrupts).selftest());
+        all.push(Scenario::new(place, "lifecycle", 20, host::lifecycle).selftest());
     }
     all.push(Scenario::new(Place::Qemu10, "stub", 8, running::stub));
     for place in [Place::Qemu10, Place::Qemu10X2Apic] {

@@ -1,0 +1,406 @@
+//! A door that talks to itself: every verb for VMs, what must be refused, and a thousand VMs that come and go.
+//!
+//! The self-test's word is `lifecycle`. The configuration has the VM `button`, which shuts down when its power
+//! button is pressed, the VM `deaf`, which listens to nothing, and the file `stub`. None starts with the host.
+//! Each step is one line, `selftest ok NAME: ..` or `selftest FAILED NAME: REASON`; the last one powers off.
+
+use alloc::{
+    boxed::Box,
+    collections::VecDeque,
+    format,
+    string::{String, ToString},
+};
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use manage::{
+    command::{Answer, Failure, FailureCode, Operate, Request, VmDetails, VmState},
+    config::MAX_VMS,
+};
+use mem::Owner;
+
+use crate::{console, doors, info, memory, sync::Lock, time};
+
+/// Rounds that bring the host's own structures to the size that they keep, and rounds that must change nothing.
+const WARM_UP: u32 = 8;
+const ROUNDS: u32 = 1_000;
+/// How long a VM may take to come to a state, in seconds of the host's clock. Emulators are slow.
+const PATIENCE_S: u64 = 120;
+
+static ON: AtomicBool = AtomicBool::new(false);
+static SCRIPT: Lock<Option<Script>> = Lock::new(None);
+
+/// What a step did.
+enum Outcome {
+    /// It is not over: do it again.
+    Wait,
+    /// It is over, with a remark.
+    Done(String),
+    /// It is over, and nobody need know.
+    Silent,
+}
+
+type Step = Box<dyn FnMut(&dyn Operate) -> Result<Outcome, String> + Send>;
+
+struct Script {
+    steps: VecDeque<(String, Step)>,
+    /// Since when the first step is tried, in nanoseconds.
+    since: u64,
+}
+
+/// Has the door talk once the VMs run.
+pub fn prepare() {
+    *SCRIPT.lock() = Some(Script {
+        steps: script(),
+        since: 0,
+    });
+    ON.store(true, Ordering::Release);
+    doors::ring();
+}
+
+/// Does a piece of the script.
+pub fn serve(operate: &dyn Operate) {
+    if !ON.load(Ordering::Acquire) {
+        return;
+    }
+    let mut script = SCRIPT.lock().take();
+    if let Some(script) = &mut script {
+        script.go_on(operate);
+    }
+    *SCRIPT.lock() = script;
+    doors::ring();
+}
+
+/// What the host has given away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Used {
+    free_frames: u64,
+    host_frames: u64,
+    vm_frames: u64,
+    heap_bytes: usize,
+}
+
+impl Used {
+    fn now() -> Self {
+        let vms = 1..Owner::MAX_VMS;
+        Used {
+            free_frames: memory::HOST.statistics().free,
+            host_frames: memory::HOST.used(Owner::Host),
+            vm_frames: vms
+                .flat_map(|n| [Owner::VmRam(n), Owner::VmTables(n), Owner::VmDisks(n)])
+                .map(|owner| memory::HOST.used(owner))
+                .sum(),
+            heap_bytes: memory::heap_used(),
+        }
+    }
+}
+
+impl Script {
+    fn go_on(&mut self, operate: &dyn Operate) {
+        let Some((name, step)) = self.steps.front_mut() else {
+            return;
+        };
+        let now = time::ns();
+        if self.since == 0 {
+            self.since = now;
+        }
+        let line = match step(operate) {
+            Ok(Outcome::Wait) if now - self.since < PATIENCE_S * 1_000_000_000 => return,
+            Ok(Outcome::Wait) => format!("selftest FAILED {name}: it took too long"),
+            Ok(Outcome::Silent) => String::new(),
+            Ok(Outcome::Done(remark)) => format!("selftest ok {name}: {remark}"),
+            Err(why) => format!("selftest FAILED {name}: {why}"),
+        };
+        if !line.is_empty() {
+            info!("{line}");
+            console::host_line(line.as_bytes());
+        }
+        self.steps.pop_front();
+        self.since = 0;
+    }
+}
+
+fn vm_config(name: &str, memory: &str) -> Request {
+    Request::VmCreate {
+        config: format!(
+            "[[vm]]\nname = \"{name}\"\nmemory = \"{memory}\"\nconsole = false\n\
+             boot = {{ kernel = \"stub\", cmdline = \"checks=none facts=off end=spin\" }}\n"
+        ),
+    }
+}
+
+fn start(vm: &str) -> Request {
+    Request::VmStart { vm: vm.to_string() }
+}
+
+fn stop(vm: &str, timeout_s: u32) -> Request {
+    Request::VmStop {
+        vm: vm.to_string(),
+        timeout_s: Some(timeout_s),
+    }
+}
+
+fn destroy(vm: &str, force: bool) -> Request {
+    Request::VmDestroy {
+        vm: vm.to_string(),
+        force,
+    }
+}
+
+fn look(operate: &dyn Operate, vm: &str) -> Result<VmDetails, Failure> {
+    match operate.operate(&Request::VmShow { vm: vm.to_string() })? {
+        Answer::Vm { vm } => Ok(vm),
+        other => Err(Failure::new(FailureCode::Internal, format!("{other:?}"))),
+    }
+}
+
+fn words(failure: &Failure) -> String {
+    format!("{:?}: {}", failure.code, failure.message)
+}
+
+/// It is done.
+fn fine(request: Request) -> Step {
+    Box::new(move |operate| match operate.operate(&request) {
+        Ok(Answer::Done { text }) => Ok(Outcome::Done(text)),
+        Ok(other) => Err(format!("{other:?}")),
+        Err(failure) => Err(words(&failure)),
+    })
+}
+
+/// It is refused for this reason.
+fn refused(request: Request, code: FailureCode) -> Step {
+    Box::new(move |operate| match operate.operate(&request) {
+        Err(failure) if failure.code == code => Ok(Outcome::Done(words(&failure))),
+        Err(failure) => Err(words(&failure)),
+        Ok(answer) => Err(format!("{answer:?}")),
+    })
+}
+
+/// The VM comes to this state.
+fn comes_to(vm: &'static str, state: VmState) -> Step {
+    Box::new(move |operate| match look(operate, vm) {
+        Ok(details) if details.summary.state == state => {
+            let end = details.last_end.unwrap_or_default();
+            Ok(Outcome::Done(format!("{state:?} {end}")))
+        }
+        Ok(_) => Ok(Outcome::Wait),
+        Err(failure) => Err(words(&failure)),
+    })
+}
+
+/// The VM's first vCPU exits so often for this reason.
+fn exits(vm: &'static str, kind: &'static str) -> Step {
+    Box::new(move |operate| {
+        let details = look(operate, vm).map_err(|failure| words(&failure))?;
+        let exits = details.vcpu.first().map(|vcpu| &vcpu.exits);
+        let count = exits.and_then(|exits| exits.iter().find(|(name, _)| name == kind));
+        Ok(match count {
+            Some((_, count)) => Outcome::Done(format!("{count} exits by {kind}")),
+            None => Outcome::Wait,
+        })
+    })
+}
+
+/// Nothing of the VM runs for a while: its exits stay as they are.
+fn stands_still(vm: &'static str) -> Step {
+    const WHILE_NS: u64 = 300_000_000;
+    let mut seen = None;
+    let mut since = 0;
+    Box::new(move |operate| {
+        let details = look(operate, vm).map_err(|failure| words(&failure))?;
+        let exits = details.vcpu.first().map(|vcpu| vcpu.exits.clone());
+        let now = time::ns();
+        // What it did before it came to rest may show for a while.
+        if seen != exits {
+            (seen, since) = (exits, now);
+        }
+        Ok(match now - since > WHILE_NS {
+            true => Outcome::Done(String::from("its exits stay as they are")),
+            false => Outcome::Wait,
+        })
+    })
+}
+
+/// There is no such VM any more.
+fn goes(vm: &'static str) -> Step {
+    Box::new(move |operate| match look(operate, vm) {
+        Err(failure) if failure.code == FailureCode::NotFound => Ok(Outcome::Done(failure.message)),
+        Err(failure) => Err(words(&failure)),
+        Ok(_) => Ok(Outcome::Wait),
+    })
+}
+
+/// As many VMs as there can be, and one more; then the new ones go.
+fn too_many() -> Step {
+    Box::new(|operate| {
+        let before = operate.vm_names();
+        for n in before.len()..MAX_VMS {
+            let request = vm_config(&format!("many-{n}"), "4M");
+            operate
+                .operate(&request)
+                .map_err(|failure| words(&failure))?;
+        }
+        let one_more = operate.operate(&vm_config("one-more", "4M"));
+        for name in operate.vm_names() {
+            if !before.contains(&name) {
+                let request = destroy(&name, false);
+                operate
+                    .operate(&request)
+                    .map_err(|failure| words(&failure))?;
+            }
+        }
+        match one_more {
+            Err(failure) if failure.code == FailureCode::NoRoom => {
+                Ok(Outcome::Done(words(&failure)))
+            }
+            other => Err(format!("{other:?}")),
+        }
+    })
+}
+
+/// So many VMs there are.
+fn count(wanted: usize) -> Step {
+    Box::new(move |operate| match operate.vm_names().len() {
+        count if count == wanted => Ok(Outcome::Silent),
+        _ => Ok(Outcome::Wait),
+    })
+}
+
+/// VMs come, start, and go while they run.
+fn rounds() -> Step {
+    #[derive(Clone, Copy)]
+    enum At {
+        Create,
+        Start,
+        Going,
+    }
+    let mut at = At::Create;
+    let mut round = 0;
+    let mut before = Used::default();
+    Box::new(move |operate| {
+        let ask = |request: &Request| {
+            let answer = operate.operate(request);
+            answer.map_err(|failure| format!("round {round}: {}", words(&failure)))
+        };
+        match at {
+            At::Create if round == WARM_UP + ROUNDS => {
+                let after = Used::now();
+                let remark = format!("{ROUNDS} rounds: before {before:?}, after {after:?}");
+                return match before == after && after.vm_frames == 0 {
+                    true => Ok(Outcome::Done(remark)),
+                    false => Err(remark),
+                };
+            }
+            At::Create => {
+                if round == WARM_UP {
+                    before = Used::now();
+                }
+                ask(&vm_config("round", "4M"))?;
+                ask(&start("round"))?;
+                at = At::Start;
+            }
+            At::Start => {
+                let vm = look(operate, "round").map_err(|failure| words(&failure))?;
+                match vm.summary.state {
+                    VmState::Starting => {}
+                    VmState::Running => {
+                        ask(&destroy("round", true))?;
+                        at = At::Going;
+                    }
+                    state => return Err(format!("round {round}: {state:?} {:?}", vm.last_end)),
+                }
+            }
+            At::Going => {
+                if look(operate, "round").is_err() {
+                    round += 1;
+                    at = At::Create;
+                }
+            }
+        }
+        Ok(Outcome::Wait)
+    })
+}
+
+/// What is done, in this order.
+fn script() -> VecDeque<(String, Step)> {
+    use FailureCode::{BadRequest, Exists, NoRoom, NotFound, WrongState};
+    let named = |request: fn(String) -> Request, vm: &str| request(String::from(vm));
+    let pause = |vm: &str| named(|vm| Request::VmPause { vm }, vm);
+    let resume = |vm: &str| named(|vm| Request::VmResume { vm }, vm);
+    let reset = |vm: &str| named(|vm| Request::VmReset { vm }, vm);
+    let nmi = |vcpu| Request::InjectNmi {
+        vm: String::from("button"),
+        vcpu: Some(vcpu),
+    };
+    let steps: [(&str, Step); 52] = [
+        ("rounds", rounds()),
+        ("create", fine(vm_config("new", "4M"))),
+        ("create-again", refused(vm_config("new", "4M"), Exists)),
+        (
+            "create-nothing",
+            refused(
+                Request::VmCreate {
+                    config: String::new(),
+                },
+                BadRequest,
+            ),
+        ),
+        (
+            "create-bad-name",
+            refused(vm_config("no name", "4M"), BadRequest),
+        ),
+        ("create-huge", refused(vm_config("huge", "1T"), NoRoom)),
+        ("too-many", too_many()),
+        ("back-to-three", count(3)),
+        ("unknown", refused(start("nobody"), NotFound)),
+        ("destroy", fine(destroy("new", false))),
+        ("destroyed", goes("new")),
+        ("destroy-again", refused(destroy("new", false), NotFound)),
+        ("off-stop", refused(stop("button", 5), WrongState)),
+        ("off-pause", refused(pause("button"), WrongState)),
+        ("off-resume", refused(resume("button"), WrongState)),
+        ("off-reset", refused(reset("button"), WrongState)),
+        ("off-nmi", refused(nmi(0), WrongState)),
+        ("start", fine(start("button"))),
+        ("start-again", refused(start("button"), WrongState)),
+        ("running", comes_to("button", VmState::Running)),
+        ("waits", exits("button", "halt")),
+        ("nmi", fine(nmi(0))),
+        ("nmi-nobody", refused(nmi(7), NotFound)),
+        ("running-resume", refused(resume("button"), WrongState)),
+        (
+            "running-destroy",
+            refused(destroy("button", false), WrongState),
+        ),
+        ("pause", fine(pause("button"))),
+        ("pause-again", refused(pause("button"), WrongState)),
+        ("paused-stop", refused(stop("button", 5), WrongState)),
+        ("resume", fine(resume("button"))),
+        ("reset", fine(reset("button"))),
+        ("running-again", comes_to("button", VmState::Running)),
+        ("stop", fine(stop("button", 100))),
+        ("stopping-pause", refused(pause("button"), WrongState)),
+        ("shuts-down", comes_to("button", VmState::Off)),
+        ("start-deaf", fine(start("deaf"))),
+        ("deaf-runs", comes_to("deaf", VmState::Running)),
+        ("deaf-pause", fine(pause("deaf"))),
+        ("deaf-stands-still", stands_still("deaf")),
+        ("deaf-resume", fine(resume("deaf"))),
+        ("stop-deaf", fine(stop("deaf", 1))),
+        ("too-long", refused(stop("deaf", 4_000), BadRequest)),
+        ("forced-off", comes_to("deaf", VmState::Off)),
+        ("start-and-stop", fine(start("deaf"))),
+        ("called-off", fine(stop("deaf", 0))),
+        ("called-off-again", refused(stop("deaf", 0), WrongState)),
+        ("wanted-again", fine(start("deaf"))),
+        ("it-runs", comes_to("deaf", VmState::Running)),
+        ("paused", fine(pause("deaf"))),
+        ("force-paused", fine(stop("deaf", 0))),
+        ("start-while-ending", fine(start("deaf"))),
+        ("it-runs-again", comes_to("deaf", VmState::Running)),
+        ("power-off", fine(Request::HostPowerOff {})),
+    ];
+    steps
+        .into_iter()
+        .map(|(name, step)| (String::from(name), step))
+        .collect()
+}
