@@ -52,6 +52,7 @@ pub mod time;
 pub mod uart;
 pub mod vga;
 pub mod virtio;
+pub mod watchdog;
 pub mod work;
 
 #[cfg(test)]

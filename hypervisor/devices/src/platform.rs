@@ -25,7 +25,9 @@ pub const PCI_GSI_BASE: u32 = 16;
 /// Number of GSIs that the PCI interrupt lines share.
 pub const PCI_GSIS: u32 = 8;
 
-/// First PCI device number of the disks; those before are the chip set's.
+/// PCI device number of the watchdog.
+pub const WATCHDOG_SLOT: u8 = 3;
+/// First PCI device number of the disks; those before are the chip set's, and the watchdog's.
 pub const FIRST_DISK_SLOT: u8 = 4;
 /// ISA IRQs that the chip set's four PCI interrupt lines reach by the 8259A: as SeaBIOS and OVMF route them, and as they are
 /// routed where there is no firmware.

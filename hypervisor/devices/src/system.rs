@@ -24,6 +24,8 @@ pub enum SystemRequest {
     Sleep,
     /// A test kernel is done, with this value.
     TestExit(u32),
+    /// The watchdog was not fed in time.
+    Watchdog,
 }
 
 /// Carries out the platform's requests. Called from a vCPU's exit, with no lock held.

@@ -85,8 +85,8 @@ impl Outcome {
     /// The outcome of a VM that ended so.
     pub fn of(reason: Option<&EndReason>) -> Self {
         match reason {
-            Some(EndReason::PowerOff) => Outcome::PowerOff,
-            Some(EndReason::Reset) => Outcome::Reset,
+            Some(EndReason::PowerOff | EndReason::WatchdogPowerOff) => Outcome::PowerOff,
+            Some(EndReason::Reset | EndReason::WatchdogReset) => Outcome::Reset,
             Some(EndReason::TestExit(value)) => Outcome::TestExit(*value),
             Some(EndReason::TripleFault(_)) => Outcome::TripleFault,
             Some(EndReason::Forced | EndReason::Failure { .. }) | None => Outcome::Stopped,

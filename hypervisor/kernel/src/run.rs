@@ -65,6 +65,7 @@ const NS_PER_SECOND: u64 = 1_000_000_000;
 /// What the parts of the kernel that don't know the vendor see of the world.
 trait Runner: Sync {
     fn wake(&self, entity: EntityId) -> Outcome;
+    fn alarm(&self, vm: VmNumber);
     fn run(&'static self, cpu: &'static PerCpu) -> !;
 }
 
@@ -102,6 +103,8 @@ struct World<B: Backend> {
     jobs: AtomicBool,
     /// A bit per pCPU but the first that runs VMs.
     others: AtomicU64,
+    /// VMs whose watchdog was not fed: a bit by number.
+    alarms: Lock<u128>,
     /// The operator wants the machine off.
     power_off: AtomicBool,
     /// Losses of input by the host's port that were told.
@@ -215,6 +218,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         next_due: AtomicU64::new(u64::MAX),
         jobs: AtomicBool::new(false),
         others: AtomicU64::new(0),
+        alarms: Lock::new(0),
         power_off: AtomicBool::new(false),
         told_lost_input: AtomicU64::new(0),
     }));
@@ -502,6 +506,10 @@ impl<B: Backend> Runner for World<B> {
         // This pCPU looks before it halts or enters a guest the next time.
         self.kick(wake.kick);
         wake.outcome
+    }
+
+    fn alarm(&self, vm: VmNumber) {
+        self.note_alarm(vm);
     }
 
     fn run(&'static self, cpu: &'static PerCpu) -> ! {

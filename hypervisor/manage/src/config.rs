@@ -162,6 +162,21 @@ pub enum Restart {
     Always,
 }
 
+/// What a VM's watchdog does that was not fed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watchdog {
+    /// Resets the VM.
+    Reset,
+    /// Powers it off; that is a failure, for `restart`.
+    PowerOff,
+    /// Pauses it.
+    Pause,
+    /// Sends its vCPUs an NMI.
+    Nmi,
+    /// Says so, and no more.
+    Log,
+}
+
 /// One `[[vm]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmConfig {
@@ -187,6 +202,8 @@ pub struct VmConfig {
     pub console: ConsoleKind,
     /// `focus`: the terminal shows this VM first. At most one VM has it.
     pub focus: bool,
+    /// `watchdog`: it has a watchdog, which does this.
+    pub watchdog: Option<Watchdog>,
     /// `autostart`: it starts when the host does.
     pub autostart: bool,
     /// `test-devices`: it has what test kernels written for QEMU expect.
@@ -608,7 +625,7 @@ impl<'t> Parser<'t> {
         if let Some(name) = &name {
             s.vm = Some(name.clone());
         }
-        const KEYS: [&str; 13] = [
+        const KEYS: [&str; 14] = [
             "name",
             "vcpus",
             "memory",
@@ -618,6 +635,7 @@ impl<'t> Parser<'t> {
             "console",
             "focus",
             "autostart",
+            "watchdog",
             "test-devices",
             "cpu",
             "features",
@@ -657,6 +675,17 @@ impl<'t> Parser<'t> {
             }
             other => other.is_some_and(|(value, _)| value),
         };
+        let watchdog = self.choice(
+            &s,
+            "watchdog",
+            &[
+                ("reset", Watchdog::Reset),
+                ("power-off", Watchdog::PowerOff),
+                ("pause", Watchdog::Pause),
+                ("nmi", Watchdog::Nmi),
+                ("log", Watchdog::Log),
+            ],
+        );
         let autostart = self.boolean(&s, "autostart");
         let test_devices = self.boolean(&s, "test-devices");
         let ok =
@@ -676,6 +705,7 @@ impl<'t> Parser<'t> {
                 display,
                 console,
                 focus,
+                watchdog,
                 autostart: autostart.is_none_or(|(value, _)| value),
                 test_devices: test_devices.is_some_and(|(value, _)| value),
                 places: Places {

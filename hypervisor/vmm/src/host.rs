@@ -32,6 +32,12 @@ pub enum Traced {
     DeviceWork,
 }
 
+/// Whoever wants to know what a VM's watchdog has done that did not end the VM. Called in a vCPU's exit.
+pub trait Alarm: Send + Sync {
+    /// It was not fed, and did what it is configured to do.
+    fn watchdog(&self);
+}
+
 /// The pCPU under a running vCPU. The kernel implements it; tests have their own.
 pub trait Host {
     /// Whether it wants to be told by [`Host::trace`]. A run loop for a host that does not has no code for it.

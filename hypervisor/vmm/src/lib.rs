@@ -15,6 +15,7 @@ pub mod cpuid;
 mod disks;
 pub mod display;
 pub mod emulate;
+mod end;
 pub mod firmware;
 pub mod host;
 pub mod load;

@@ -11,6 +11,7 @@ use alloc::sync::Arc;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use devices::system::RunState;
+use spin::Mutex;
 
 /// Which pause it is, in the upper half, and how many vCPUs have come to rest in it, in the lower.
 const ONE_PAUSE: u64 = 1 << 32;
@@ -23,6 +24,8 @@ pub(crate) struct PauseControl {
     /// Host TSC at which the last of them came to rest.
     since: AtomicU64,
     vcpus: u64,
+    /// Held while a pause begins: the operator and a watchdog may want one at once.
+    beginning: Mutex<()>,
 }
 
 impl PauseControl {
@@ -33,11 +36,13 @@ impl PauseControl {
             at_rest: AtomicU64::new(0),
             since: AtomicU64::new(0),
             vcpus: u64::from(vcpus),
+            beginning: Mutex::new(()),
         }
     }
 
     /// Begins a pause; the vCPUs are to be kicked then. `false`: it is paused already.
     pub(crate) fn begin(&self) -> bool {
+        let _beginning = self.beginning.lock();
         if self.state.has(RunState::PAUSED) {
             return false;
         }

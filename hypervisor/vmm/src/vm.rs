@@ -4,7 +4,7 @@
 //! hold the VM by `Arc`; nested page tables and hardware vCPUs belong to the caller, who
 //! knows the vendor. There is no lock per VM: each device has its own.
 
-use alloc::{boxed::Box, string::String, sync::Arc, vec::Vec};
+use alloc::{string::String, sync::Arc, vec::Vec};
 use core::{
     fmt,
     sync::atomic::{AtomicU64, Ordering},
@@ -17,7 +17,7 @@ use devices::{
     chipset::{
         I440Fx, IsaBridge, MOVED_PM_BASE, PciInterruptRouter, PmAlias, PowerFunction, SHADOW,
     },
-    debug_exit::{self, DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, DebugExit},
+    debug_exit::{DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, DebugExit},
     debug_port::{DEBUG_PORT, DebugPort, FIRMWARE_DEBUG_PORT},
     fw_cfg::{FW_CFG_PORT, FW_CFG_PORTS, FwCfg, FwCfgItems, Key},
     hpet::{HPET_BASE, HPET_LEN, Hpet, LegacyGate},
@@ -33,10 +33,11 @@ use devices::{
     pm::{PM_PORTS, PowerManagement, RESET_PORT, ResetControl},
     ramfb::FrameBuffer,
     rtc::{Rtc, RtcConfig},
-    system::{RunState, SystemControl, SystemRequest},
+    system::{RunState, SystemControl},
     test_device,
     time::{Clock, earliest},
     uart::{ConsoleSink, UART_PORTS, Uart},
+    watchdog::Watchdog,
     work::{Budget, WorkList},
 };
 use mem::{
@@ -55,12 +56,15 @@ use crate::{
     disks::{self, Board},
     display::{self, Display, DisplayKind, DisplaySpec, Picture, Text},
     firmware::{self, Firmware, FirmwareError, NestedControl, SpecialMemory},
+    host::Alarm,
     load::{self, BootFiles, BootLayout, LoadError, MapEntry, MapKind},
     pause::PauseControl,
     shadow::Shadow,
-    vcpu::Dump,
     warm::WarmStart,
 };
+
+use crate::end::{EndCell, EndConfig};
+pub use crate::end::{EndReason, WatchdogAction, WatchdogSpec};
 
 /// The VGA hole below 1 MiB: device memory, not RAM.
 const VGA_HOLE: GuestRange = GuestRange {
@@ -108,6 +112,8 @@ pub struct VmSpec<'a> {
     pub boot: BootFiles<'a>,
     /// Its disks, in the order in which it finds them.
     pub disks: &'a [Arc<dyn Disk>],
+    /// Its watchdog, if it has one.
+    pub watchdog: Option<WatchdogSpec>,
     /// Whether it has the devices that test kernels expect.
     pub test_devices: bool,
     /// Its processor model.
@@ -130,6 +136,8 @@ pub struct Environment<'a> {
     pub console: Arc<dyn ConsoleSink>,
     /// Wakes vCPUs.
     pub kick: Arc<dyn VcpuKick>,
+    /// Is told when the watchdog has paused the VM, or done less.
+    pub alarm: Arc<dyn Alarm>,
 }
 
 /// Why a VM could not be made.
@@ -197,93 +205,6 @@ impl fmt::Display for VmError {
     }
 }
 
-/// How a VM ended.
-#[derive(Debug)]
-pub enum EndReason {
-    /// The guest powered itself off.
-    PowerOff,
-    /// The guest asked for a restart, or somebody pressed the reset button.
-    Reset,
-    /// It was forced off from outside.
-    Forced,
-    /// A test kernel ended its machine with this value.
-    TestExit(u32),
-    /// Triple fault.
-    TripleFault(Box<Dump>),
-    /// The guest did what Plinth cannot carry out, or Plinth made a mistake.
-    Failure {
-        /// In words.
-        what: String,
-        /// The vCPU that met it.
-        dump: Box<Dump>,
-    },
-}
-
-impl fmt::Display for EndReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            EndReason::PowerOff => f.write_str("powered off"),
-            EndReason::Reset => f.write_str("reset"),
-            EndReason::Forced => f.write_str("forced off"),
-            EndReason::TestExit(value) => write!(
-                f,
-                "test ended with value {value:#x}, exit status {}",
-                debug_exit::exit_status(*value)
-            ),
-            EndReason::TripleFault(dump) => write!(f, "triple fault\n{dump}"),
-            EndReason::Failure { what, dump } => write!(f, "{what}\n{dump}"),
-        }
-    }
-}
-
-/// Set once, by whoever ends the VM first.
-struct EndCell {
-    state: Arc<RunState>,
-    reason: Mutex<Option<EndReason>>,
-    kick: Arc<dyn VcpuKick>,
-    vcpus: u32,
-    /// Whether somebody wakes it: firmware would have to, and none of ours does.
-    can_sleep: bool,
-}
-
-impl EndCell {
-    fn end(&self, reason: EndReason) {
-        {
-            let mut cell = self.reason.lock();
-            if cell.is_some() {
-                return;
-            }
-            *cell = Some(reason);
-        }
-        self.state.set(RunState::ENDED, true);
-        self.kick_all();
-    }
-
-    /// Has every vCPU look up.
-    fn kick_all(&self) {
-        for vcpu in 0..self.vcpus {
-            self.kick.kick(VcpuId(vcpu));
-        }
-    }
-}
-
-impl SystemControl for EndCell {
-    fn request(&self, request: SystemRequest) {
-        self.end(match request {
-            SystemRequest::Reset(_) => EndReason::Reset,
-            SystemRequest::PowerOff => EndReason::PowerOff,
-            SystemRequest::TestExit(value) => EndReason::TestExit(value),
-            SystemRequest::Sleep => {
-                if self.can_sleep {
-                    self.state.set(RunState::ASLEEP, true);
-                    self.kick_all();
-                }
-                return;
-            }
-        });
-    }
-}
-
 /// A virtual machine, but for its hardware vCPUs and nested page tables.
 pub struct Vm {
     /// Its name.
@@ -316,7 +237,6 @@ pub struct Vm {
     /// What devices have left to do.
     work: WorkList,
     end: Arc<EndCell>,
-    pub(crate) pause: PauseControl,
     /// How it starts again with its memory as it was; firmware does that itself.
     pub(crate) warm: Option<WarmStart>,
 }
@@ -448,13 +368,15 @@ struct Timers {
     rtc: Arc<Rtc>,
     power: Arc<PowerManagement>,
     hpet: Arc<Hpet>,
+    watchdog: Option<Arc<Watchdog>>,
 }
 
 impl Timers {
     fn deadline(&self) -> u64 {
         let soonest = earliest(self.pit.deadline(), self.rtc.deadline());
         let later = earliest(self.power.deadline(), self.hpet.deadline());
-        earliest(soonest, later).unwrap_or(NEVER)
+        let watchdog = self.watchdog.as_ref().and_then(|dog| dog.deadline());
+        earliest(earliest(soonest, later), watchdog).unwrap_or(NEVER)
     }
 
     fn poll(&self, now: u64) {
@@ -462,6 +384,9 @@ impl Timers {
         self.rtc.poll(now);
         self.power.poll(now);
         self.hpet.poll(now);
+        if let Some(dog) = &self.watchdog {
+            dog.poll(now);
+        }
     }
 }
 
@@ -487,19 +412,20 @@ impl Vm {
             .is_some()
             .then(|| SpecialMemory::new(memory.clone(), host.kick.clone(), spec.vcpus));
         let cpuid = CpuidPolicy::new(host.cpuid, spec.vcpus, &spec.cpu, host.time.stable)?;
-        let end = Arc::new(EndCell {
-            state: Arc::default(),
-            reason: Mutex::new(None),
+        let end = Arc::new(EndCell::new(EndConfig {
+            vcpus: spec.vcpus,
             kick: host.kick.clone(),
-            vcpus: u32::from(spec.vcpus),
+            action: spec.watchdog.map(|watchdog| watchdog.action),
+            alarm: host.alarm,
             can_sleep: spec.firmware.is_none(),
-        });
+        }));
         let clock = Arc::new(VmClock::start(host.time));
         let time: Arc<dyn Clock> = clock.clone();
         let system: Arc<dyn SystemControl> = end.clone();
 
         let apic_ids: Vec<u32> = (0..u32::from(spec.vcpus)).collect();
         let apic_bus = ApicBus::new(&apic_ids, host.kick);
+        end.set_apic_bus(apic_bus.clone());
         let ioapic = IoApic::new(IOAPIC_ID, apic_bus.clone());
         // As on a PC, the 8259A's output is also input 0 of the IOAPIC.
         let intr = IntrPin::new(apic_bus.clone(), Line::new(ioapic.clone(), 0));
@@ -569,7 +495,7 @@ impl Vm {
         if spec.test_devices {
             let exit = DebugExit::new(system);
             ports.insert("debug-exit", DEBUG_EXIT_PORT, DEBUG_EXIT_PORTS, exit)?;
-            let debug = DebugPort::new(host.console, end.state.clone());
+            let debug = DebugPort::new(host.console, end.state().clone());
             ports.insert("debug", DEBUG_PORT, 1, debug.clone())?;
             ports.insert("firmware-debug", FIRMWARE_DEBUG_PORT, 1, debug.clone())?;
             debug_port = Some(debug);
@@ -604,6 +530,17 @@ impl Vm {
             vcpus: spec.vcpus,
         };
         disks::attach(board, &spec.name, spec.disks)?;
+        let watchdog = match spec.watchdog {
+            Some(WatchdogSpec { fired, .. }) => {
+                let (time, system): (Arc<dyn Clock>, Arc<dyn SystemControl>) =
+                    (clock.clone(), end.clone());
+                let dog = work.add(|signal| Watchdog::new(time, system, signal, fired).ok());
+                let dog = dog.ok_or(VmError::Devices)?;
+                pci.insert(platform::WATCHDOG_SLOT, 0, dog.clone())?;
+                Some(dog)
+            }
+            None => None,
+        };
         let pci = Arc::new(pci);
         pci.attach(&mut ports, &mut mmio, &pci_layout)?;
         let (start, warm) = match special {
@@ -623,9 +560,9 @@ impl Vm {
             rtc,
             power,
             hpet,
+            watchdog,
         };
         let timer_deadline = AtomicU64::new(timers.deadline());
-        let pause = PauseControl::new(end.state.clone(), spec.vcpus);
         let vm = Vm {
             name: spec.name,
             memory,
@@ -647,7 +584,6 @@ impl Vm {
             noting_deadline: Mutex::new(()),
             work,
             end,
-            pause,
             warm,
         };
         Ok((Arc::new(vm), start))
@@ -677,11 +613,7 @@ impl Vm {
 
     /// Keeps its vCPUs from running; none waits. `false`: it is paused already, or has ended.
     pub fn pause(&self) -> bool {
-        let begun = !self.is_ended() && self.pause.begin();
-        if begun {
-            self.end.kick_all();
-        }
-        begun
+        self.end.pause()
     }
 
     /// Lets a paused VM run on. Its clock, and with it TSC and timers, has stood still since the last vCPU came to
@@ -690,12 +622,21 @@ impl Vm {
         if !self.run_state().has(RunState::PAUSED) {
             return false;
         }
-        let still = self.pause.still_for(self.clock.host_now());
+        let still = self.end.pauses().still_for(self.clock.host_now());
         self.clock.skip(still);
         self.timers.rtc.skip(still);
-        self.pause.end();
-        self.end.kick_all();
+        self.end.resume();
         true
+    }
+
+    /// Whether it is paused: by [`Vm::pause`], or by its watchdog.
+    pub fn is_paused(&self) -> bool {
+        self.run_state().has(RunState::PAUSED)
+    }
+
+    /// Its pauses.
+    pub(crate) fn pauses(&self) -> &PauseControl {
+        self.end.pauses()
     }
 
     /// Presses the power button: a guest that listens shuts down.
@@ -707,13 +648,7 @@ impl Vm {
 
     /// Sends a vCPU a non-maskable interrupt. `false`: there is no such vCPU.
     pub fn inject_nmi(&self, vcpu: VcpuId) -> bool {
-        let Some(inbox) = self.apic_bus.inbox(vcpu) else {
-            return false;
-        };
-        if inbox.post_nmi() {
-            self.end.kick.kick(vcpu);
-        }
-        true
+        self.end.nmi(vcpu)
     }
 
     /// Unix time, in seconds, that makes the VM's clock show the time of day when it is added to it.
@@ -731,7 +666,7 @@ impl Vm {
 
     /// Whether it has ended: its vCPUs come to rest.
     pub fn is_ended(&self) -> bool {
-        self.end.state.has(RunState::ENDED)
+        self.run_state().has(RunState::ENDED)
     }
 
     /// The terminal may have room again: offers it the output that waits.
@@ -755,12 +690,12 @@ impl Vm {
 
     /// What keeps its vCPUs from running.
     pub(crate) fn run_state(&self) -> &RunState {
-        &self.end.state
+        self.end.state()
     }
 
     /// Takes the reason for which it ended.
     pub fn take_end_reason(&self) -> Option<EndReason> {
-        self.end.reason.lock().take()
+        self.end.take_reason()
     }
 
     /// Delivers what is due of the devices' timers at tick `now`. They are vCPU 0's business.
@@ -786,7 +721,7 @@ impl Vm {
         let before = self.timer_deadline.swap(deadline, Ordering::Relaxed);
         drop(noting);
         if by != TIMER_VCPU && deadline < before {
-            self.end.kick.kick(TIMER_VCPU);
+            self.end.kick(TIMER_VCPU);
         }
     }
 
@@ -795,9 +730,13 @@ impl Vm {
         self.work.is_pending()
     }
 
-    /// Has the devices do a piece of their work. Each line for the host's log goes to `note`.
-    pub(crate) fn work(&self, note: impl FnMut(String)) {
+    /// Has the devices do a piece of their work, on vCPU `by`. Each line for the host's log goes to `note`.
+    pub(crate) fn work(&self, by: VcpuId, note: impl FnMut(String)) {
         self.work.run(Budget::new(WORK_BYTES), note);
+        let watchdog = self.timers.watchdog.as_ref();
+        if watchdog.is_some_and(|dog| dog.take_moved()) {
+            self.timers_changed(by);
+        }
     }
 
     /// Whether a write to this port may give a device work: PCI configuration space, which has a window to

@@ -21,14 +21,15 @@ use virt::{Backend, Exit, VcpuSetup};
 use vmm::{
     clock::TimeSource,
     display::{DisplayKind, DisplaySpec},
+    host::Alarm,
     load::{BootFiles, Module},
     vcpu::Vcpu,
-    vm::{EndReason, Environment, Vm, VmSpec},
+    vm::{EndReason, Environment, Vm, VmSpec, WatchdogAction, WatchdogSpec},
 };
 
 use super::scheduling::decision_cost;
 use super::{
-    Entity, GuestConsole, Kick, NS_PER_SECOND, NoConsole, Runner, World,
+    Entity, GuestConsole, Kick, NS_PER_SECOND, NoConsole, Runner, WORLD, World,
     slots::{Plan, Slot, VmNumber},
     tables::GuestTables,
     verbs::Published,
@@ -78,11 +79,35 @@ enum Job<B: Backend> {
 /// What kind of end this is.
 fn ending(reason: Option<&EndReason>) -> Ending {
     match reason {
-        Some(EndReason::Reset) => Ending::Reset,
+        Some(EndReason::Reset | EndReason::WatchdogReset) => Ending::Reset,
         Some(EndReason::PowerOff | EndReason::TestExit(_) | EndReason::Forced) | None => {
             Ending::Done
         }
-        Some(EndReason::TripleFault(_) | EndReason::Failure { .. }) => Ending::Failed,
+        Some(
+            EndReason::TripleFault(_) | EndReason::Failure { .. } | EndReason::WatchdogPowerOff,
+        ) => Ending::Failed,
+    }
+}
+
+/// What a watchdog does, as the VM knows it.
+fn watchdog_action(watchdog: config::Watchdog) -> WatchdogAction {
+    match watchdog {
+        config::Watchdog::Reset => WatchdogAction::Reset,
+        config::Watchdog::PowerOff => WatchdogAction::PowerOff,
+        config::Watchdog::Pause => WatchdogAction::Pause,
+        config::Watchdog::Nmi => WatchdogAction::Nmi,
+        config::Watchdog::Log => WatchdogAction::Log,
+    }
+}
+
+/// Tells the first processor of a VM's watchdog.
+struct VmAlarm(VmNumber);
+
+impl Alarm for VmAlarm {
+    fn watchdog(&self) {
+        if let Some(world) = WORLD.get() {
+            world.alarm(self.0);
+        }
     }
 }
 
@@ -187,17 +212,17 @@ impl<B: Backend> World<B> {
     /// It was not made, or is not wanted any more: what is to become of it.
     pub(super) fn ready_vm(&self, number: VmNumber) -> Result<EntityId, After> {
         let gone = After::Off(Off::Operator);
-        let plan = {
+        let (plan, fired) = {
             let mut slots = self.slots.lock();
             let slot = slots.get(number).ok_or(gone)?;
             if !slot.life.is_wanted() {
                 slot.claimed = false;
                 return Err(slot.life.not_made());
             }
-            slot.plan.clone()
+            (slot.plan.clone(), slot.watchdog_fired)
         };
         let name = &plan.config.name;
-        let made = self.make_vm(number, &plan);
+        let made = self.make_vm(number, &plan, fired);
         if let Err(why) = &made {
             self.say(&format!("{name}: cannot start: {why}"));
         }
@@ -236,8 +261,14 @@ impl<B: Backend> World<B> {
         let mut next = u64::MAX;
         let mut any_job = false;
         let mut forced = Vec::new();
+        let mut alarmed = Vec::new();
+        let alarms = core::mem::take(&mut *self.alarms.lock());
         let mut slots = self.slots.lock();
         for slot in slots.iter_mut() {
+            if alarms >> slot.number.0 & 1 != 0 {
+                slot.sync();
+                alarmed.push(slot.plan.clone());
+            }
             match slot.due {
                 Some(at) if at <= now => {
                     slot.due = None;
@@ -255,12 +286,35 @@ impl<B: Backend> World<B> {
         }
         self.next_due.store(next, Ordering::Relaxed);
         drop(slots);
+        for plan in alarmed {
+            let config = &plan.config;
+            let what = match config.watchdog {
+                Some(config::Watchdog::Pause) => "paused",
+                Some(config::Watchdog::Nmi) => "NMI sent",
+                _ => "nothing is done",
+            };
+            self.say(&format!(
+                "{}: its watchdog was not fed: {what}",
+                config.name
+            ));
+        }
         for plan in forced {
             let name = &plan.config.name;
             self.say(&format!("{name}: does not shut down: forced off"));
         }
         if any_job {
             self.has_job();
+        }
+    }
+
+    /// A VM's watchdog was not fed, and has not ended the VM: the first processor is to say so.
+    pub(super) fn note_alarm(&self, number: VmNumber) {
+        *self.alarms.lock() |= 1 << number.0;
+        self.next_due.store(0, Ordering::Relaxed);
+        if percpu::current().number != 0
+            && let Some(first) = percpu::get(0)
+        {
+            interrupts::kick(first);
         }
     }
 
@@ -276,7 +330,13 @@ impl<B: Backend> World<B> {
         }
     }
 
-    fn make_vm(&self, number: VmNumber, plan: &Plan) -> Result<(Live<B>, EntityId), String> {
+    /// `fired`: its watchdog ended its last run.
+    fn make_vm(
+        &self,
+        number: VmNumber,
+        plan: &Plan,
+        fired: bool,
+    ) -> Result<(Live<B>, EntityId), String> {
         let begun = Beginning::now();
         let id = number.0;
         let config = &plan.config;
@@ -311,6 +371,10 @@ impl<B: Backend> World<B> {
                 command_line: &config.boot.cmdline,
             },
             disks: &plan.disks,
+            watchdog: config.watchdog.map(|watchdog| WatchdogSpec {
+                action: watchdog_action(watchdog),
+                fired,
+            }),
             test_devices: config.test_devices,
             cpu: processor_model(&config.cpu),
             display: DisplaySpec {
@@ -334,6 +398,7 @@ impl<B: Backend> World<B> {
             epoch: self.boot_epoch + time::ns() / NS_PER_SECOND,
             console,
             kick: kick.clone(),
+            alarm: Arc::new(VmAlarm(number)),
         };
         // Memory is zeroed and files are copied: long work.
         let (vm, entry) = interrupts::open(|| Vm::new(spec, environment)).map_err(|e| {
@@ -483,6 +548,10 @@ impl<B: Backend> World<B> {
         }
         if let Some(slot) = self.slots.lock().get(number) {
             slot.last_end = text.lines().next().map(String::from);
+            slot.watchdog_fired = matches!(
+                reason,
+                Some(EndReason::WatchdogReset | EndReason::WatchdogPowerOff)
+            );
         }
         let after = self.down(number, ending(reason.as_ref()));
         self.follow(number, after);

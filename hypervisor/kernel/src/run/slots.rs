@@ -22,6 +22,8 @@ use crate::{console, display, memory, sync::Lock};
 pub(super) struct VmNumber(pub(super) u16);
 
 const _: () = assert!(MAX_VMS < Owner::MAX_VMS as usize);
+/// A bit for each in `World::alarms`.
+const _: () = assert!(MAX_VMS < u128::BITS as usize);
 
 /// A file that a VM's kernel is given.
 pub(super) struct BootModule {
@@ -120,6 +122,8 @@ pub(super) struct Slot<B: Backend> {
     pub(super) started_ns: u64,
     /// How it ended the last time, or why it could not be started.
     pub(super) last_end: Option<String>,
+    /// Its watchdog ended its last run.
+    pub(super) watchdog_fired: bool,
 }
 
 impl<B: Backend> Slot<B> {
@@ -134,6 +138,14 @@ impl<B: Backend> Slot<B> {
             due: None,
             started_ns: 0,
             last_end: None,
+            watchdog_fired: false,
+        }
+    }
+
+    /// Takes note of what the VM did by itself: its watchdog may have paused it.
+    pub(super) fn sync(&mut self) {
+        if self.live.as_ref().is_some_and(|live| live.vm.is_paused()) {
+            self.life.paused_itself();
         }
     }
 }

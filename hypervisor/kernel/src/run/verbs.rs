@@ -97,6 +97,7 @@ impl<B: Backend> World<B> {
             let message = format!("{name}: there is no vCPU {}; it has {count}", vcpu.0);
             return failure(FailureCode::NotFound, message);
         }
+        slot.sync();
         let mut life = slot.life;
         let (step, text) = life
             .ask(verb)

@@ -288,7 +288,7 @@ impl<V: VirtualCpu> Vcpu<V> {
         if vm.is_ended() {
             return Some(Pause::Ended);
         }
-        if vm.pause.holds(&mut self.rest.pause_seen, host.now()) {
+        if vm.pauses().holds(&mut self.rest.pause_seen, host.now()) {
             return Some(Pause::Idle { until: None });
         }
         if let Some(warm) = &vm.warm
@@ -316,7 +316,7 @@ impl<V: VirtualCpu> Vcpu<V> {
     fn check<H: Host>(&mut self, host: &mut H) -> Option<Pause> {
         let vm = &self.rest.vm;
         if vm.has_work() {
-            vm.work(|line| host.note(line));
+            vm.work(self.rest.id, |line| host.note(line));
             if H::TRACES {
                 host.trace(Traced::DeviceWork);
             }

@@ -25,9 +25,10 @@ use crate::{
     display::DisplaySpec,
     fake::FakeCpu,
     firmware::Firmware,
+    host::Alarm,
     load::BootFiles,
     msr::number,
-    vm::{Environment, VmSpec},
+    vm::{Environment, VmSpec, WatchdogAction, WatchdogSpec},
 };
 
 /// Ticks per second of the host's TSC: a tick is a nanosecond.
@@ -112,6 +113,15 @@ impl VcpuKick for Kicks {
     }
 }
 
+#[derive(Default)]
+struct Alarms(AtomicU32);
+
+impl Alarm for Alarms {
+    fn watchdog(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 /// A processor by "AuthenticAMD" or "GenuineIntel" with every feature bit.
 fn cpuid(leaf: u32, _subleaf: u32) -> CpuidResult {
     match leaf {
@@ -155,6 +165,7 @@ struct Bench {
     host: FakeHost,
     terminal: Arc<Terminal>,
     kicks: Arc<Kicks>,
+    alarms: Arc<Alarms>,
 }
 
 impl Bench {
@@ -181,6 +192,7 @@ impl Bench {
         let memory: &'static FakeMemory = Box::leak(Box::new(FakeMemory::new(64 << 20)));
         let terminal = Arc::new(Terminal::default());
         let kicks = Arc::new(Kicks::default());
+        let alarms = Arc::new(Alarms::default());
         let kernel = kernel();
         let spec = VmSpec {
             id: 1,
@@ -195,6 +207,10 @@ impl Bench {
                 command_line: "",
             },
             disks: &[],
+            watchdog: Some(WatchdogSpec {
+                action: WatchdogAction::Pause,
+                fired: false,
+            }),
             test_devices: false,
             cpu: crate::cpuid::CpuModel::default(),
             display,
@@ -210,6 +226,7 @@ impl Bench {
             epoch: 1_700_000_000,
             console: terminal.clone(),
             kick: kicks.clone(),
+            alarm: alarms.clone(),
         };
         let (vm, entry) = Vm::new(spec, environment).map_err(|e| e.to_string())?;
         let start = (id == 0).then_some(&entry);
@@ -220,6 +237,7 @@ impl Bench {
             host: FakeHost::default(),
             terminal,
             kicks,
+            alarms,
         })
     }
 

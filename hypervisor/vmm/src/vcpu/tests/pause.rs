@@ -90,3 +90,47 @@ fn an_nmi_from_outside_is_taken() {
     b.run([Exit::Cpuid]);
     assert_eq!(b.vcpu.hw.injected, [Event::Nmi]);
 }
+
+/// The watchdog's lock register: on.
+fn turn_watchdog_on(b: &mut Bench) {
+    let vm = b.vcpu.vm().clone();
+    vm.ports
+        .write(0xcf8, Width::Dword, 1 << 31 | 3 << 11 | 0x68);
+    vm.ports.write(0xcfc, Width::Byte, 2);
+    b.run([Exit::Cpuid]);
+}
+
+/// Two stages of 2^20 PCI clocks over 2^15: more than 2,000 seconds.
+#[test]
+fn a_watchdog_that_is_not_fed_does_what_it_is_configured_to_do() {
+    let mut b = Bench::new();
+    let vm = b.vcpu.vm().clone();
+    turn_watchdog_on(&mut b);
+    NOW.set(NOW.get() + 1_100 * HZ);
+    b.run([Exit::Cpuid]);
+    assert!(!vm.is_paused(), "the first stage");
+    NOW.set(NOW.get() + 1_000 * HZ);
+    assert_eq!(b.run([]), Pause::Idle { until: None });
+    assert!(vm.is_paused());
+    assert_eq!(b.alarms.0.load(Ordering::Relaxed), 1);
+    assert!(vm.resume());
+    b.run([Exit::Cpuid]);
+    assert!(!vm.is_paused(), "once");
+}
+
+/// Also a processor that halts with interrupts off wakes for it.
+#[test]
+fn a_halted_guest_does_not_outlive_its_watchdog() {
+    let mut b = Bench::new();
+    turn_watchdog_on(&mut b);
+    let Pause::Idle { until: Some(until) } = b.run([Exit::Halt]) else {
+        panic!("it halts until the watchdog's stage is over");
+    };
+    NOW.set(until);
+    let Pause::Idle { until: Some(until) } = b.run([]) else {
+        panic!("the second stage");
+    };
+    NOW.set(until);
+    b.run([]);
+    assert!(b.vcpu.vm().is_paused());
+}
