@@ -12,7 +12,7 @@
 //! | `mode=share`, `mode=periodic` | tell how much of the processor it gets, or whether periodic work is in time |
 //! | `iterations=N`, `mmio=ADDRESS`, `only=NAME`, `start=key` | for the measurements |
 //! | `abuse=NAME` | misbehave in one way after the checks; `abuse=list` names them |
-//! | `end=poweroff`, `halt`, `reset`, `triple-fault`, `spin`, `shell`, `button` | how to end; `halt` when absent; `button`: power off when the power button is pressed |
+//! | `end=poweroff`, `halt`, `reset`, `triple-fault`, `spin`, `shell`, `button`, `unfed` | how to end; `halt` when absent; `button`: power off when the power button is pressed; `unfed`: feed the watchdog no more |
 //! | `exit=VALUE` | end by writing the value to the exit port of test kernels |
 //!
 //! `boot` enters, `interrupts` catches, `checks` holds the checks by group; the other modules
@@ -44,6 +44,7 @@ mod smp;
 mod time;
 mod user;
 mod virtio;
+mod watchdog;
 
 use core::panic::PanicInfo;
 
@@ -86,6 +87,7 @@ fn end(machine: &Machine, end: End) -> ! {
         End::TripleFault => power::triple_fault(),
         End::Spin => power::spin(),
         End::Button => power::wait_for_button(machine),
+        End::Unfed => watchdog::stop_feeding(machine),
         End::Shell => shell::run(machine),
         End::TestExit(value) => power::test_exit(value),
         End::Halt => {

@@ -18,13 +18,15 @@ pub enum End {
     Shell,
     /// Power off, when the power button is pressed.
     Button,
+    /// By the watchdog.
+    Unfed,
     /// By the exit port of test kernels, with this value.
     TestExit(u32),
 }
 
 impl End {
     /// Those that have a name.
-    pub const NAMES: [(&'static str, Self); 7] = [
+    pub const NAMES: [(&'static str, Self); 8] = [
         ("poweroff", Self::PowerOff),
         ("halt", Self::Halt),
         ("reset", Self::Reset),
@@ -32,6 +34,7 @@ impl End {
         ("spin", Self::Spin),
         ("shell", Self::Shell),
         ("button", Self::Button),
+        ("unfed", Self::Unfed),
     ];
 
     /// The end of that name.

@@ -480,12 +480,14 @@ impl<B: Backend> World<B> {
         let console = first.then(console::wake_up_at).flatten();
         let due = first.then(|| self.next_due.load(Ordering::Relaxed));
         let display = first.then(display::wake_up_at).flatten();
+        let doors = first.then(doors::wake_up_at).flatten();
         let deadline = self
             .sched
             .next_deadline(cpu.number)
             .into_iter()
             .chain(console)
             .chain(display)
+            .chain(doors)
             .chain(due.filter(|&at| at != u64::MAX))
             .chain(first.then(control::wake_up_at).flatten())
             .min();

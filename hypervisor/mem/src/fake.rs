@@ -2,13 +2,16 @@
 //!
 //! Stands in for `frames::Frames` wherever code takes a [`HostMemory`]. Physical addresses
 //! start at [`FakeMemory::BASE`], not at 0, so that a mix-up of guest- and host-physical
-//! addresses shows. Freed frames are filled with [`FakeMemory::POISON`].
+//! addresses shows. Freed frames are filled with [`FakeMemory::POISON`]; those that held a guest's data must have been
+//! zeroed before.
 
 use alloc::{vec, vec::Vec};
 use spin::Mutex;
 
 use crate::addr::PAGE_SIZE;
 use crate::{HostMemory, Hpa, OutOfFrames, Owner};
+
+const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
 
 struct Inner {
     bytes: Vec<u8>,
@@ -98,7 +101,13 @@ impl HostMemory for FakeMemory {
         run.fill(None);
         inner.hint = inner.hint.min(first);
         let (start, len) = (Self::offset(base), frames as usize * PAGE_SIZE as usize);
-        inner.bytes[start..start + len].fill(Self::POISON);
+        let bytes = &mut inner.bytes[start..start + len];
+        let is_guests = matches!(owner, Owner::VmRam(_) | Owner::VmDisks(_));
+        assert!(
+            !is_guests || bytes.chunks(ZEROES.len()).all(|page| page == ZEROES),
+            "frames of {owner:?} go back with what a guest left in them"
+        );
+        bytes.fill(Self::POISON);
     }
 
     fn pointer(&self, hpa: Hpa) -> *mut u8 {

@@ -538,42 +538,12 @@ mod tests {
 
     #[test]
     fn ram_is_scrubbed_before_it_goes_back() {
-        /// Refuses frames that are not all zero.
-        struct Checking(FakeMemory);
-        impl HostMemory for Checking {
-            fn allocate(&self, frames: u64, align: u64, owner: Owner) -> Result<Hpa, OutOfFrames> {
-                self.0.allocate(frames, align, owner)
-            }
-            fn free(&self, base: Hpa, frames: u64, owner: Owner) {
-                let mut bytes = vec![1; (frames * PAGE_SIZE) as usize];
-                self.0.read(base, &mut bytes);
-                assert!(bytes.iter().all(|b| *b == 0));
-                self.0.free(base, frames, owner);
-            }
-            fn pointer(&self, hpa: Hpa) -> *mut u8 {
-                self.0.pointer(hpa)
-            }
-            fn read(&self, from: Hpa, to: &mut [u8]) {
-                self.0.read(from, to);
-            }
-            fn write(&self, to: Hpa, from: &[u8]) {
-                self.0.write(to, from);
-            }
-            fn read_u64(&self, from: Hpa) -> u64 {
-                self.0.read_u64(from)
-            }
-            fn write_u64(&self, to: Hpa, value: u64) {
-                self.0.write_u64(to, value);
-            }
-            fn replace_u8(&self, at: Hpa, old: u8, new: u8) -> bool {
-                self.0.replace_u8(at, old, new)
-            }
-        }
-        let host: &'static Checking = Box::leak(Box::new(Checking(FakeMemory::new(MIB))));
+        // The fake machine refuses a guest's frames that are not all zero.
+        let host = host(MIB);
         let memory = GuestMemory::allocate(host, 1, &[range(0, 5 * PAGE_SIZE)]).unwrap();
         memory.write(Gpa(0), &[7; 5 * PAGE_SIZE as usize]).unwrap();
         drop(memory);
-        assert_eq!(host.0.free_frames(), MIB / PAGE_SIZE);
+        assert_eq!(host.free_frames(), MIB / PAGE_SIZE);
     }
 
     proptest! {

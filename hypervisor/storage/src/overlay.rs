@@ -92,7 +92,9 @@ impl Overlay {
         Ok(frame)
     }
 
+    /// Gives a frame back, without what the guest wrote.
     fn free(&mut self, frame: Hpa) {
+        self.memory.write(frame, &[0; PAGE_SIZE as usize]);
         self.memory.free(frame, 1, self.owner);
         self.used -= 1;
     }

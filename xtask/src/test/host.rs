@@ -124,6 +124,20 @@ name = "deaf"
 memory = "32M"
 autostart = false
 boot = { kernel = "stub", cmdline = "checks=none facts=off end=spin" }
+
+[[vm]]
+name = "unfed"
+memory = "32M"
+autostart = false
+watchdog = "reset"
+boot = { kernel = "stub", cmdline = "checks=none facts=off end=unfed" }
+
+[[vm]]
+name = "held"
+memory = "32M"
+autostart = false
+watchdog = "pause"
+boot = { kernel = "stub", cmdline = "checks=none facts=off end=unfed" }
 "#;
 
 /// Every verb for VMs, what must be refused, and a thousand VMs that come and go and leave nothing behind.
@@ -142,9 +156,16 @@ pub fn lifecycle(rig: &Rig, start: &Start) -> Result<String> {
         "stub: the power button was pressed",
         "button: powered off",
         "deaf: does not shut down: forced off",
+        "unfed: its watchdog was not fed: reset",
+        "unfed: powered off",
+        "held: its watchdog was not fed: paused",
     ] {
         ensure!(text.contains(said), "{said:?} was not said");
     }
+    let resets = text
+        .matches("unfed: its watchdog was not fed: reset")
+        .count();
+    ensure!(resets == 1, "the watchdog reset its guest {resets} times");
     let rounds = rounds.captures(&text).and_then(|found| found.get(2));
     Ok(rounds.map_or_else(String::new, |rounds| rounds.as_str().to_owned()))
 }

@@ -1,7 +1,8 @@
 //! A door that talks to itself: every verb for VMs, what must be refused, and a thousand VMs that come and go.
 //!
 //! The self-test's word is `lifecycle`. The configuration has the VM `button`, which shuts down when its power
-//! button is pressed, the VM `deaf`, which listens to nothing, and the file `stub`. None starts with the host.
+//! button is pressed, the VM `deaf`, which listens to nothing, the VMs `unfed` and `held`, which stop feeding their watchdogs,
+//! of which the one resets and the other pauses, and the file `stub`. None starts with the host.
 //! Each step is one line, `selftest ok NAME: ..` or `selftest FAILED NAME: REASON`; the last one powers off.
 
 use alloc::{
@@ -25,6 +26,9 @@ const WARM_UP: u32 = 8;
 const ROUNDS: u32 = 1_000;
 /// How long a VM may take to come to a state, in seconds of the host's clock. Emulators are slow.
 const PATIENCE_S: u64 = 120;
+
+/// How often the script looks whether it can go on, in microseconds.
+const LOOK_EVERY_US: u64 = 1_000;
 
 static ON: AtomicBool = AtomicBool::new(false);
 static SCRIPT: Lock<Option<Script>> = Lock::new(None);
@@ -67,7 +71,8 @@ pub fn serve(operate: &dyn Operate) {
         script.go_on(operate);
     }
     *SCRIPT.lock() = script;
-    doors::ring();
+    // Halted meanwhile, so that an emulator that runs one processor at a time gets to the others.
+    doors::ring_at(time::now_tsc() + time::us_to_ticks(LOOK_EVERY_US));
 }
 
 /// What the host has given away.
@@ -220,6 +225,17 @@ fn stands_still(vm: &'static str) -> Step {
     })
 }
 
+/// The VM has been started so often.
+fn starts(vm: &'static str, wanted: u64) -> Step {
+    Box::new(move |operate| match look(operate, vm) {
+        Ok(details) if details.summary.starts == wanted => {
+            Ok(Outcome::Done(format!("{wanted} starts")))
+        }
+        Ok(_) => Ok(Outcome::Wait),
+        Err(failure) => Err(words(&failure)),
+    })
+}
+
 /// There is no such VM any more.
 fn goes(vm: &'static str) -> Step {
     Box::new(move |operate| match look(operate, vm) {
@@ -331,7 +347,7 @@ fn script() -> VecDeque<(String, Step)> {
         vm: String::from("button"),
         vcpu: Some(vcpu),
     };
-    let steps: [(&str, Step); 52] = [
+    let steps: [(&str, Step); 60] = [
         ("rounds", rounds()),
         ("create", fine(vm_config("new", "4M"))),
         ("create-again", refused(vm_config("new", "4M"), Exists)),
@@ -350,7 +366,7 @@ fn script() -> VecDeque<(String, Step)> {
         ),
         ("create-huge", refused(vm_config("huge", "1T"), NoRoom)),
         ("too-many", too_many()),
-        ("back-to-three", count(3)),
+        ("back-to-five", count(5)),
         ("unknown", refused(start("nobody"), NotFound)),
         ("destroy", fine(destroy("new", false))),
         ("destroyed", goes("new")),
@@ -397,6 +413,14 @@ fn script() -> VecDeque<(String, Step)> {
         ("force-paused", fine(stop("deaf", 0))),
         ("start-while-ending", fine(start("deaf"))),
         ("it-runs-again", comes_to("deaf", VmState::Running)),
+        ("deaf-goes", fine(destroy("deaf", true))),
+        ("start-unfed", fine(start("unfed"))),
+        ("reset-by-watchdog", starts("unfed", 2)),
+        ("saw-it-and-powered-off", comes_to("unfed", VmState::Off)),
+        ("start-held", fine(start("held"))),
+        ("paused-by-watchdog", comes_to("held", VmState::Paused)),
+        ("held-pause", refused(pause("held"), WrongState)),
+        ("held-resume", fine(resume("held"))),
         ("power-off", fine(Request::HostPowerOff {})),
     ];
     steps
