@@ -550,7 +550,7 @@ impl Vm {
                 pci.assign(&pci_layout, platform::pci_irq);
                 ports.write(PIC_LEVELS, Width::Word, pic_levels());
                 let (start, facs) = load_kernel(&memory, &spec, &acpi)?;
-                let state = end.state.clone();
+                let state = end.state().clone();
                 let warm = WarmStart::new(state, power.clone(), rtc.clone(), facs);
                 (start, Some(warm))
             }
@@ -642,8 +642,10 @@ impl Vm {
     /// Presses the power button: a guest that listens shuts down.
     pub fn press_power_button(&self) {
         self.timers.power.press_power_button();
+        // One that sleeps wakes for it, whatever its interrupts.
+        self.end.kick(TIMER_VCPU);
         // It may be what a VM that sleeps waits for.
-        self.end.kick.kick(TIMER_VCPU);
+        self.end.kick(TIMER_VCPU);
     }
 
     /// Sends a vCPU a non-maskable interrupt. `false`: there is no such vCPU.

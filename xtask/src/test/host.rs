@@ -121,12 +121,14 @@ boot = { kernel = "stub", cmdline = "checks=none facts=off end=button" }
 
 [[vm]]
 name = "deaf"
+vcpus = 2
 memory = "32M"
 autostart = false
 boot = { kernel = "stub", cmdline = "checks=none facts=off end=spin" }
 
 [[vm]]
 name = "unfed"
+vcpus = 2
 memory = "32M"
 autostart = false
 watchdog = "reset"
@@ -145,7 +147,7 @@ pub fn lifecycle(rig: &Rig, start: &Start) -> Result<String> {
     let limits = start.place.limits();
     let mut session = rig.boot_selftest_with(start, "lifecycle", LIFECYCLE)?;
     let rounds = Regex::new(r"selftest (ok|FAILED) rounds: ([^\r\n]*)")?;
-    session.expect(&rounds, limits.boot)?;
+    session.expect(&rounds, 2 * limits.boot)?;
     session.wait_for_power_off(limits.boot)?;
     let text = session.text();
     succeeded(&text)?;

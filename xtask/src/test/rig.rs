@@ -340,7 +340,8 @@ impl Rig {
             .context("this run prepared no self-test")?
             .write_selftest_with(word, &configuration, &image)?;
         let machine = start.place.machine(&image);
-        Session::start(&machine, &start.log, start.place.patience())
+        // A long script.
+        Session::start(&machine, &start.log, 2 * start.place.patience())
     }
 
     /// Starts QEMU with the guest's kernel and without Plinth.

@@ -90,8 +90,12 @@ impl<B: Backend> World<B> {
     /// Asks a VM's life, and takes the step that it wants. `timeout_s`: of [`Verb::Stop`]. `vcpu`: of [`Verb::Nmi`].
     fn ask(&self, name: &str, verb: Verb, timeout_s: u32, vcpu: VcpuId) -> Result<Answer, Failure> {
         let mut slots = self.slots.lock();
-        let left = self.memory_left(&slots);
+        let mut left = self.memory_left(&slots);
         let slot = slots.named(name).ok_or_else(|| no_such_vm(name))?;
+        if slot.life.state() == VmState::Waiting {
+            // It was promised to this very VM.
+            left = left.saturating_add(slot.plan.config.memory);
+        }
         if verb == Verb::Nmi && vcpu.0 >= u32::from(slot.plan.config.vcpus) {
             let count = slot.plan.config.vcpus;
             let message = format!("{name}: there is no vCPU {}; it has {count}", vcpu.0);
