@@ -292,10 +292,10 @@ proptest! {
                     }
                 }
                 Happens::TimedOut if life.timed_out() => machine.step(Step::Force),
-                Happens::WatchdogPauses if machine.exists && !machine.rests => {
-                    if life.paused_itself() {
-                        machine.step(Step::Pause);
-                    }
+                Happens::WatchdogPauses
+                    if machine.exists && !machine.rests && life.paused_itself() =>
+                {
+                    machine.step(Step::Pause);
                 }
                 _ => {}
             }
