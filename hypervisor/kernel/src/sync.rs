@@ -73,6 +73,25 @@ impl<T> Lock<T> {
     }
 }
 
+impl<T> Lock<T> {
+    /// Takes the lock, if nobody holds it.
+    pub fn try_lock(&self) -> Option<Guard<'_, T>> {
+        let interrupts = interrupts::are_enabled();
+        interrupts::disable();
+        if self.held.swap(true, Ordering::Acquire) {
+            if interrupts {
+                interrupts::enable();
+            }
+            return None;
+        }
+        Some(Guard {
+            lock: self,
+            interrupts,
+            forced: false,
+        })
+    }
+}
+
 /// The right to the value of a [`Lock`].
 pub struct Guard<'a, T> {
     lock: &'a Lock<T>,

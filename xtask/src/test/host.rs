@@ -124,7 +124,7 @@ name = "deaf"
 vcpus = 2
 memory = "32M"
 autostart = false
-boot = { kernel = "stub", cmdline = "checks=none facts=off end=spin" }
+boot = { kernel = "stub", cmdline = "checks=none facts=off end=halt" }
 
 [[vm]]
 name = "unfed"

@@ -125,7 +125,11 @@ impl<B: Backend> World<B> {
         };
         let metrics = self.sched.metrics(id, now).unwrap_or_default();
         let entity = self.entities.lock().get(id.0 as usize).cloned().flatten();
-        let counters = entity.map(|entity| entity.exits.counters());
+        // One that runs has its lock taken; nobody waits for that here.
+        let counters = entity.map(|entity| match entity.vcpu.try_lock() {
+            Some(vcpu) => *vcpu.counters(),
+            None => entity.exits.counters(),
+        });
         let exits = Exit::NAMES.iter().zip(counters.unwrap_or([0; Exit::KINDS]));
         VcpuStats {
             vcpu: number,

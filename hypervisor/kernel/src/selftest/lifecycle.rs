@@ -127,10 +127,21 @@ impl Script {
     }
 }
 
+/// A VM that halts for good.
 fn vm_config(name: &str, memory: &str) -> Request {
     Request::VmCreate {
         config: format!(
             "[[vm]]\nname = \"{name}\"\nmemory = \"{memory}\"\nconsole = false\n\
+             boot = {{ kernel = \"stub\", cmdline = \"checks=none facts=off end=halt\" }}\n"
+        ),
+    }
+}
+
+/// A VM that never halts.
+fn spinner(name: &str) -> Request {
+    Request::VmCreate {
+        config: format!(
+            "[[vm]]\nname = \"{name}\"\nmemory = \"32M\"\nconsole = false\n\
              boot = {{ kernel = \"stub\", cmdline = \"checks=none facts=off end=spin\" }}\n"
         ),
     }
@@ -354,7 +365,7 @@ fn script() -> VecDeque<(String, Step)> {
         vm: String::from("button"),
         vcpu: Some(vcpu),
     };
-    let steps: [(&str, Step); 60] = [
+    let steps: [(&str, Step); 64] = [
         ("rounds", rounds()),
         ("create", fine(vm_config("new", "4M"))),
         ("create-again", refused(vm_config("new", "4M"), Exists)),
@@ -403,11 +414,15 @@ fn script() -> VecDeque<(String, Step)> {
         ("stop", fine(stop("button", 100))),
         ("stopping-pause", refused(pause("button"), WrongState)),
         ("shuts-down", comes_to("button", VmState::Off)),
+        ("create-spinner", fine(spinner("spinner"))),
+        ("start-spinner", fine(start("spinner"))),
+        ("spinner-runs", comes_to("spinner", VmState::Running)),
+        ("pause-spinner", fine(pause("spinner"))),
+        ("spinner-stands-still", stands_still("spinner")),
+        ("resume-spinner", fine(resume("spinner"))),
+        ("destroy-spinner", fine(destroy("spinner", true))),
         ("start-deaf", fine(start("deaf"))),
         ("deaf-runs", comes_to("deaf", VmState::Running)),
-        ("deaf-pause", fine(pause("deaf"))),
-        ("deaf-stands-still", stands_still("deaf")),
-        ("deaf-resume", fine(resume("deaf"))),
         ("stop-deaf", fine(stop("deaf", 1))),
         ("too-long", refused(stop("deaf", 4_000), BadRequest)),
         ("forced-off", comes_to("deaf", VmState::Off)),

@@ -90,7 +90,10 @@ fn the_manual_is_right() {
                 kinds.insert(kind_of_request(&request));
                 // Keys that are written although they could be left out differ; what they say does not.
                 let again = Outgoing::request(id, &request).line().unwrap();
-                assert_eq!(parse(again.trim_end().as_bytes()).1, Ok(Asked::Request(request)));
+                assert_eq!(
+                    parse(again.trim_end().as_bytes()).1,
+                    Ok(Asked::Request(request))
+                );
                 continue;
             }
         };
