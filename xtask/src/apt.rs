@@ -132,6 +132,26 @@ impl Mirrors {
 /// A private apt state: one suite, its own lists and cache.
 pub struct Apt {
     directory: PathBuf,
+    architecture: Architecture,
+}
+
+/// For which processors a package is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Architecture {
+    /// 64 bits.
+    Amd64,
+    /// 32 bits.
+    I386,
+}
+
+impl Architecture {
+    /// Debian's name.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Amd64 => "amd64",
+            Self::I386 => "i386",
+        }
+    }
 }
 
 impl Apt {
@@ -149,7 +169,7 @@ impl Apt {
         let source = format!(
             "{} [signed-by={keyring}] {} {} main\n",
             match what {
-                What::Program => "deb",
+                What::Program(_) => "deb",
                 What::Source => "deb-src",
             },
             mirrors.of(suite.archive),
@@ -160,6 +180,10 @@ impl Apt {
         fs::write(directory.join("status"), "")?;
         let apt = Self {
             directory: directory.to_owned(),
+            architecture: match what {
+                What::Program(architecture) => architecture,
+                What::Source => Architecture::Amd64,
+            },
         };
         output_of(apt.command("apt-get").args([
             "-qq",
@@ -181,7 +205,8 @@ impl Apt {
             format!("Dir::State::status={}", at("status")),
             format!("Dir::Cache={}", at("cache")),
             "APT::Sandbox::User=".to_owned(),
-            "APT::Architecture=amd64".to_owned(),
+            format!("APT::Architecture={}", self.architecture.name()),
+            format!("APT::Architectures={}", self.architecture.name()),
             "Acquire::Languages=none".to_owned(),
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
         ];
@@ -206,7 +231,7 @@ impl Apt {
         let mut command = self.command("apt-get");
         command.arg("-qq");
         let ending = match what {
-            What::Program => {
+            What::Program(_) => {
                 command.arg("download");
                 ".deb"
             }
@@ -236,7 +261,7 @@ impl Apt {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum What {
     /// Compiled.
-    Program,
+    Program(Architecture),
     /// Its source.
     Source,
 }
@@ -336,7 +361,20 @@ pub fn fetch(
     suites: &[Suite],
     choose: impl Fn(&Apt) -> Result<String>,
 ) -> Result<Package> {
-    patiently(cache, suites, What::Program, choose)
+    fetch_for(cache, suites, Architecture::Amd64, choose)
+}
+
+/// The same for other processors.
+///
+/// # Errors
+/// As [`fetch`].
+pub fn fetch_for(
+    cache: &Path,
+    suites: &[Suite],
+    architecture: Architecture,
+    choose: impl Fn(&Apt) -> Result<String>,
+) -> Result<Package> {
+    patiently(cache, suites, What::Program(architecture), choose)
 }
 
 /// Downloads a package's source, packed by XZ, from the first suite that has it.

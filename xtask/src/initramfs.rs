@@ -162,6 +162,11 @@ pub fn build(busybox: &[u8]) -> Result<Vec<u8>> {
     if !guests::is_static_x86_64_elf(busybox) {
         bail!("busybox for the initramfs must be a static x86-64 program");
     }
+    around(busybox)
+}
+
+/// Makes the archive around a busybox that the guest's kernel can run.
+fn around(busybox: &[u8]) -> Result<Vec<u8>> {
     let mut archive = Archive::new();
     for directory in [
         "bin",
@@ -202,15 +207,27 @@ pub fn build(busybox: &[u8]) -> Result<Vec<u8>> {
 /// # Errors
 /// No static busybox is installed and none can be fetched; the cache cannot be written.
 pub fn ensure(cache: &Path) -> Result<PathBuf> {
-    let path = cache.join("guests/initramfs.cpio");
     let busybox = guests::busybox(cache)?;
+    kept(cache.join("guests/initramfs.cpio"), &busybox, build)
+}
+
+/// The same for 32-bit guests.
+///
+/// # Errors
+/// Its busybox cannot be fetched; the cache cannot be written.
+pub fn ensure_32(cache: &Path) -> Result<PathBuf> {
+    let busybox = guests::file(cache, "busybox-32")?.path;
+    kept(cache.join("guests/initramfs-32.cpio"), &busybox, around)
+}
+
+/// Makes the archive of this busybox, if it is not what lies at `path`.
+fn kept(path: PathBuf, busybox: &Path, make: impl Fn(&[u8]) -> Result<Vec<u8>>) -> Result<PathBuf> {
     let binary =
-        std::fs::read(&busybox).with_context(|| format!("cannot read {}", busybox.display()))?;
-    let bytes = build(&binary)?;
-    if std::fs::read(&path).is_ok_and(|old| old == bytes) {
-        return Ok(path);
+        std::fs::read(busybox).with_context(|| format!("cannot read {}", busybox.display()))?;
+    let bytes = make(&binary)?;
+    if !std::fs::read(&path).is_ok_and(|old| old == bytes) {
+        guests::write_whole(&path, &bytes)?;
     }
-    guests::write_whole(&path, &bytes)?;
     Ok(path)
 }
 

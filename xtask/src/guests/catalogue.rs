@@ -19,7 +19,7 @@ use crate::{
 /// How a guest's first instruction is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Boot {
-    /// A Linux boot image, by its 64-bit entry.
+    /// A Linux boot image, by its 64-bit entry, or its 32-bit one where it has no other.
     BzImage,
     /// An ELF file with a PVH entry.
     Pvh,
@@ -202,7 +202,7 @@ const fn seconds(qemu_s: u32, bochs_s: u32) -> Places {
 }
 
 /// The guests that can be run by name; the first is what `@linux` means.
-pub static CATALOGUE: [Guest; 23] = [
+pub static CATALOGUE: [Guest; 24] = [
     linux(
         "linux-6.1-cloud",
         "Debian 12's kernel for virtual machines, a busybox shell",
@@ -224,6 +224,16 @@ pub static CATALOGUE: [Guest; 23] = [
         Some("6.1."),
         seconds(9, 100),
     ),
+    Guest {
+        initrd: Some("@initramfs-32"),
+        ..linux(
+            "linux-6.1-686",
+            "Debian 12's kernel for 32-bit PCs, a busybox shell",
+            "@linux-6.1-686",
+            Some("6.1."),
+            seconds(15, 120),
+        )
+    },
     linux(
         "linux-6.12-cloud",
         "Debian 13's kernel for virtual machines, a busybox shell",
@@ -636,7 +646,7 @@ mod tests {
                 assert!(
                     known.contains(&name)
                         || name.starts_with(super::super::qemu_tests::PREFIX)
-                        || ["initramfs", "boot-disk", "selftests"].contains(&name),
+                        || ["initramfs", "initramfs-32", "boot-disk", "selftests"].contains(&name),
                     "{name}"
                 );
             }

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::{is_bzimage, write_whole};
 use crate::{
-    apt::{Apt, Archive, Suite, fetch},
+    apt::{Apt, Architecture, Archive, Suite, fetch_for},
     paths,
     progress::Step,
 };
@@ -23,8 +23,12 @@ use crate::{
 enum Choice {
     /// The one of this name.
     Named(&'static str),
+    /// The one of this name for 32-bit processors.
+    Named32(&'static str),
     /// The kernel that this package depends on: always the suite's newest.
     Kernel(&'static str),
+    /// The same for 32-bit processors.
+    Kernel32(&'static str),
 }
 
 /// What a file has to begin like, so that a package that was rearranged is noticed.
@@ -129,7 +133,7 @@ const fn module(name: &'static str, wildcard: &'static str) -> Member {
 }
 
 /// The packages that are known.
-static PACKAGES: [Package; 16] = [
+static PACKAGES: [Package; 18] = [
     Package {
         name: "linux-6.1-cloud",
         description: "Debian 12's kernel 6.1 for virtual machines",
@@ -178,6 +182,30 @@ static PACKAGES: [Package; 16] = [
             file: "vmlinuz",
             wildcard: KERNEL,
             looks: Looks::BzImage,
+        }],
+    },
+    Package {
+        name: "linux-6.1-686",
+        description: "Debian 12's kernel 6.1 for 32-bit PCs",
+        choice: Choice::Kernel32("linux-image-686-pae"),
+        suites: &[security("bookworm-security"), main("bookworm")],
+        members: &[Member {
+            name: "linux-6.1-686",
+            file: "vmlinuz",
+            wildcard: KERNEL,
+            looks: Looks::BzImage,
+        }],
+    },
+    Package {
+        name: "busybox-32",
+        description: "busybox for 32-bit guests",
+        choice: Choice::Named32("busybox-static"),
+        suites: &[main("bookworm")],
+        members: &[Member {
+            name: "busybox-32",
+            file: "busybox",
+            wildcard: "./bin/busybox",
+            looks: Looks::Elf,
         }],
     },
     Package {
@@ -442,7 +470,8 @@ fn wildcards(package: &Package) -> String {
 /// Downloads the package, puts its files into `directory` and gives the package's file name.
 fn download(cache: &Path, package: &Package, directory: &Path) -> Result<String> {
     let step = Step::start(format!("Fetching {}", package.description));
-    let fetched = fetch(cache, package.suites, |apt| package.choice.name(apt))
+    let Package { suites, choice, .. } = package;
+    let fetched = fetch_for(cache, suites, choice.architecture(), |apt| choice.name(apt))
         .with_context(|| format!("cannot fetch {}", package.description))?;
     for member in package.members {
         let bytes = fetched.member(member.wildcard)?;
@@ -463,11 +492,19 @@ fn download(cache: &Path, package: &Package, directory: &Path) -> Result<String>
 }
 
 impl Choice {
+    /// The processors that the package is for.
+    fn architecture(self) -> Architecture {
+        match self {
+            Self::Named(_) | Self::Kernel(_) => Architecture::Amd64,
+            Self::Named32(_) | Self::Kernel32(_) => Architecture::I386,
+        }
+    }
+
     /// The package's name in this suite.
     fn name(self, apt: &Apt) -> Result<String> {
         match self {
-            Self::Named(name) => Ok(name.to_owned()),
-            Self::Kernel(metapackage) => {
+            Self::Named(name) | Self::Named32(name) => Ok(name.to_owned()),
+            Self::Kernel(metapackage) | Self::Kernel32(metapackage) => {
                 let depends = |name: &str| apt.cache(&["depends", "--important", name]);
                 let image = dependency(&depends(metapackage)?, "linux-image-")
                     .with_context(|| format!("{metapackage} names no kernel"))?;

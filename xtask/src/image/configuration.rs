@@ -9,6 +9,7 @@
 //! | `@linux-6.1-cloud`, `@memtest86+`, .. | that file from a Debian package (`guests::packages`) |
 //! | `@linux-6.1-cloud.elf` | the ELF file inside that kernel |
 //! | `@initramfs` | a small system around busybox |
+//! | `@initramfs-32` | the same for 32-bit guests |
 //! | `@stub` | Plinth's own test guest |
 //! | `@selftests` | the small system, with Linux' x86 self-tests in `/x86` |
 //! | `@qemu-test-memory`, .. | that test kernel of QEMU's own (`guests::qemu_tests`) |
@@ -153,6 +154,7 @@ impl Configuration {
         let cache = paths::cache();
         let kernel = match name {
             "initramfs" => return initramfs::ensure(&cache),
+            "initramfs-32" => return initramfs::ensure_32(&cache),
             "stub" => return stub::ensure(),
             "boot-disk" => return guests::boot_disk::ensure(&cache),
             name if name.starts_with(guests::qemu_tests::PREFIX) => {
