@@ -288,9 +288,11 @@ pub static CATALOGUE: [Guest; 24] = [
             seconds(8, 60),
         ),
     ),
-    by(
-        Boot::EfiStub,
-        linux(
+    Guest {
+        boot: Boot::EfiStub,
+        // As for all firmware.
+        shift: Some(5),
+        ..linux(
             "linux-6.1-cloud-efi",
             "linux-6.1-cloud, started by OVMF",
             "@linux-6.1-cloud",
@@ -299,8 +301,8 @@ pub static CATALOGUE: [Guest; 24] = [
                 qemu_s: 25,
                 bochs_s: None,
             },
-        ),
-    ),
+        )
+    },
     Guest {
         initrd: Some("@selftests"),
         keys: &[Keys {
