@@ -654,6 +654,7 @@ impl VirtualCpu for SvmVcpu {
         }
     }
 
+    #[inline(always)]
     fn enter(&mut self) -> Exit {
         assert!(self.loaded, "vCPU entered without being loaded");
         self.run_guest();

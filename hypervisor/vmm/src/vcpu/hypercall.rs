@@ -20,6 +20,7 @@ const INVALID: u64 = 22u64.wrapping_neg();
 
 impl<V: VirtualCpu> Vcpu<V> {
     /// Carries a hypercall out, and leaves its result in RAX.
+    #[inline(always)]
     pub(super) fn hypercall(&mut self) {
         let result = match self.hw.gpr(Gpr::Rax) {
             SEND_IPI => self.send_ipis(),

@@ -611,6 +611,8 @@ impl<V: VirtualCpu> Vcpu<V> {
         }
     }
 
+    // On the way of common exits, from both kinds of run loop: a call would cost them dearly.
+    #[inline(always)]
     fn cpuid(&mut self) {
         let leaf = self.hw.gpr(Gpr::Rax) as u32;
         let subleaf = self.hw.gpr(Gpr::Rcx) as u32;
@@ -628,6 +630,7 @@ impl<V: VirtualCpu> Vcpu<V> {
         self.hw.set_gpr(Gpr::Rdx, u64::from(result.edx));
     }
 
+    #[inline(always)]
     fn port_io(&mut self, io: PortIo) -> Next {
         let vm = &self.rest.vm;
         let rax = self.hw.gpr(Gpr::Rax);
@@ -713,6 +716,7 @@ impl<V: VirtualCpu> Vcpu<V> {
         self.complete(result);
     }
 
+    #[inline(always)]
     fn nested_page_fault(&mut self, fault: NestedPageFault) -> Next {
         if self.rest.vm.memory.is_ram(fault.gpa) {
             // RAM is mapped with all rights from the start, so this cannot be the guest's doing.
