@@ -9,6 +9,7 @@
 //! processors, the longest first; the last line is the count.
 
 mod consoles;
+mod control;
 mod host;
 mod linux;
 mod place;

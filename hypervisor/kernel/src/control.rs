@@ -111,7 +111,7 @@ pub fn look_again_at() -> u64 {
     }
 }
 
-/// Host TSC at which the first processor, when it has nothing to do, has to [`serve`] again.
+/// Host TSC at which the first processor, when it has nothing to do, has to [`serve`] again. Rings if that is now.
 pub fn wake_up_at() -> Option<u64> {
     let look = match look_again_at() {
         u64::MAX => u64::MAX,
@@ -119,10 +119,11 @@ pub fn wake_up_at() -> Option<u64> {
         _ if PORT.lock().line.has_interrupts() => u64::MAX,
         look => look,
     };
-    let next = match NEXT_SERVE.load(Ordering::Relaxed) {
-        u64::MAX => u64::MAX,
-        next => next.max(RING_FROM.load(Ordering::Relaxed)),
-    };
+    let next = NEXT_SERVE.load(Ordering::Relaxed);
+    if next <= time::now_tsc() {
+        // No guest has to give way.
+        doors::ring();
+    }
     Some(next.min(look)).filter(|&at| at != u64::MAX)
 }
 

@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::{
-    consoles, host,
+    consoles, control, host,
     place::Place,
     qemu_tests, refusals,
     report::Outcome,
@@ -219,6 +219,7 @@ pub fn all() -> Vec<Scenario> {
         let body = test_kernels::test_kernels;
         all.push(Scenario::new(place, "test-kernels", 15, body));
         all.push(Scenario::new(place, "console-flood", 8, consoles::flood));
+        all.push(Scenario::new(place, "control", 30, control::control));
         all.push(Scenario::new(place, "shell", 15, shell::verbs));
         all.push(Scenario::new(
             place,

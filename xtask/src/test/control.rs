@@ -1,0 +1,327 @@
+//! The scenario about the control channel: every verb by plinthctl, and what a bad client does to a host.
+//!
+//! plinthctl is called as the library that the program is. All with guest stubs, which boot at once.
+
+use std::{
+    ffi::OsString,
+    fs,
+    io::{BufRead, BufReader, ErrorKind, Read, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use regex::Regex;
+
+use super::{
+    rig::{Rig, Start, Vm},
+    session::Session,
+    terminal::Terminal,
+};
+use crate::{emulator::Emulator, paths};
+
+/// A stub that talks until it is told to end.
+const TALKS: &str = "checks=none facts=off end=shell";
+
+/// Bytes of the kernel's heap that may be in use at one time and not at another.
+const HEAP_SLACK: u64 = 16 * 1024;
+
+/// What plinthctl ends with (docs/CONTROL.md).
+mod exit {
+    pub(super) const DONE: u8 = 0;
+    pub(super) const REFUSED: u8 = 1;
+    pub(super) const USAGE: u8 = 2;
+    pub(super) const NO_CONNECTION: u8 = 3;
+}
+
+/// The host, as a program sees it.
+struct Host {
+    socket: PathBuf,
+    limit: Duration,
+}
+
+impl Host {
+    /// Runs plinthctl: its status, and what it printed.
+    fn plinthctl(&self, words: &[&str]) -> (u8, String) {
+        let seconds = self.limit.as_secs().to_string();
+        let address = format!("--connect=unix:{}", self.socket.display());
+        let own = ["plinthctl", &address, "--answer-timeout", &seconds];
+        let args = own.iter().chain(words).map(OsString::from);
+        let mut text = Vec::new();
+        let mut errors = Vec::new();
+        let terminal = plinthctl::Terminal {
+            out: &mut text,
+            errors: &mut errors,
+            is_terminal: false,
+        };
+        let status = plinthctl::run(args, terminal).status();
+        text.extend(errors);
+        (status, String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// As [`Host::plinthctl`], which has to end so and to print this among others.
+    fn expect(&self, words: &[&str], wanted: u8, printed: &str) -> Result<String> {
+        let (status, text) = self.plinthctl(words);
+        ensure!(
+            status == wanted && text.contains(printed),
+            "plinthctl {} ended with {status} instead of {wanted}, and printed, instead of {printed:?}: {text}",
+            words.join(" ")
+        );
+        Ok(text)
+    }
+
+    fn done(&self, words: &[&str], printed: &str) -> Result<String> {
+        self.expect(words, exit::DONE, printed)
+    }
+
+    /// Asks until the VM is in this state and was started so often.
+    fn wait_for(&self, vm: &str, state: &str, starts: u32) -> Result<()> {
+        let deadline = Instant::now() + self.limit;
+        let wanted = Regex::new(&format!(
+            r#""name":"{vm}","state":"{state}",[^{{}}]*"starts":{starts}\b"#
+        ))?;
+        loop {
+            let text = self.done(&["--json", "vm", "list"], "")?;
+            if wanted.is_match(&text) {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{vm} did not come to be {state} after {starts} starts: {text}"
+            );
+            thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// Free memory and heap in use, in bytes.
+    fn memory(&self) -> Result<(u64, u64)> {
+        let text = self.done(&["--json", "host", "show"], "")?;
+        let figure = |name: &str| -> Result<u64> {
+            let pattern = Regex::new(&format!(r#""{name}":(\d+)"#))?;
+            let found = pattern.captures(&text).with_context(|| text.clone())?;
+            Ok(found[1].parse()?)
+        };
+        Ok((figure("memory_free_bytes")?, figure("heap_bytes")?))
+    }
+
+    /// A connection without plinthctl's manners.
+    fn connect(&self) -> Result<UnixStream> {
+        let stream = UnixStream::connect(&self.socket)?;
+        stream.set_read_timeout(Some(self.limit))?;
+        stream.set_write_timeout(Some(self.limit))?;
+        Ok(stream)
+    }
+}
+
+/// Every verb, then every abuse; the guest that is shown answers all the time.
+pub fn control(rig: &Rig, start: &Start) -> Result<String> {
+    let limits = start.place.limits();
+    let two = Vm {
+        vcpus: 2,
+        ..Vm::stub("two", TALKS)
+    };
+    let text = format!(
+        "[host]\nafter-last-vm = \"stay\"\nfiles = [\"stub\"]\n{}{}",
+        Vm::stub("one", TALKS).section(),
+        two.section()
+    );
+    // The path of a socket has to be short.
+    let name = format!("plinth-{}-{}.sock", std::process::id(), start.name);
+    let socket = std::env::temp_dir().join(name);
+    let mut session = rig.boot_text(start, &text, |machine| {
+        machine.control = Some(socket.clone());
+    })?;
+    session.expect(&Regex::new("stub> ")?, limits.boot)?;
+    let host = Host {
+        socket,
+        limit: limits.command,
+    };
+    verbs(&host, &mut session, &start.name)?;
+    let before = host.memory()?;
+    let answers = abuse(&host, &mut session, start)?;
+    let after = host.memory()?;
+    ensure!(
+        before.0 == after.0 && before.1.abs_diff(after.1) <= HEAP_SLACK,
+        "free memory and heap were {before:?} and are {after:?}"
+    );
+    host.done(&["host", "power-off"], "powering off")?;
+    session.wait_for_power_off(limits.command)?;
+    let gone = host.plinthctl(&["vm", "list"]).0;
+    ensure!(gone == exit::NO_CONNECTION, "without a machine: {gone}");
+    Ok(format!("{answers} answers to a flood"))
+}
+
+/// The guest that is shown answers.
+fn guest_answers(host: &Host, session: &mut Session, word: &str) -> Result<()> {
+    session.send(&format!("echo {word}\r"))?;
+    session
+        .expect(&Regex::new(&format!(r"\n{word}\r"))?, host.limit)
+        .context("the guest that is shown")?;
+    Ok(())
+}
+
+fn verbs(host: &Host, session: &mut Session, name: &str) -> Result<()> {
+    host.wait_for("one", "running", 1)?;
+    host.wait_for("two", "running", 1)?;
+    host.done(&["vm", "list"], "NAME")?;
+    host.done(&["vm", "show", "two"], "two.1")?;
+    host.done(&["host", "show"], "protocol")?;
+    host.done(&["stats"], "one.0")?;
+    host.done(&["top", "--count", "1"], "plinth top")?;
+    host.done(&["log", "--lines", "1000"], "control channel")?;
+    host.done(&["sched", "set", "two", "--weight", "200"], "two")?;
+    host.done(&["sched", "show"], "200")?;
+    host.done(&["vm", "pause", "two"], "two: ")?;
+    host.wait_for("two", "paused", 1)?;
+    host.done(&["vm", "resume", "two"], "two: ")?;
+    host.wait_for("two", "running", 1)?;
+    // One that has not been started yet ignores it.
+    host.done(&["inject", "nmi", "two", "--vcpu", "1"], "NMI")?;
+    host.done(&["vm", "reset", "two"], "two: ")?;
+    host.wait_for("two", "running", 2)?;
+
+    let create = [
+        "vm",
+        "create",
+        "name=three",
+        "memory=16M",
+        "boot.kernel=stub",
+        "boot.cmdline=checks=none facts=off end=shell",
+    ];
+    host.done(&create, "three: ")?;
+    host.expect(&create, exit::REFUSED, "exists already")?;
+    host.done(&["vm", "start", "three", "--wait=300"], "three: ")?;
+    host.done(
+        &["vm", "stop", "three", "--timeout", "1", "--wait=300"],
+        "three: ",
+    )?;
+    host.done(&["vm", "destroy", "three"], "three: ")?;
+    host.expect(&["vm", "show", "four"], exit::REFUSED, "not found")?;
+    host.expect(&["vm", "start", "one"], exit::REFUSED, "not in this state")?;
+    host.expect(&["vm", "dance"], exit::USAGE, "dance")?;
+
+    host.done(&["trace", "start"], "started")?;
+    guest_answers(host, session, "traced")?;
+    host.done(&["trace", "stop"], "stopped")?;
+    host.done(&["trace", "show"], "is not recorded")?;
+    let file = paths::target()
+        .join("test-logs")
+        .join(format!("{name}.trace.json"));
+    let path = file.display().to_string();
+    host.done(&["trace", "-o", &path, "--recorded"], "records")?;
+    trace_is_whole(&file)
+}
+
+/// The file has what a guest that was typed at does.
+fn trace_is_whole(file: &Path) -> Result<()> {
+    let text = fs::read_to_string(file)?;
+    for wanted in [
+        "{\"displayTimeUnit\":\"ns\",\"traceEvents\":[",
+        "\"name\":\"one vCPU 0\"",
+        "\"name\":\"on pCPU ",
+        "\"name\":\"port-io\"",
+        "\"name\":\"inject vector ",
+        "\"name\":\"wake\"",
+        "\"name\":\"process_name\",\"args\":{\"name\":\"VM one\"}",
+    ] {
+        ensure!(text.contains(wanted), "the trace has no {wanted}");
+    }
+    ensure!(text.ends_with("\n]}\n"), "the trace has no end");
+    Ok(())
+}
+
+/// Everything that a bad client does. Returns how many answers a flood got.
+fn abuse(host: &Host, session: &mut Session, start: &Start) -> Result<usize> {
+    // Bochs' port has the speed of a real one.
+    let (long, flood) = match start.place.emulator() {
+        Emulator::Qemu => (1 << 20, 10_000),
+        Emulator::Bochs => (40 << 10, 300),
+    };
+    let mut garbage: Vec<u8> = (0..=255).collect();
+    garbage.extend(b"\n{\"id\":1,\n[[[[\n\"\n");
+    host.connect()?.write_all(&garbage)?;
+    host.done(&["vm", "list"], "one")?;
+
+    let mut line = vec![b'x'; long];
+    line.push(b'\n');
+    let mut client = host.connect()?;
+    client.write_all(&line)?;
+    client.write_all(b"{\"id\":77,\"v\":1,\"verb\":\"vm-list\"}\n")?;
+    let text = read_until(&client, "{\"id\":77,\"ok\":")?;
+    ensure!(text.contains("longer than"), "the long line: {text}");
+    drop(client);
+
+    // Half a line, and gone.
+    host.connect()?
+        .write_all(b"{\"id\":5,\"v\":1,\"verb\":\"vm-destroy\",\"vm\":\"one\",\"force\":tr")?;
+    host.done(&["vm", "list"], "one")?;
+
+    // Many requests, with somebody who reads.
+    let client = host.connect()?;
+    let requests: String = (1..=flood)
+        .map(|id| format!("{{\"id\":{id},\"v\":1,\"verb\":\"sched-show\"}}\n"))
+        .collect();
+    let mut sender = client.try_clone()?;
+    let sending = thread::spawn(move || sender.write_all(requests.as_bytes()));
+    guest_answers(host, session, "flooded")?;
+    let last = match start.place.emulator() {
+        // Its port waits until it is read: nothing is lost.
+        Emulator::Qemu => format!("{{\"id\":{flood},\"ok\":"),
+        // Some are lost; the answer to one that is sent after them shows the end.
+        Emulator::Bochs => {
+            sending_is_over(sending)?;
+            (&client).write_all(b"\n{\"id\":999999,\"verb\":\"hello\"}\n")?;
+            let text = read_until(&client, "{\"id\":999999,\"hello\":")?;
+            return finish_abuse(host, session, text.matches("\"ok\":").count());
+        }
+    };
+    let text = read_until(&client, &last)?;
+    sending_is_over(sending)?;
+    let answers = text.matches("\"ok\":").count();
+    ensure!(answers == flood, "{answers} answers to {flood} requests");
+    finish_abuse(host, session, answers)
+}
+
+fn sending_is_over(sending: thread::JoinHandle<std::io::Result<()>>) -> Result<()> {
+    let sent = sending.join().ok().context("the sender failed")?;
+    sent.context("sending a flood")
+}
+
+/// A client that sends and never reads; then all is as before.
+fn finish_abuse(host: &Host, session: &mut Session, answers: usize) -> Result<usize> {
+    let mut client = host.connect()?;
+    client.set_write_timeout(Some(Duration::from_millis(500)))?;
+    let request = b"{\"id\":1,\"v\":1,\"verb\":\"host-show\"}\n".repeat(100);
+    for _ in 0..100 {
+        match client.write_all(&request) {
+            Ok(()) => {}
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => break,
+            Err(e) => bail!("sending without reading: {e}"),
+        }
+    }
+    guest_answers(host, session, "undisturbed")?;
+    drop(client);
+    host.done(&["vm", "show", "one"], "running")?;
+    host.wait_for("two", "running", 2)?;
+    Ok(answers)
+}
+
+/// Reads lines until one begins so. Returns all.
+fn read_until(client: &UnixStream, beginning: &str) -> Result<String> {
+    let mut text = String::new();
+    let mut reader = BufReader::new(client).take(64 << 20);
+    loop {
+        let mut line = Vec::new();
+        let read = reader
+            .read_until(b'\n', &mut line)
+            .with_context(|| format!("waiting for {beginning}"))?;
+        ensure!(read > 0, "the connection ended before {beginning}");
+        let line = String::from_utf8_lossy(&line);
+        text += &line;
+        if line.starts_with(beginning) {
+            return Ok(text);
+        }
+    }
+}
