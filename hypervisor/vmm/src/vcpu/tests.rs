@@ -94,6 +94,38 @@ impl Host for FakeHost {
     }
 }
 
+/// A host that wants to be told what the run loop does.
+struct Watching<'h>(&'h mut FakeHost, Vec<Traced>);
+
+impl Host for Watching<'_> {
+    const TRACES: bool = true;
+
+    fn trace(&mut self, what: Traced) {
+        self.1.push(what);
+    }
+    fn now(&self) -> u64 {
+        self.0.now()
+    }
+    fn run_until(&self) -> u64 {
+        self.0.run_until()
+    }
+    fn arm_timer(&mut self, host_tsc: u64) {
+        self.0.arm_timer(host_tsc);
+    }
+    fn interrupts_wait_until(&self) -> u64 {
+        self.0.interrupts_wait_until()
+    }
+    fn take_interrupts(&mut self) -> Attention {
+        self.0.take_interrupts()
+    }
+    fn take_nmi(&mut self) {
+        self.0.take_nmi();
+    }
+    fn note(&mut self, line: String) {
+        self.0.note(line);
+    }
+}
+
 #[derive(Default)]
 struct Terminal(Mutex<Vec<u8>>);
 
@@ -295,6 +327,30 @@ fn cpuid_answers_and_steps_over() {
     assert_eq!(b.get(Gpr::Rbx), u64::from(u32::from_le_bytes(*b"KVMK")));
     assert_eq!(b.rip(), rip + 2);
     assert_eq!(b.vcpu.counters()[Exit::Cpuid.index()], 1);
+}
+
+#[test]
+fn a_host_that_wants_to_is_told_what_the_loop_does() {
+    let mut b = Bench::new();
+    b.vcpu.vm().inject_nmi(VcpuId(0));
+    b.vcpu.hw.exits = [Exit::Cpuid, out(0x80), Exit::TripleFault].into();
+    b.host.until = now() + SLICE;
+    let mut host = Watching(&mut b.host, Vec::new());
+    assert_eq!(b.vcpu.run(&mut host), Pause::Ended);
+    let exit = |exit: &Exit, port| Traced::Exit {
+        kind: exit.index(),
+        port,
+    };
+    let told = [
+        Traced::Nmi,
+        Traced::Entry,
+        exit(&Exit::Cpuid, 0),
+        Traced::Entry,
+        exit(&out(0x80), 0x80),
+        Traced::Entry,
+        exit(&Exit::TripleFault, 0),
+    ];
+    assert_eq!(host.1, told);
 }
 
 #[test]
