@@ -11,6 +11,7 @@ mod clocks;
 mod conform;
 mod cpuid;
 mod disk;
+mod display;
 mod exceptions;
 mod fpu;
 mod interrupts;
@@ -159,6 +160,7 @@ const GROUPS: &[(&str, &[Check])] = &[
     ("conform", conform::CHECKS),
     ("test", test_devices::CHECKS),
     ("disk", disk::CHECKS),
+    ("display", display::CHECKS),
 ];
 
 /// Whether a selection (comma-separated groups and `group.check`s, empty for all) holds a check.

@@ -4,7 +4,8 @@
 //! the host's own screen back, and the display again. A VM whose console is its display is shown on the terminal as text, too.
 //!
 //! Only the first processor comes here, from its loop between slices, at most every [`EVERY_US`], and draws
-//! no more than a step of [`drivers::screen`] and a few rows for the terminal: what a guest draws, and how often, costs
+//! no more than a step of [`drivers::screen`] and a few rows for the terminal; on a machine where that takes long it
+//! comes less often, so that at most one part in [`SHARE`] of its time goes there. What a guest draws, and how often, costs
 //! nobody more than that. Where no VM has a display, nothing happens.
 
 use alloc::{boxed::Box, vec::Vec};
@@ -25,6 +26,8 @@ use crate::{console, operator, screen, sync::Lock, time};
 
 /// Between two steps of drawing on the screen, in microseconds.
 const EVERY_US: u64 = 10_000;
+/// One step's time, and this many times as much until the next.
+const SHARE: u64 = 20;
 /// Between two looks at a screen of text for the terminal, in microseconds.
 const TEXT_EVERY_US: u64 = 100_000;
 /// What is shown of a VGA adapter's graphics.
@@ -91,35 +94,41 @@ pub fn toggle() {
 
 /// Takes a step.
 pub fn step(target: &Target<'_>) {
-    let now = time::now_tsc();
-    NEXT.store(now + time::us_to_ticks(EVERY_US), Ordering::Relaxed);
-    let mut show = SHOW.lock();
-    let Some(show) = show.as_mut() else { return };
-    let alone = console::shown_alone();
-    if core::mem::replace(&mut show.alone, alone) != alone {
-        show.mirror.forget();
+    let begun = time::now_tsc();
+    if let Some(show) = SHOW.lock().as_mut() {
+        show.step(target, begun);
     }
-    let picture = match target.vm {
-        Some(vm) => vm.picture(&mut show.text),
-        None => Picture::None,
-    };
-    // Else the screen shows the shell, or a console as text.
-    if !operator::owns_screen() {
-        if WANTED.load(Ordering::Relaxed) {
-            show.paint(picture, target.vm);
-        } else {
-            screen::uncover();
-        }
-    }
-    if let Some(console) = target.console.filter(|_| alone == target.console)
-        && now >= show.next_text
-    {
-        show.next_text = now + time::us_to_ticks(TEXT_EVERY_US);
-        show.send(picture, console);
-    }
+    let took = time::now_tsc().saturating_sub(begun);
+    let pause = time::us_to_ticks(EVERY_US).max(took.saturating_mul(SHARE));
+    NEXT.store(begun.saturating_add(pause), Ordering::Relaxed);
 }
 
 impl Show {
+    fn step(&mut self, target: &Target<'_>, now: u64) {
+        let alone = console::shown_alone();
+        if core::mem::replace(&mut self.alone, alone) != alone {
+            self.mirror.forget();
+        }
+        let picture = match target.vm {
+            Some(vm) => vm.picture(&mut self.text),
+            None => Picture::None,
+        };
+        // Else the screen shows the shell, or a console as text.
+        if !operator::owns_screen() {
+            if WANTED.load(Ordering::Relaxed) {
+                self.paint(picture, target.vm);
+            } else {
+                screen::uncover();
+            }
+        }
+        if let Some(console) = target.console.filter(|_| alone == target.console)
+            && now >= self.next_text
+        {
+            self.next_text = now + time::us_to_ticks(TEXT_EVERY_US);
+            self.send(picture, console);
+        }
+    }
+
     /// Draws a piece of the picture on the screen.
     fn paint(&self, picture: Picture, vm: Option<&Vm>) {
         match (picture, vm) {

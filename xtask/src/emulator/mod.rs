@@ -11,6 +11,7 @@ mod bochs;
 mod bridge;
 pub mod kvm;
 pub mod newer;
+pub mod picture;
 mod pty;
 mod qemu;
 mod serial;
@@ -36,6 +37,7 @@ use crate::{
 };
 pub use bochs::MAX_MEMORY_MIB as BOCHS_MAX_MEMORY_MIB;
 use bridge::Bridge;
+use picture::Picture;
 use serial::Serial;
 pub use serial::{Cursor, Keyboard, Watch};
 
@@ -207,7 +209,7 @@ impl Machine {
             read: Cursor::default(),
             control: self.control.clone(),
             _bridge: bridge,
-            _folder: folder,
+            folder,
         })
     }
 }
@@ -268,6 +270,7 @@ const LAST_WORDS: Duration = Duration::from_secs(10);
 enum EndSource {
     /// QEMU's monitor: the reason it gave, once it did.
     Monitor {
+        monitor: qemu::Monitor,
         reason: Arc<Mutex<Option<String>>>,
         /// Reads the monitor, to its end.
         follower: JoinHandle<()>,
@@ -284,6 +287,7 @@ impl EndSource {
                 reason,
                 follower,
                 errors,
+                ..
             } => {
                 // QEMU is gone; what it said last may not have been read yet.
                 let deadline = Instant::now() + LAST_WORDS;
@@ -317,7 +321,7 @@ pub struct Running {
     /// The socket of its second serial port.
     control: Option<PathBuf>,
     _bridge: Option<Bridge>,
-    _folder: Folder,
+    folder: Folder,
 }
 
 impl Running {
@@ -358,6 +362,34 @@ impl Running {
     /// A handle to type with from other threads.
     pub fn keyboard(&self) -> Keyboard {
         self.serial.keyboard()
+    }
+
+    /// What the machine's screen shows now. QEMU only.
+    ///
+    /// # Errors
+    /// The emulator gave no whole picture within the time.
+    pub fn screen(&self, timeout: Duration) -> anyhow::Result<Picture> {
+        let EndSource::Monitor { monitor, .. } = &self.source else {
+            anyhow::bail!("only QEMU tells what its screen shows");
+        };
+        let file = self.folder.0.join("screen.ppm");
+        // There is none the first time.
+        let _ = fs::remove_file(&file);
+        monitor.dump_screen(&file);
+        let deadline = Instant::now() + timeout;
+        loop {
+            let picture = fs::read(&file)
+                .ok()
+                .and_then(|bytes| Picture::parse(&bytes));
+            if let Some(picture) = picture {
+                return Ok(picture);
+            }
+            anyhow::ensure!(
+                Instant::now() < deadline,
+                "QEMU gave no picture of its screen"
+            );
+            thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// Waits for the machine's end.

@@ -54,10 +54,12 @@ pub fn start(
         .stderr(File::create(&errors)?);
     let mut child = Guarded::spawn(command)?;
     let to = child.child().stdin.take().expect("stdin is piped");
+    let to = Monitor(Arc::new(Mutex::new(to)));
     let from = child.child().stdout.take().expect("stdout is piped");
     let reason = Arc::new(Mutex::new(None));
-    let follower = follow_monitor(to, from, Arc::clone(&reason));
+    let follower = follow_monitor(to.clone(), from, Arc::clone(&reason));
     let source = EndSource::Monitor {
+        monitor: to,
         reason,
         follower,
         errors,
@@ -146,25 +148,45 @@ fn escaped(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
+/// QEMU's monitor, to give it commands.
+#[derive(Clone)]
+pub struct Monitor(Arc<Mutex<ChildStdin>>);
+
+impl Monitor {
+    /// Gives a command. Should QEMU be gone already, its error text tells why.
+    fn say(&self, command: &str) {
+        let mut to = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = to.write_all(format!("{command}\n").as_bytes());
+    }
+
+    /// Has it write what the machine's screen shows to a file, as a PPM; it is whole some time later.
+    pub fn dump_screen(&self, file: &Path) {
+        // A name with a quote would end the text; ours have none.
+        let name = file.display();
+        self.say(&format!(
+            "{{\"execute\":\"screendump\",\"arguments\":{{\"filename\":\"{name}\"}}}}"
+        ));
+    }
+}
+
 /// Speaks to QEMU's monitor: notes why the machine ended, and ends QEMU when it would only
 /// stand still after an error of its own.
 fn follow_monitor(
-    mut to: ChildStdin,
+    to: Monitor,
     from: ChildStdout,
     reason: Arc<Mutex<Option<String>>>,
 ) -> JoinHandle<()> {
     thread::spawn(move || {
-        // Should QEMU be gone already, its error text tells why.
-        let _ = to.write_all(b"{\"execute\":\"qmp_capabilities\"}\n");
+        to.say("{\"execute\":\"qmp_capabilities\"}");
         for line in BufReader::new(from).lines().map_while(Result::ok) {
             let found = match string_field(&line, "event") {
                 Some("SHUTDOWN") => string_field(&line, "reason").map(str::to_owned),
                 Some("STOP" | "GUEST_PANICKED") => {
-                    let _ = to.write_all(b"{\"execute\":\"query-status\"}\n");
+                    to.say("{\"execute\":\"query-status\"}");
                     None
                 }
                 _ if string_field(&line, "status") == Some("internal-error") => {
-                    let _ = to.write_all(b"{\"execute\":\"quit\"}\n");
+                    to.say("{\"execute\":\"quit\"}");
                     Some("internal-error".to_owned())
                 }
                 _ => None,

@@ -40,6 +40,17 @@ impl fmt::Display for Boot {
     }
 }
 
+/// What a guest draws on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Display {
+    /// It has no display, and speaks by its serial port.
+    None,
+    /// A VGA adapter's text screen, which is its console; it has a keyboard.
+    Console,
+    /// A frame buffer, which is shown on the screen of its host; it speaks by its serial port, too.
+    Ramfb,
+}
+
 /// About how many seconds of a quiet workstation pass until a guest's proof, by emulator.
 #[derive(Clone, Copy, Debug)]
 pub struct Places {
@@ -82,6 +93,8 @@ pub struct Guest {
     /// Logarithm of the nanoseconds per instruction, for a guest that mostly waits: an emulated
     /// machine whose time passes quickly. `None`: as the machine is anyway.
     pub shift: Option<u8>,
+    /// What it draws on.
+    pub display: Display,
     /// How long it takes.
     pub seconds: Places,
 }
@@ -99,7 +112,7 @@ pub struct Keys {
 const SHELL: &str = r"plinth guest: linux \S+ ready";
 
 /// What memtest86+ shows after a pass by all of two processors.
-const MEMTEST_PASS: &str = r"SMP: 2T[\s\S]*Pass:\s+1\s+Errors: 0 ";
+const MEMTEST_PASS: &str = r"SMP: 2T[\s\S]*Pass:\s+1\s+Errors: 0\b";
 
 /// A Linux with the usual shell.
 const fn linux(
@@ -124,6 +137,7 @@ const fn linux(
         keys: &[],
         release,
         shift: None,
+        display: Display::None,
         seconds,
     }
 }
@@ -154,6 +168,7 @@ const fn firmware(
         release: None,
         // Firmware waits for time by asking for it again and again.
         shift: Some(5),
+        display: Display::None,
         seconds: Places { qemu_s, bochs_s },
     }
 }
@@ -186,6 +201,11 @@ const GRUB_PROMPT: &str = "grub> ";
 /// The same guest, after these keys.
 const fn typing(keys: &'static [Keys], guest: Guest) -> Guest {
     Guest { keys, ..guest }
+}
+
+/// The same guest with a display.
+const fn drawing(display: Display, guest: Guest) -> Guest {
+    Guest { display, ..guest }
 }
 
 /// The same guest, booted in another way.
@@ -337,7 +357,7 @@ pub static CATALOGUE: [Guest; 24] = [
         kernel: "@memtest86+",
         disks: &[],
         initrd: None,
-        command_line: "console=ttyS0,115200",
+        command_line: "",
         test_devices: false,
         memory_mib: 16,
         vcpus: 2,
@@ -346,6 +366,7 @@ pub static CATALOGUE: [Guest; 24] = [
         release: None,
         // Its last test waits for minutes.
         shift: Some(6),
+        display: Display::Console,
         seconds: seconds(100, 600),
     },
     Guest {
@@ -355,7 +376,7 @@ pub static CATALOGUE: [Guest; 24] = [
         kernel: "@memtest86+-8",
         disks: &[],
         initrd: None,
-        command_line: "console=ttyS0,115200 testlist=0,1,2,3",
+        command_line: "testlist=0,1,2,3",
         test_devices: false,
         memory_mib: 16,
         vcpus: 2,
@@ -363,6 +384,7 @@ pub static CATALOGUE: [Guest; 24] = [
         keys: &[],
         release: None,
         shift: None,
+        display: Display::Console,
         seconds: seconds(10, 60),
     },
     Guest {
@@ -380,6 +402,7 @@ pub static CATALOGUE: [Guest; 24] = [
         keys: &[],
         release: None,
         shift: None,
+        display: Display::None,
         seconds: seconds(50, 400),
     },
     firmware(
@@ -393,14 +416,17 @@ pub static CATALOGUE: [Guest; 24] = [
     ),
     typing(
         &[GRUB_MENU],
-        firmware(
-            "grub-rescue",
-            "Debian 12's GRUB rescue disk, started by SeaBIOS from virtio-blk",
-            "@seabios",
-            &["@grub-rescue"],
-            GRUB_PROMPT,
-            8,
-            Some(30),
+        drawing(
+            Display::Console,
+            firmware(
+                "grub-rescue",
+                "Debian 12's GRUB rescue disk, started by SeaBIOS from virtio-blk, on a VGA screen",
+                "@seabios",
+                &["@grub-rescue"],
+                "grub>",
+                8,
+                Some(30),
+            ),
         ),
     ),
     typing(
@@ -429,24 +455,30 @@ pub static CATALOGUE: [Guest; 24] = [
                 text: ". (hd1)/i\r",
             },
         ],
-        firmware(
-            "ipxe",
-            "Debian 12's iPXE, started by GRUB under SeaBIOS",
-            "@seabios",
-            &["@grub-rescue", "@boot-disk"],
-            "iPXE initialising devices",
-            10,
-            None,
+        drawing(
+            Display::Ramfb,
+            firmware(
+                "ipxe",
+                "Debian 12's iPXE, started by GRUB under SeaBIOS, on a frame buffer",
+                "@seabios",
+                &["@grub-rescue", "@boot-disk"],
+                "iPXE initialising devices",
+                10,
+                None,
+            ),
         ),
     ),
-    firmware(
-        "ovmf",
-        "Debian 12's OVMF, to its shell",
-        "@ovmf",
-        &[],
-        "Shell> ",
-        20,
-        None,
+    drawing(
+        Display::Ramfb,
+        firmware(
+            "ovmf",
+            "Debian 12's OVMF, to its shell, on a frame buffer",
+            "@ovmf",
+            &[],
+            "Shell> ",
+            20,
+            None,
+        ),
     ),
     firmware(
         "grub-linux-uefi",
@@ -492,12 +524,23 @@ impl Guest {
         if self.test_devices {
             text += "test-devices = true\n";
         }
+        text += match self.display {
+            Display::None => "",
+            Display::Console => "display = \"vga-text\"\nconsole = \"display\"\n",
+            Display::Ramfb => "display = \"ramfb\"\n",
+        };
         text += "\n[vm.boot]\n";
         if self.boot == Boot::Firmware {
             writeln!(text, "firmware = \"{}\"", self.kernel).expect("a String takes any text");
             if self.kernel == "@ovmf" {
                 text += "variables = \"@ovmf-variables\"\n";
             }
+            // Other firmware has what it draws by in itself.
+            text += match (self.kernel, self.display) {
+                ("@seabios", Display::Console) => "vga-rom = \"@vgabios\"\n",
+                ("@seabios", Display::Ramfb) => "vga-rom = \"@vgabios-ramfb\"\n",
+                _ => "",
+            };
             return text;
         }
         if self.boot == Boot::EfiStub {

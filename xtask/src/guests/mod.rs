@@ -22,7 +22,7 @@ use anyhow::{Context, Result, ensure};
 use crate::apt::{Archive, MIRROR_VARIABLE, Suite, fetch};
 use crate::progress::Step;
 
-pub use catalogue::{CATALOGUE, Guest, Keys, by_name, table};
+pub use catalogue::{CATALOGUE, Display, Guest, Keys, by_name, table};
 pub use packages::File;
 
 /// Ends the name of a file that is the ELF file inside the bzImage of that name.

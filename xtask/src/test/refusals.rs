@@ -28,6 +28,7 @@ const SOUND: Vm<'static> = Vm {
     initrd: None,
     command_line: "checks=cpuid end=poweroff",
     disks: &[],
+    more: "",
 };
 
 /// A processor of AMD's without AMD-V.

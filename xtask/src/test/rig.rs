@@ -75,6 +75,8 @@ pub struct Vm<'t> {
     pub command_line: &'t str,
     /// Its disks, not on the bare emulator.
     pub disks: &'static [Disk],
+    /// More lines of its section.
+    pub more: &'static str,
 }
 
 /// A disk of a guest.
@@ -97,6 +99,7 @@ impl<'t> Vm<'t> {
             initrd: Some("initramfs"),
             command_line: "console=ttyS0",
             disks: &[],
+            more: "",
         }
     }
 
@@ -110,6 +113,7 @@ impl<'t> Vm<'t> {
             initrd: None,
             command_line,
             disks: &[],
+            more: "",
         }
     }
 
@@ -126,8 +130,8 @@ impl<'t> Vm<'t> {
         let disks = disks.collect::<Vec<_>>().join(", ");
         write!(
             text,
-            "disks = [{disks}]\n[vm.boot]\nkernel = \"{}\"\n",
-            self.kernel
+            "disks = [{disks}]\n{}[vm.boot]\nkernel = \"{}\"\n",
+            self.more, self.kernel
         )
         .expect("a String takes any text");
         if let Some(initrd) = self.initrd {

@@ -6,13 +6,18 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use regex::Regex;
 
 use super::terminal::Terminal;
+use crate::emulator::picture::Picture;
 use crate::emulator::{self, End, Machine, Missed, Running};
+
+/// Between two looks at the screen.
+const LOOK_AGAIN: Duration = Duration::from_millis(300);
 
 /// A running machine.
 pub struct Session {
@@ -56,6 +61,28 @@ impl Session {
     /// `limit`, or what is left of the scenario's time if that is less.
     fn limited(&self, limit: Duration) -> Duration {
         limit.min(self.deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Waits until what the machine's screen shows is `right`. QEMU only.
+    ///
+    /// # Errors
+    /// It did not become so in time; `what` says what was waited for.
+    pub fn wait_for_screen(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        right: impl Fn(&Picture) -> bool,
+    ) -> Result<()> {
+        let deadline = Instant::now() + self.limited(limit);
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let picture = self.running.screen(left).context(what.to_owned())?;
+            if right(&picture) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "the screen does not show {what}");
+            thread::sleep(LOOK_AGAIN);
+        }
     }
 
     /// Waits until the machine has powered itself off.
