@@ -109,6 +109,9 @@ impl Host for Watching<'_> {
     fn run_until(&self) -> u64 {
         self.0.run_until()
     }
+    fn stolen_ns(&self) -> u64 {
+        self.0.stolen_ns()
+    }
     fn arm_timer(&mut self, host_tsc: u64) {
         self.0.arm_timer(host_tsc);
     }
