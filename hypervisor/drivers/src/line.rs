@@ -219,6 +219,24 @@ impl<P: Port, const IN: usize, const OUT: usize> Line<P, IN, OUT> {
         self.asked = wanted;
     }
 
+    /// To be called last by the port's interrupt handler. An interrupt line that triggers by its edge may have stayed high
+    /// all the while, because something came before all else was served (a byte arrived while the transmitter's interrupt was
+    /// still pending): then nothing would raise it again. For a moment the port asks for nothing, so that it falls.
+    pub fn rearm(&mut self) {
+        let (input, room) = self.asked;
+        let Some(port) = self.port.as_mut() else {
+            return;
+        };
+        for on in [false, true] {
+            if input {
+                port.set_receive_interrupt(on);
+            }
+            if room {
+                port.set_transmit_interrupt(on);
+            }
+        }
+    }
+
     /// Sends the output queue while the caller waits, within the driver's bound. Input is taken meanwhile.
     /// `false`: the line is stuck.
     pub fn drain(&mut self) -> bool {
@@ -258,6 +276,8 @@ mod tests {
         takes: usize,
         asks: (bool, bool),
         overruns: u64,
+        /// Times when nothing was asked for.
+        quiet: u32,
     }
 
     impl Port for Fake {
@@ -280,14 +300,31 @@ mod tests {
 
         fn set_receive_interrupt(&mut self, on: bool) {
             self.asks.0 = on;
+            self.quiet += u32::from(self.asks == (false, false));
         }
 
         fn set_transmit_interrupt(&mut self, on: bool) {
             self.asks.1 = on;
+            self.quiet += u32::from(self.asks == (false, false));
         }
 
         fn overruns(&self) -> u64 {
             self.overruns
+        }
+    }
+
+    #[test]
+    fn an_interrupt_line_that_stayed_high_falls_and_may_rise_again() {
+        for takes in [0, 8] {
+            let mut line = line(WhenFull::Drop, takes);
+            line.output.extend(b"abc");
+            line.transmit(|_| {});
+            line.settle();
+            let port = line.port.as_mut().unwrap();
+            let (asks, quiet) = (port.asks, port.quiet);
+            line.rearm();
+            let port = line.port.as_ref().unwrap();
+            assert_eq!((port.asks, port.quiet), (asks, quiet + 1));
         }
     }
 

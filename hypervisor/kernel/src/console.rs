@@ -224,6 +224,7 @@ pub fn on_interrupt() {
         port.acknowledge();
     }
     console.pump();
+    console.line.rearm();
 }
 
 /// Makes the shell's console, and sets the byte that the escape key sends. Before guests' consoles are attached.

@@ -148,6 +148,7 @@ pub fn on_interrupt() {
         uart.acknowledge();
     }
     port.pump_and_note();
+    port.line.rearm();
 }
 
 impl Port {
