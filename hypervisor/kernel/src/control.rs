@@ -240,7 +240,11 @@ pub fn serve(operate: &dyn Operate) {
     RING_FROM.store(time::now_tsc().saturating_add(pause), Ordering::Relaxed);
 }
 
-/// Waits, bounded, until what was answered is on the line: the machine goes off.
+/// Waits, bounded, until what was answered is on the line, the last byte as well: the machine goes off.
 pub fn flush() {
-    PORT.lock().line.drain();
+    let mut port = PORT.lock();
+    port.line.drain();
+    if let Some(uart) = port.line.port.as_mut() {
+        uart.flush();
+    }
 }
