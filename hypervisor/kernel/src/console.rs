@@ -62,6 +62,10 @@ static WORK: AtomicBool = AtomicBool::new(false);
 /// Host TSC at which the port has to be looked at though it did not interrupt.
 static NEXT_LOOK: AtomicU64 = AtomicU64::new(u64::MAX);
 
+/// Host TSC at which the port was last looked at, where that is done by the clock. Not counted from each of a guest's exits:
+/// one that exits all the time would put it off for ever.
+static LOOKED_AT: AtomicU64 = AtomicU64::new(0);
+
 static CONSOLE: Lock<Console> = Lock::new(Console {
     line: Line::new(WhenFull::Drop),
     mux: ConsoleMux::new(DEFAULT_ESCAPE),
@@ -106,7 +110,7 @@ pub fn start_interrupts(firmware: &Firmware) -> bool {
 pub fn look_again_at() -> u64 {
     match LOOK_TICKS.load(Ordering::Relaxed) {
         0 => u64::MAX,
-        ticks => time::now_tsc().saturating_add(ticks),
+        ticks => LOOKED_AT.load(Ordering::Relaxed).saturating_add(ticks),
     }
 }
 
@@ -129,9 +133,12 @@ pub fn wake_up_at() -> Option<u64> {
 /// Does what is due without an interrupt. Whether there is input to [`read`], or a guest to resume.
 /// The first processor's business.
 pub fn attend() -> bool {
-    let due = LOOK_TICKS.load(Ordering::Relaxed) != 0
-        || NEXT_LOOK.load(Ordering::Relaxed) <= time::now_tsc();
-    if due {
+    let now = time::now_tsc();
+    let by_clock = LOOK_TICKS.load(Ordering::Relaxed) != 0;
+    if by_clock {
+        LOOKED_AT.store(now, Ordering::Relaxed);
+    }
+    if by_clock || NEXT_LOOK.load(Ordering::Relaxed) <= now {
         CONSOLE.lock().pump();
     }
     operator::attend();

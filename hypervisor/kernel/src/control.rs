@@ -67,6 +67,8 @@ static SERVED: Lock<Option<Served>> = Lock::new(None);
 
 /// In TSC ticks, how long a guest may run before it must be made to exit for the port's sake; 0: as long as it likes.
 static LOOK_TICKS: AtomicU64 = AtomicU64::new(0);
+/// Host TSC at which the port was last looked at, where that is done by the clock.
+static LOOKED_AT: AtomicU64 = AtomicU64::new(0);
 /// Host TSC at which [`serve`] has something to do though no interrupt comes.
 static NEXT_SERVE: AtomicU64 = AtomicU64::new(u64::MAX);
 
@@ -107,7 +109,7 @@ pub fn start(firmware: &Firmware) {
 pub fn look_again_at() -> u64 {
     match LOOK_TICKS.load(Ordering::Relaxed) {
         0 => u64::MAX,
-        ticks => time::now_tsc().saturating_add(ticks),
+        ticks => LOOKED_AT.load(Ordering::Relaxed).saturating_add(ticks),
     }
 }
 
@@ -130,6 +132,7 @@ pub fn wake_up_at() -> Option<u64> {
 /// Does what is due without an interrupt. The first processor's business.
 pub fn attend() {
     if LOOK_TICKS.load(Ordering::Relaxed) != 0 {
+        LOOKED_AT.store(time::now_tsc(), Ordering::Relaxed);
         PORT.lock().pump_and_note();
     }
     let due = NEXT_SERVE.load(Ordering::Relaxed);

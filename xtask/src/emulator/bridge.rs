@@ -4,7 +4,7 @@
 //! sends is dropped, as on a line with nobody at its end.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{Read, Write},
     net::Shutdown,
     os::{
@@ -114,6 +114,8 @@ impl Drop for Bridge {
         }
         // Whoever waits for a program looks up, unless it has ended.
         let _ = UnixStream::connect(&self.socket);
+        // Nobody else comes.
+        let _ = fs::remove_file(&self.socket);
     }
 }
 

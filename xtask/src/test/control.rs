@@ -151,6 +151,8 @@ pub fn control(rig: &Rig, start: &Start) -> Result<String> {
     );
     host.done(&["host", "power-off"], "powering off")?;
     session.wait_for_power_off(limits.command)?;
+    // With it goes what stands between the machine's port and programs.
+    drop(session);
     let gone = host.plinthctl(&["vm", "list"]).0;
     ensure!(gone == exit::NO_CONNECTION, "without a machine: {gone}");
     Ok(format!("{answers} answers to a flood"))
