@@ -245,6 +245,11 @@ impl LineEditor {
             Key::Tab => return Edit::Complete,
             Key::Ctrl('c') => {
                 self.show_end(out);
+                let column = self.prompt.len() + self.cursor - self.left;
+                if column + 2 >= COLUMNS {
+                    // The row is full: over its end.
+                    *out += "\x1b[2D";
+                }
                 *out += "^C\r\n";
                 self.set("");
                 self.browsing = Browsing::No;
@@ -500,6 +505,15 @@ mod tests {
 
         fn shows(&self) -> String {
             row(&self.written).0
+        }
+    }
+
+    #[test]
+    fn an_interrupt_of_a_full_row_stays_in_it() {
+        for length in 70..90 {
+            let mut typist = Typist::new();
+            typist.types("x".repeat(length) + "\x03");
+            assert_eq!(typist.shows(), "> ", "{length}");
         }
     }
 
