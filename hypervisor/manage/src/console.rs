@@ -12,7 +12,7 @@
 //! sequences ([`filter`]). A line without an end goes out after [`PATIENCE_US`] without a further byte, or when it is
 //! long. All are held up to the line's speed then, and none is cut.
 //!
-//! Lines of the host wait for the end of the guest's line, or for [`PATIENCE_US`] in which the guest says no more;
+//! Lines of the host wait for the end of the guest's line, or for [`LINE_PATIENCE_US`] in which the guest says no more;
 //! what a guest wrote before such a line goes out before it. Answers to commands do not wait.
 //!
 //! Invariants: memory is bounded, and none is taken but by [`Prepared::new`] and [`ConsoleMux::begin`];
@@ -40,8 +40,11 @@ const RESUME_BYTES: usize = 16;
 const LINE_BYTES: usize = 64 * 1024;
 /// Host lines that wait, at most.
 const LINES: usize = 1024;
-/// How long an unfinished line of a guest that is silent holds up a host line.
+/// How long an unfinished line of a guest that is silent holds up another guest's line.
 pub const PATIENCE_US: u64 = 100_000;
+/// How long an unfinished line of a guest that is silent holds up a host line: longer than a guest that is writing may have to wait
+/// for a processor.
+pub const LINE_PATIENCE_US: u64 = 1_000_000;
 /// Bytes of a guest's line without an end that hold up a host line, or another guest's.
 const LONGEST_LINE: usize = 1024;
 /// Bytes that a replay shows again.
@@ -499,7 +502,7 @@ impl ConsoleMux {
 
     /// When to [`ConsoleMux::pull`] again though nobody wrote anything, in microseconds.
     pub fn look_again_at(&self) -> Option<u64> {
-        let line = self.silent_since.map(|since| since + PATIENCE_US);
+        let line = self.silent_since.map(|since| since + LINE_PATIENCE_US);
         let partial = match self.view {
             View::Focus => None,
             View::All => {
@@ -694,7 +697,7 @@ impl ConsoleMux {
             return false;
         }
         let since = *self.silent_since.get_or_insert(now_us);
-        now_us.saturating_sub(since) >= PATIENCE_US
+        now_us.saturating_sub(since) >= LINE_PATIENCE_US
     }
 
     /// One byte that was typed.

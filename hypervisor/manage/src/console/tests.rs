@@ -132,9 +132,9 @@ fn an_unfinished_line_holds_up_a_host_line_for_a_while_only() {
     m.host_line(b"first");
     m.host_line(b"second");
     assert_eq!(shown(&mut m, 1_000), "~ # ");
-    assert_eq!(m.look_again_at(), Some(1_000 + PATIENCE_US));
-    assert_eq!(shown(&mut m, 999 + PATIENCE_US), "");
-    let late = shown(&mut m, 1_000 + PATIENCE_US);
+    assert_eq!(m.look_again_at(), Some(1_000 + LINE_PATIENCE_US));
+    assert_eq!(shown(&mut m, 999 + LINE_PATIENCE_US), "");
+    let late = shown(&mut m, 1_000 + LINE_PATIENCE_US);
     assert_eq!(late, "\r\n[plinth] first\r\n[plinth] second\r\n");
     assert_eq!(m.look_again_at(), None);
 }
@@ -146,9 +146,9 @@ fn what_the_guest_writes_meanwhile_starts_the_wait_anew() {
     m.host_line(b"line");
     assert_eq!(shown(&mut m, 0), "lo");
     write(&mut m, LINUX, "ng");
-    assert_eq!(shown(&mut m, PATIENCE_US), "ng");
+    assert_eq!(shown(&mut m, LINE_PATIENCE_US), "ng");
     write(&mut m, LINUX, "\n");
-    assert_eq!(shown(&mut m, PATIENCE_US), "\n[plinth] line\r\n");
+    assert_eq!(shown(&mut m, LINE_PATIENCE_US), "\n[plinth] line\r\n");
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn the_shell_is_a_console_among_the_guests() {
     m.host_line(b"stub: powered off");
     assert_eq!(shown(&mut m, 0), "plinth> ");
     assert_eq!(
-        shown(&mut m, PATIENCE_US),
+        shown(&mut m, LINE_PATIENCE_US),
         "\r\n[plinth] stub: powered off\r\n"
     );
     assert!(m.take_shell_disturbed(), "its line is to be shown again");
@@ -467,7 +467,7 @@ proptest! {
             }
         }
         for _ in 0..4 {
-            now += PATIENCE_US;
+            now += LINE_PATIENCE_US;
             out.extend(shown(&mut m, now).bytes());
         }
         let text = String::from_utf8(out).unwrap();
