@@ -7,7 +7,7 @@ use crate::cpu::{self, port};
 use crate::interrupts::{end_at_apic, hook};
 use crate::machine::Machine;
 use crate::options::Value;
-use crate::{facts, power, print, println, probe};
+use crate::{facts, power, print, println, probe, time};
 
 /// Vector of the console's interrupt.
 const CONSOLE_VECTOR: u8 = 0x34;
@@ -70,16 +70,22 @@ fn fault() {
     }
 }
 
-/// Takes no interrupt and reads no byte for a while, first without an exit and then with many, as a busy kernel
-/// may. Then reads the line that was typed meanwhile, which must count: 0 to 9 and again.
+/// Takes no interrupt and reads no byte for a while, first without an exit, then with many that are short work, then with many that
+/// are more, as a busy kernel may. Then reads the line that was typed meanwhile, which must count: 0 to 9 and again.
 fn deaf(machine: &Machine) {
     /// Time in which 2,000 bytes arrive at 115,200 baud, and half as much again.
     const DEAF_MS: u64 = 260;
     let start = cpu::tsc();
     let end = start + machine.tsc_hz / 1000 * DEAF_MS;
     while cpu::tsc() < end {
-        if cpu::tsc() - start > (end - start) / 2 {
-            port::read8(COM1 + register::SCRATCH);
+        match 4 * (cpu::tsc() - start) / (end - start) {
+            0 => {}
+            1 => {
+                port::read8(COM1 + register::SCRATCH);
+            }
+            _ => {
+                time::pit_count();
+            }
         }
     }
     let mut next = b'0';

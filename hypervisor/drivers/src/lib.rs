@@ -11,6 +11,7 @@
 extern crate alloc;
 
 pub mod apic;
+pub mod by_clock;
 pub mod clock;
 pub mod firmware;
 pub mod ioapic;

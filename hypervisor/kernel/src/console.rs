@@ -14,6 +14,7 @@
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use drivers::{
+    by_clock::ByClock,
     firmware::Firmware,
     line::{Line, WhenFull},
     power::Emulator,
@@ -53,18 +54,14 @@ struct Console {
     reporting: bool,
 }
 
-/// In TSC ticks, how long a guest may run before it must be made to exit for the port's sake; 0: as long as it likes.
-static LOOK_TICKS: AtomicU64 = AtomicU64::new(0);
+/// How long a guest may run before it must be made to exit for the port's sake.
+static BY_CLOCK: ByClock = ByClock::off();
 /// [`LOOK_AT_OUTPUT_US`] in TSC ticks.
 static OUTPUT_TICKS: AtomicU64 = AtomicU64::new(0);
 /// Input has come, or a guest can go on writing.
 static WORK: AtomicBool = AtomicBool::new(false);
 /// Host TSC at which the port has to be looked at though it did not interrupt.
 static NEXT_LOOK: AtomicU64 = AtomicU64::new(u64::MAX);
-
-/// Host TSC at which the port was last looked at, where that is done by the clock. Not counted from each of a guest's exits:
-/// one that exits all the time would put it off for ever.
-static LOOKED_AT: AtomicU64 = AtomicU64::new(0);
 
 static CONSOLE: Lock<Console> = Lock::new(Console {
     line: Line::new(WhenFull::Drop),
@@ -95,23 +92,25 @@ pub fn start_interrupts(firmware: &Firmware) -> bool {
         return false;
     }
     let routed = interrupts::route_isa(firmware, COM1_IRQ, vector::SERIAL);
-    // Bochs 2.7 does not let a host interrupt end a guest's run that was entered with IF = 0 before IF changes.
-    if !routed || power::emulator() == Some(Emulator::Bochs) {
-        LOOK_TICKS.store(time::us_to_ticks(LOOK_EVERY_US), Ordering::Relaxed);
-    }
+    look_by_clock_if_needed(&BY_CLOCK, routed);
     if routed {
         console.line.use_interrupts();
     }
     routed
 }
 
-/// Host TSC at which the first processor, when it runs a guest, has to [`attend`] again; `u64::MAX` if the
-/// port's interrupt makes the guest exit.
-pub fn look_again_at() -> u64 {
-    match LOOK_TICKS.load(Ordering::Relaxed) {
-        0 => u64::MAX,
-        ticks => LOOKED_AT.load(Ordering::Relaxed).saturating_add(ticks),
+/// Starts looking at a serial port by the clock, if its interrupt was not `routed`, or does not end a guest's run.
+pub fn look_by_clock_if_needed(by_clock: &ByClock, routed: bool) {
+    // Bochs 2.7 does not let a host interrupt end a guest's run that was entered with IF = 0 before IF changes.
+    if !routed || power::emulator() == Some(Emulator::Bochs) {
+        by_clock.start(time::us_to_ticks(LOOK_EVERY_US));
     }
+}
+
+/// Host TSC at which the first processor, when it runs a guest, has to [`attend`] again; `None` if the
+/// port's interrupt makes the guest exit.
+pub fn look_again_at() -> Option<u64> {
+    BY_CLOCK.again_at()
 }
 
 /// Host TSC at which the first processor, when it has nothing to do, has to [`attend`] again.
@@ -121,12 +120,10 @@ pub fn wake_up_at() -> Option<u64> {
     }
     let next = NEXT_LOOK.load(Ordering::Relaxed);
     // Where the port has an interrupt, that wakes a halted processor; in Bochs, too.
-    let look = match look_again_at() {
-        u64::MAX => u64::MAX,
-        _ if CONSOLE.lock().line.has_interrupts() => u64::MAX,
-        look => look,
-    };
-    let next = next.min(look).min(operator::wake_up_at());
+    let look = look_again_at().filter(|_| !CONSOLE.lock().line.has_interrupts());
+    let next = next
+        .min(look.unwrap_or(u64::MAX))
+        .min(operator::wake_up_at());
     Some(next).filter(|&at| at != u64::MAX)
 }
 
@@ -134,11 +131,7 @@ pub fn wake_up_at() -> Option<u64> {
 /// The first processor's business.
 pub fn attend() -> bool {
     let now = time::now_tsc();
-    let by_clock = LOOK_TICKS.load(Ordering::Relaxed) != 0;
-    if by_clock {
-        LOOKED_AT.store(now, Ordering::Relaxed);
-    }
-    if by_clock || NEXT_LOOK.load(Ordering::Relaxed) <= now {
+    if BY_CLOCK.look(now) || NEXT_LOOK.load(Ordering::Relaxed) <= now {
         CONSOLE.lock().pump();
     }
     operator::attend();

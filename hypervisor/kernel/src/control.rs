@@ -13,9 +13,9 @@
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use drivers::{
+    by_clock::ByClock,
     firmware::Firmware,
     line::{Line, WhenFull},
-    power::Emulator,
     queue::ByteQueue,
     serial::{COM2, Serial},
 };
@@ -27,7 +27,6 @@ use manage::{
 use crate::{
     console, doors, info,
     interrupts::{self, vector},
-    power,
     sync::Lock,
     time, warn,
 };
@@ -65,10 +64,8 @@ static PORT: Lock<Port> = Lock::new(Port {
 /// Gone while it is served.
 static SERVED: Lock<Option<Served>> = Lock::new(None);
 
-/// In TSC ticks, how long a guest may run before it must be made to exit for the port's sake; 0: as long as it likes.
-static LOOK_TICKS: AtomicU64 = AtomicU64::new(0);
-/// Host TSC at which the port was last looked at, where that is done by the clock.
-static LOOKED_AT: AtomicU64 = AtomicU64::new(0);
+/// How long a guest may run before it must be made to exit for the port's sake.
+static BY_CLOCK: ByClock = ByClock::off();
 /// Host TSC at which [`serve`] has something to do though no interrupt comes.
 static NEXT_SERVE: AtomicU64 = AtomicU64::new(u64::MAX);
 
@@ -91,10 +88,7 @@ pub fn start(firmware: &Firmware) {
     });
     PORT.lock().line.port = Some(port);
     let routed = interrupts::route_isa(firmware, COM2_IRQ, vector::CONTROL);
-    // As for the console's port.
-    if !routed || power::emulator() == Some(Emulator::Bochs) {
-        LOOK_TICKS.store(time::us_to_ticks(console::LOOK_EVERY_US), Ordering::Relaxed);
-    }
+    console::look_by_clock_if_needed(&BY_CLOCK, routed);
     if routed {
         PORT.lock().line.use_interrupts();
         info!("control channel: the second serial port");
@@ -104,35 +98,27 @@ pub fn start(firmware: &Firmware) {
     NEXT_SERVE.store(0, Ordering::Relaxed);
 }
 
-/// Host TSC at which the first processor, when it runs a guest, has to [`attend`] again; `u64::MAX` if the
+/// Host TSC at which the first processor, when it runs a guest, has to [`attend`] again; `None` if the
 /// port's interrupt makes the guest exit.
-pub fn look_again_at() -> u64 {
-    match LOOK_TICKS.load(Ordering::Relaxed) {
-        0 => u64::MAX,
-        ticks => LOOKED_AT.load(Ordering::Relaxed).saturating_add(ticks),
-    }
+pub fn look_again_at() -> Option<u64> {
+    BY_CLOCK.again_at()
 }
 
 /// Host TSC at which the first processor, when it has nothing to do, has to [`serve`] again. Rings if that is now.
 pub fn wake_up_at() -> Option<u64> {
-    let look = match look_again_at() {
-        u64::MAX => u64::MAX,
-        // Where the port has an interrupt, that wakes a halted processor; in Bochs, too.
-        _ if PORT.lock().line.has_interrupts() => u64::MAX,
-        look => look,
-    };
+    // Where the port has an interrupt, that wakes a halted processor; in Bochs, too.
+    let look = look_again_at().filter(|_| !PORT.lock().line.has_interrupts());
     let next = NEXT_SERVE.load(Ordering::Relaxed);
     if next <= time::now_tsc() {
         // No guest has to give way.
         doors::ring();
     }
-    Some(next.min(look)).filter(|&at| at != u64::MAX)
+    Some(next.min(look.unwrap_or(u64::MAX))).filter(|&at| at != u64::MAX)
 }
 
 /// Does what is due without an interrupt. The first processor's business.
 pub fn attend() {
-    if LOOK_TICKS.load(Ordering::Relaxed) != 0 {
-        LOOKED_AT.store(time::now_tsc(), Ordering::Relaxed);
+    if BY_CLOCK.look(time::now_tsc()) {
         PORT.lock().pump_and_note();
     }
     let due = NEXT_SERVE.load(Ordering::Relaxed);

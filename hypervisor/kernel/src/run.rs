@@ -604,7 +604,11 @@ impl<B: Backend, const TRACED: bool> Host for HostCpu<B, TRACED> {
 
     fn interrupts_wait_until(&self) -> u64 {
         match self.cpu.number {
-            0 => console::look_again_at().min(control::look_again_at()),
+            0 => [console::look_again_at(), control::look_again_at()]
+                .into_iter()
+                .flatten()
+                .min()
+                .unwrap_or(u64::MAX),
             _ => u64::MAX,
         }
     }

@@ -95,16 +95,18 @@ impl Operator<'_> {
     }
 }
 
+/// A host of this `[host]` section with two VMs, when the first one talks.
+fn boot_two(rig: &Rig, start: &Start, host: &str) -> Result<Session> {
+    let vms = ["one", "two"].map(|name| Vm::stub(name, TALKS).section());
+    let mut session = rig.boot_text(start, &format!("{host}{}", vms.concat()), |_| {})?;
+    session.expect(&Regex::new("stub> ")?, start.place.limits().boot)?;
+    Ok(session)
+}
+
 /// Every verb of the shell, on a host with two VMs; a third one comes and goes.
 pub fn verbs(rig: &Rig, start: &Start) -> Result<String> {
     let limits = start.place.limits();
-    let text = format!(
-        "[host]\nafter-last-vm = \"stay\"\n{}{}",
-        Vm::stub("one", TALKS).section(),
-        Vm::stub("two", TALKS).section()
-    );
-    let mut session = rig.boot_text(start, &text, |_| {})?;
-    session.expect(&Regex::new("stub> ")?, limits.boot)?;
+    let mut session = boot_two(rig, start, "[host]\nafter-last-vm = \"stay\"\n")?;
     let mut operator = Operator {
         session: &mut session,
         limit: limits.command,
@@ -198,13 +200,7 @@ fn top(operator: &mut Operator<'_>) -> Result<()> {
 /// What is no command does no harm: to the shell, to the guests, to the terminal's other views.
 pub fn bad_input(rig: &Rig, start: &Start) -> Result<String> {
     let limits = start.place.limits();
-    let text = format!(
-        "{}{}",
-        Vm::stub("one", TALKS).section(),
-        Vm::stub("two", TALKS).section()
-    );
-    let mut session = rig.boot_text(start, &text, |_| {})?;
-    session.expect(&Regex::new("stub> ")?, limits.boot)?;
+    let mut session = boot_two(rig, start, "")?;
     let mut operator = Operator {
         session: &mut session,
         limit: limits.command,

@@ -64,9 +64,7 @@ impl Published {
             *self.counters.lock() = *counters;
         }
     }
-}
 
-impl Published {
     /// As they were when they were published last.
     pub(super) fn counters(&self) -> ExitCounters {
         *self.counters.lock()
