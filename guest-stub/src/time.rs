@@ -41,7 +41,11 @@ pub fn pit_count() -> u16 {
 }
 
 /// PIT channel 2, counting down from 65535 since this was made. It wraps after 55 ms.
-pub struct PitStopwatch;
+pub struct PitStopwatch {
+    /// The output, low since the mode was set, rises at the wrap and is seen. Looked at before the count begins:
+    /// later it may have risen already.
+    output_is_shown: bool,
+}
 
 impl PitStopwatch {
     /// Starts it: mode 0, gate on, speaker off.
@@ -49,9 +53,10 @@ impl PitStopwatch {
         let control = port::read8(SYSTEM_CONTROL);
         port::write8(SYSTEM_CONTROL, control & !2 | 1);
         port::write8(PIT_COMMAND, 0xB0);
+        let output_is_shown = port::read8(SYSTEM_CONTROL) & CHANNEL2_OUTPUT == 0;
         port::write8(PIT_CHANNEL2, 0xFF);
         port::write8(PIT_CHANNEL2, 0xFF);
-        Self
+        Self { output_is_shown }
     }
 
     /// PIT ticks since the start, and the TSC when they were latched. Under a hypervisor each
@@ -65,9 +70,10 @@ impl PitStopwatch {
         (ticks.into(), tsc)
     }
 
-    /// Whether more time has passed than it can tell: its output rose at the end of the count.
+    /// Whether more time has passed than it can tell: its output rose at the end of the count. Always false where the
+    /// output is not shown.
     pub fn wrapped(&self) -> bool {
-        port::read8(SYSTEM_CONTROL) & CHANNEL2_OUTPUT != 0
+        self.output_is_shown && port::read8(SYSTEM_CONTROL) & CHANNEL2_OUTPUT != 0
     }
 }
 
@@ -116,17 +122,18 @@ pub fn measure_tsc_hz() -> u64 {
 /// TSC ticks per second over `window` PIT ticks; `None` if the PIT wrapped around.
 fn measure_tsc_window(window: u64) -> Option<u64> {
     let watch = PitStopwatch::start();
-    // Where the output is not shown, a wrap goes unnoticed.
-    let shown = !watch.wrapped();
     // The first reading warms up what the others use.
     watch.read();
     let (start_ticks, start_tsc) = watch.read();
+    let mut last = start_ticks;
     loop {
         let (ticks, tsc) = watch.read();
-        if shown && watch.wrapped() {
+        // Where the output is not shown, a wrap is seen by what it does to the count.
+        if watch.wrapped() || ticks < last {
             return None;
         }
-        let elapsed = ticks.saturating_sub(start_ticks);
+        last = ticks;
+        let elapsed = ticks - start_ticks;
         if elapsed >= window {
             let hz = tsc.saturating_sub(start_tsc).saturating_mul(PIT_HZ) / elapsed;
             return Some(hz.max(1));

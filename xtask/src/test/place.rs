@@ -108,8 +108,8 @@ impl Place {
     /// Generous: the workstation may have slow processors, and something else to do.
     pub fn limits(self) -> Limits {
         let (boot, command) = match self {
-            Self::Qemu(_) | Self::Qemu10 | Self::Qemu10X2Apic | Self::Bare => (240, 90),
-            Self::Bochs => (480, 180),
+            Self::Qemu(_) | Self::Qemu10 | Self::Qemu10X2Apic | Self::Bare => (480, 180),
+            Self::Bochs => (720, 240),
             Self::Kvm => (120, 60),
         };
         Limits {
