@@ -20,6 +20,7 @@ mod rig;
 mod running;
 mod scenarios;
 mod sched;
+mod screen;
 mod selftests;
 mod session;
 mod shell;

@@ -16,12 +16,13 @@ use alloc::{vec, vec::Vec};
 use noto_sans_mono_bitmap::{FontWeight, RasterHeight, get_raster, get_raster_width};
 
 use canvas::Canvas;
-pub use canvas::{Cell, STEP_BYTES};
+pub use canvas::{CURSOR_ROWS, Cell, STEP_BYTES};
+pub use glyph::draw as draw_glyph;
 
 /// Pixels from one row of text to the next.
-const ROW_PIXELS: usize = RasterHeight::Size16.val();
+pub const ROW_PIXELS: usize = RasterHeight::Size16.val();
 /// Pixels from one character to the next.
-const COLUMN_PIXELS: usize = get_raster_width(FontWeight::Regular, RasterHeight::Size16);
+pub const COLUMN_PIXELS: usize = get_raster_width(FontWeight::Regular, RasterHeight::Size16);
 /// What stands for a character that the font lacks.
 const REPLACEMENT: char = '#';
 /// Columns between tabulator stops.

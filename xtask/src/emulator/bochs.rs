@@ -3,11 +3,20 @@
 //! Distributions build Bochs with its debugger, which waits at a prompt unless a file of
 //! commands says `c`. It exits with 1 whatever happened, so its log tells the end.
 
-use std::{fmt::Write, fs, path::Path};
+use std::{
+    fmt::Write as _,
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
 
 use super::{
     End, EndSource, Machine, Time,
-    pty::{Pty, Screen},
+    pty::{Pty, Screen, open_slave},
 };
 use crate::{
     deps::{self, Program},
@@ -106,7 +115,7 @@ fn configure(
          panic: action=fatal, term=report\n\
          error: action=report\n\
          info: action={chatter}\n\
-         debug: action=ignore\n"
+         debug: action=ignore, term=report, keyboard=report\n"
     );
     if let Some(control) = control {
         writeln!(
@@ -120,6 +129,67 @@ fn configure(
         writeln!(text, "{line}").expect("a String takes any text");
     }
     text
+}
+
+/// Between two looks at Bochs' log.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// What Bochs' log says of its keyboard.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Keys {
+    /// Bytes that the display took.
+    taken: usize,
+    /// Scan codes that they became.
+    made: usize,
+    /// Bytes that the machine has read.
+    read: usize,
+}
+
+impl Keys {
+    fn count(log: &str) -> Self {
+        Self {
+            taken: log.matches("] scancode(").count(),
+            made: log.matches("putting scancode").count(),
+            read: log.matches("] READ(60)").count(),
+        }
+    }
+
+    /// Whether a byte was typed since and the machine has read all of it.
+    fn are_read_since(self, before: Self) -> bool {
+        let made = self.made - before.made;
+        self.taken > before.taken && made > 0 && self.read - before.read >= made
+    }
+}
+
+/// Types on the keyboard of Bochs' machine. A key is typed when the machine has read the one before: the keyboard
+/// has room for a few only, and its time goes by the instructions that were run.
+///
+/// # Errors
+/// The machine does not read a key within the time, or Bochs has not begun.
+pub fn type_text(text: &str, log: &Path, screen: &Screen, timeout: Duration) -> anyhow::Result<()> {
+    // Its debugger keeps the terminal on which it was started, and its display makes one of its own.
+    let said = screen.text();
+    let terminal = said
+        .split_once("connected to screen \"")
+        .and_then(|(_, after)| after.split_once('"'))
+        .map(|(path, _)| PathBuf::from(path))
+        .context("Bochs has not said where its screen is")?;
+    let mut terminal = open_slave(&terminal)?;
+    let keys = || -> anyhow::Result<Keys> { Ok(Keys::count(&fs::read_to_string(log)?)) };
+    for byte in text.bytes() {
+        let before = keys()?;
+        // The display takes a newline for the Enter key.
+        terminal.write_all(&[if byte == b'\r' { b'\n' } else { byte }])?;
+        let deadline = Instant::now() + timeout;
+        while !keys()?.are_read_since(before) {
+            ensure!(
+                Instant::now() < deadline,
+                "the machine did not read key {byte:#x}"
+            );
+            thread::sleep(LOOK_AGAIN);
+        }
+    }
+    Ok(())
 }
 
 /// Why Bochs ended: by its log, or, when it did not get that far, by its screen.
@@ -191,6 +261,19 @@ mod tests {
         assert!(text(&machine).contains("ips=50000000,"));
         machine.time = Time::Instructions { shift: 6 };
         assert!(text(&machine).contains("ips=15625000,"));
+    }
+
+    #[test]
+    fn a_key_is_read_when_all_its_codes_are() {
+        let begin = "000d[KBD   ] READ(60) = fa\n";
+        let taken = "000d[TERM  ] scancode(0x76)\n";
+        let made = "000d[KBD   ] kbd_enQ: putting scancode 0x2f in internal buffer\n";
+        let read = "000d[KBD   ] READ(60) = 2f\n";
+        let before = Keys::count(begin);
+        let done = |more: &str| Keys::count(&format!("{begin}{more}")).are_read_since(before);
+        assert!(!done("") && !done(taken));
+        assert!(!done(&[taken, made, made, read].concat()));
+        assert!(done(&[taken, made, read, made, read].concat()));
     }
 
     #[test]

@@ -364,6 +364,20 @@ impl Running {
         self.serial.keyboard()
     }
 
+    /// Types on the machine's own keyboard, not its serial port: lower case, digits, a few signs (`qemu::keys_of`),
+    /// Return (`\r`), Tab and Ctrl-A.
+    ///
+    /// # Errors
+    /// We do not know the key, or the emulator did not take one within the time.
+    pub fn type_on_keyboard(&self, text: &str, timeout: Duration) -> anyhow::Result<()> {
+        match &self.source {
+            EndSource::Monitor { monitor, .. } => text
+                .chars()
+                .try_for_each(|character| monitor.type_character(character)),
+            EndSource::Log { log, screen } => bochs::type_text(text, log, screen, timeout),
+        }
+    }
+
     /// What the machine's screen shows now. QEMU only.
     ///
     /// # Errors

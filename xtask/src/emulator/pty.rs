@@ -49,7 +49,11 @@ impl Pty {
     }
 }
 
-fn open_slave(path: &Path) -> anyhow::Result<File> {
+/// Opens a terminal, which does not become ours.
+///
+/// # Errors
+/// It is not there.
+pub fn open_slave(path: &Path) -> anyhow::Result<File> {
     OpenOptions::new()
         .read(true)
         .write(true)

@@ -167,6 +167,44 @@ impl Monitor {
             "{{\"execute\":\"screendump\",\"arguments\":{{\"filename\":\"{name}\"}}}}"
         ));
     }
+
+    /// Presses the keys that make a character, one after the other, and releases them. What is typed at once QEMU
+    /// keeps, and types in the machine's time.
+    ///
+    /// # Errors
+    /// We do not know the keys.
+    pub fn type_character(&self, character: char) -> anyhow::Result<()> {
+        let keys = keys_of(character)
+            .with_context(|| format!("no key is known that types {character:?}"))?;
+        let keys: Vec<_> = keys
+            .iter()
+            .map(|key| format!("{{\"type\":\"qcode\",\"data\":\"{key}\"}}"))
+            .collect();
+        self.say(&format!(
+            "{{\"execute\":\"send-key\",\"arguments\":{{\"hold-time\":{HOLD_MS},\"keys\":[{}]}}}}",
+            keys.join(",")
+        ));
+        Ok(())
+    }
+}
+
+/// How long a key is held, and how long none is held before the next one: milliseconds of the machine's time.
+const HOLD_MS: u32 = 25;
+
+/// QEMU's names of the keys that make a character on a US keyboard, modifiers first (QAPI, `QKeyCode`).
+fn keys_of(character: char) -> Option<Vec<String>> {
+    let plain = match character {
+        'a'..='z' | '0'..='9' => return Some(vec![character.to_string()]),
+        ' ' => "spc",
+        '-' => "minus",
+        '=' => "equal",
+        '.' => "dot",
+        '\r' => "ret",
+        '\t' => "tab",
+        '\x01' => return Some(vec!["ctrl".to_owned(), "a".to_owned()]),
+        _ => return None,
+    };
+    Some(vec![plain.to_owned()])
 }
 
 /// Speaks to QEMU's monitor: notes why the machine ended, and ends QEMU when it would only
@@ -246,6 +284,18 @@ mod tests {
                 .iter()
                 .any(|a| a == "-S" || a == "-icount" || a == "-d")
         );
+    }
+
+    #[test]
+    fn characters_have_keys() {
+        for character in (' '..='~').chain("\r\t\x01".chars()) {
+            let keys = keys_of(character);
+            let known = character.is_ascii_lowercase()
+                || character.is_ascii_digit()
+                || " -=.\r\t\x01".contains(character);
+            assert_eq!(keys.is_some(), known, "{character:?}");
+        }
+        assert_eq!(keys_of('\x01').unwrap(), ["ctrl", "a"]);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::{
     qemu_tests, refusals,
     report::Outcome,
     rig::{Rig, Start},
-    running, sched, selftests, shell, test_kernels,
+    running, sched, screen, selftests, shell, test_kernels,
 };
 use crate::{
     apt::Unavailable,
@@ -227,6 +227,8 @@ pub fn all() -> Vec<Scenario> {
             12,
             shell::bad_input,
         ));
+        let body = screen::keyboard_and_screen;
+        all.push(Scenario::new(place, "shell-on-screen", 6, body));
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
         all.push(Scenario::new(place, "host-backend", 5, host::backend).selftest());

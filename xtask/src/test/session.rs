@@ -63,6 +63,16 @@ impl Session {
         limit.min(self.deadline.saturating_duration_since(Instant::now()))
     }
 
+    /// Types on the machine's own keyboard: see [`Running::type_on_keyboard`].
+    ///
+    /// # Errors
+    /// The emulator does not take it within the time.
+    pub fn type_on_keyboard(&self, text: &str, limit: Duration) -> Result<()> {
+        self.running
+            .type_on_keyboard(text, self.limited(limit))
+            .with_context(|| format!("typing {text:?} on the keyboard"))
+    }
+
     /// Waits until what the machine's screen shows is `right`. QEMU only.
     ///
     /// # Errors

@@ -13,6 +13,9 @@ use super::{COLUMN_PIXELS, Geometry, PixelLayout, ROW_PIXELS, glyph, put_rgb};
 /// Most bytes of the frame buffer that one call writes: 0.1 ms or less on a PC.
 pub const STEP_BYTES: usize = 128 * 1024;
 
+/// Rows of the cursor, at the foot of a character.
+pub const CURSOR_ROWS: core::ops::Range<usize> = ROW_PIXELS - 3..ROW_PIXELS - 1;
+
 /// A character of a guest's screen of text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cell {
@@ -173,8 +176,6 @@ fn copy_row(to: &mut [u8], from: &[u8], geometry: &Geometry) {
 }
 
 fn draw_cell(pixels: &mut [u8], geometry: &Geometry, (row, column): (usize, usize), cell: &Cell) {
-    /// Rows of the cursor, at the foot of the character.
-    const CURSOR: core::ops::Range<usize> = ROW_PIXELS - 3..ROW_PIXELS - 1;
     let parts = |rgb: u32| [(rgb >> 16) as u8, (rgb >> 8) as u8, rgb as u8];
     let (foreground, background) = (parts(cell.foreground), parts(cell.background));
     let size = geometry.bytes_per_pixel;
@@ -183,7 +184,7 @@ fn draw_cell(pixels: &mut [u8], geometry: &Geometry, (row, column): (usize, usiz
         let Some(pixel) = pixels.get_mut(at * size..(at + 1) * size) else {
             return;
         };
-        let weight = match cell.cursor && CURSOR.contains(&y) {
+        let weight = match cell.cursor && CURSOR_ROWS.contains(&y) {
             true => 255,
             false => u32::from(intensity),
         };

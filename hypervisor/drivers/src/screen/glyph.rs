@@ -54,9 +54,9 @@ const ARMS: [[u8; 4]; 40] = [
 const X: usize = COLUMN_PIXELS / 2;
 const Y: usize = ROW_PIXELS / 2;
 
-/// Calls `put` with each pixel's column, row and intensity, row by row. `code` is the character in the PC's set,
-/// `letter` the ASCII character to draw where the font lacks it.
-pub(super) fn draw(code: u8, letter: u8, mut put: impl FnMut(usize, usize, u8)) {
+/// Draws a character: calls `put` with each pixel's column, row and intensity (0 to 255), row by row. `code` is the
+/// character in the PC's set, `letter` the ASCII character to draw where the font lacks it.
+pub fn draw(code: u8, letter: u8, mut put: impl FnMut(usize, usize, u8)) {
     if matches!(code, 0xb0..=0xdf) {
         for y in 0..ROW_PIXELS {
             for x in 0..COLUMN_PIXELS {
