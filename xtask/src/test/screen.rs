@@ -18,6 +18,14 @@ use crate::emulator::Emulator;
 /// A stub that talks until it is told to end.
 const TALKS: &str = "checks=none facts=off end=shell";
 
+/// Whether lines match, one after the other, other lines between them or not.
+fn shows(lines: &[String], wanted: &[Regex]) -> bool {
+    let mut rest = lines.iter();
+    wanted
+        .iter()
+        .all(|wanted| rest.any(|line| wanted.is_match(line)))
+}
+
 /// Somebody in front of the machine.
 struct Operator {
     session: Session,
@@ -44,11 +52,8 @@ impl Operator {
         let shown = self
             .session
             .wait_for_screen(&format!("{patterns:?}"), self.limit, |picture| {
-                let mut lines = last.borrow_mut();
-                *lines = picture.text();
-                let mut rest = lines.iter();
-                let all = wanted.iter().all(|w| rest.any(|line| w.is_match(line)));
-                all
+                *last.borrow_mut() = picture.text();
+                shows(&last.borrow(), &wanted)
             });
         shown.with_context(|| last.borrow().join("\n"))
     }
