@@ -14,6 +14,7 @@ use crate::paging::{self, Entry};
 use crate::smp;
 use crate::{checks, ensure, ensure_eq, fail, probe, skip_if};
 
+use super::emulator::{DEVICE, NO_DEVICE, no_device};
 use super::{Verdict, expect_fault, scratch, trapped};
 
 checks![
@@ -31,19 +32,6 @@ checks![
     platform_info,
     sleep_and_wake,
 ];
-
-/// Device memory that keeps what is written.
-const DEVICE: u64 = 0xff00_0000;
-const NO_DEVICE: &str = "there is no test device";
-
-fn no_device(machine: &Machine) -> bool {
-    if machine.host != Host::Plinth {
-        return true;
-    }
-    const PATTERN: u32 = 0x5a3c_96e1;
-    memory::write32(DEVICE, PATTERN);
-    memory::read32(DEVICE) != PATTERN
-}
 
 /// The processor's checks of a selector, with the register as it was after a fault.
 fn segments_from_device(machine: &Machine) -> Verdict {

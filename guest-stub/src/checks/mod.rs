@@ -10,8 +10,10 @@ mod apic;
 mod clocks;
 mod conform;
 mod cpuid;
+mod debug;
 mod disk;
 mod display;
+mod emulator;
 mod exceptions;
 mod fpu;
 mod interrupts;
@@ -148,6 +150,7 @@ const GROUPS: &[(&str, &[Check])] = &[
     ("cpuid", cpuid::CHECKS),
     ("msr", msr::CHECKS),
     ("exceptions", exceptions::CHECKS),
+    ("debug", debug::CHECKS),
     ("processor", processor::CHECKS),
     ("memory", memory::CHECKS),
     ("io", io::CHECKS),
@@ -158,6 +161,7 @@ const GROUPS: &[(&str, &[Check])] = &[
     ("clocks", clocks::CHECKS),
     ("smp", smp::CHECKS),
     ("conform", conform::CHECKS),
+    ("emulator", emulator::CHECKS),
     ("test", test_devices::CHECKS),
     ("disk", disk::CHECKS),
     ("display", display::CHECKS),

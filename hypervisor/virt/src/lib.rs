@@ -27,7 +27,7 @@ use mem::{HostMemory, Hpa, OutOfFrames, nested::EntryFormat};
 pub use exit::{CrAccess, Exit, NestedPageFault, PortIo, TaskSource, TaskSwitch};
 pub use preflight::{Feature, Need, Preflight, Status};
 pub use state::{
-    AccessRights, CpuMode, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName,
+    AccessRights, CpuMode, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName, Shadow,
     SoftwareEvent, pdpte_is_valid,
 };
 
@@ -232,6 +232,12 @@ pub trait VirtualCpu: Send + 'static {
     /// `length`: bytes, where the VMM decoded it; `None`: the backend knows (hardware-reported
     /// length or next RIP; on AMD-V without NRIP save, the architectural length of the exit's one encoding).
     fn skip_instruction(&mut self, length: Option<u8>);
+
+    /// Holds interrupts back for one instruction: the one just stepped over was executed in software and asks for
+    /// it. With RFLAGS.TF set, [`Shadow::MovSs`] lets the single-step trap come behind the next instruction.
+    fn begin_shadow(&mut self, shadow: Shadow);
+    /// Ends the blocking of NMIs: an IRET was executed in software.
+    fn unblock_nmis(&mut self);
 
     /// Instruction bytes that the hardware fetched with a nested page fault (AMD decode assists); empty where it does not.
     fn instruction_bytes(&self) -> &[u8];

@@ -275,6 +275,15 @@ pub enum Event {
     },
 }
 
+/// What holds interrupts back until the next instruction has been executed (SDM vol. 3A, section 6.8.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shadow {
+    /// STI that has set IF.
+    Sti,
+    /// MOV or POP to SS: holds back debug traps, too.
+    MovSs,
+}
+
 #[cfg(test)]
 mod tests {
     use super::pdpte_is_valid;

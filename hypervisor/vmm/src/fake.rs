@@ -2,7 +2,7 @@
 
 use alloc::{collections::VecDeque, string::String, vec::Vec};
 
-use virt::{CpuState, DescriptorTable, Event, Exit, Gpr, Segment, SegmentName, VirtualCpu};
+use virt::{CpuState, DescriptorTable, Event, Exit, Gpr, Segment, SegmentName, Shadow, VirtualCpu};
 
 /// Registers, the exits to give, and what was asked of it.
 pub(crate) struct FakeCpu {
@@ -19,6 +19,7 @@ pub(crate) struct FakeCpu {
     pub priority: Option<(u8, u8)>,
     pub tsc_offset: u64,
     pub shadow: bool,
+    pub nmis_blocked: bool,
     /// Host TSC of the deadline.
     pub deadline: u64,
     pub vectors: [[u8; 32]; 16],
@@ -40,6 +41,7 @@ impl FakeCpu {
             priority: None,
             tsc_offset: 0,
             shadow: false,
+            nmis_blocked: false,
             deadline: 0,
             vectors: [[0; 32]; 16],
             mmx: [0; 8],
@@ -210,6 +212,12 @@ impl VirtualCpu for FakeCpu {
         self.state.rip += u64::from(length.unwrap_or(self.length));
         self.shadow = false;
     }
+    fn begin_shadow(&mut self, _shadow: Shadow) {
+        self.shadow = true;
+    }
+    fn unblock_nmis(&mut self) {
+        self.nmis_blocked = false;
+    }
     fn instruction_bytes(&self) -> &[u8] {
         &[]
     }
@@ -217,7 +225,7 @@ impl VirtualCpu for FakeCpu {
         self.state.rflags & (1 << 9) != 0 && !self.shadow && self.queued.is_none()
     }
     fn nmi_ready(&self) -> bool {
-        self.queued.is_none()
+        self.queued.is_none() && !self.nmis_blocked
     }
     fn inject(&mut self, event: Event) {
         self.queued = Some(event);

@@ -202,7 +202,7 @@ mod tests {
     use super::features::SvmFeatures;
     use super::vmcb::{EventField, EventType, exit_code};
     use super::*;
-    use crate::state::{CpuMode, CpuState, Event, Gpr, SegmentName};
+    use crate::state::{CpuMode, CpuState, Event, Gpr, SegmentName, Shadow};
     use crate::{Exit, VirtualCpu};
     use mem::fake::FakeMemory;
 
@@ -359,6 +359,37 @@ mod tests {
         assert!(v.nmi_ready() && v.queued().is_none());
         assert_eq!(v.dr6(), CpuState::reset().dr6);
         assert_eq!(v.rflags(), 0x202);
+    }
+
+    #[test]
+    fn an_iret_in_software_ends_the_masking_and_the_step() {
+        let mut v = plain();
+        v.inject(Event::Nmi);
+        v.pretend_exit(exit_code::CPUID, |_| ());
+        v.unblock_nmis();
+        assert!(v.nmi_ready());
+        v.inject(Event::Nmi);
+        v.pretend_exit(exit_code::CPUID, |_| ());
+        // The processor begins the IRET, and exits for its stack.
+        v.pretend_exit(exit_code::IRET, |_| ());
+        v.set_rflags(0x202);
+        v.unblock_nmis();
+        assert!(v.nmi_ready());
+        let trap = v.pretend_exit(exit_code::DEBUG_EXCEPTION, |vmcb| {
+            assert_eq!(vmcb.save.rflags, 0x202, "not stepped any more");
+            vmcb.save.dr6 |= 1 << 14;
+        });
+        assert!(matches!(trap, Some(Exit::Exception { vector: 1, .. })));
+    }
+
+    #[test]
+    fn a_shadow_in_software_is_over_when_the_guest_has_gone_on() {
+        let mut v = plain();
+        v.set_rflags(0x202);
+        v.begin_shadow(Shadow::MovSs);
+        assert!(!v.interrupt_ready() && !v.nmi_ready());
+        v.skip_instruction(Some(1));
+        assert!(v.interrupt_ready() && v.nmi_ready());
     }
 
     #[test]

@@ -31,7 +31,7 @@ use crate::cpu::{
     rdmsr, wrmsr,
 };
 use crate::exit::Exit;
-use crate::state::{CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName};
+use crate::state::{CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName, Shadow};
 use crate::{VcpuSetup, VirtualCpu};
 
 const EFER_LME: u64 = 1 << 8;
@@ -1052,6 +1052,25 @@ impl VirtualCpu for SvmVcpu {
         };
         self.save_mut().rip = next;
         self.control_mut().interrupt_state = InterruptState::NONE;
+    }
+
+    fn begin_shadow(&mut self, _shadow: Shadow) {
+        self.control_mut().interrupt_state = InterruptState::NONE.with_shadow(true);
+    }
+
+    fn unblock_nmis(&mut self) {
+        if self.has(SvmFeatures::VIRTUAL_NMI) {
+            self.control_mut().interrupts.set_nmi_mask(false);
+            self.changed(Clean::INTERRUPTS);
+        }
+        if self.nmi_masked {
+            self.nmi_masked = false;
+            self.intercept1(Intercepts1::IRET, false);
+        }
+        // The processor has begun the IRET itself, and would trap behind the instruction that comes next.
+        if self.step.is_some_and(|step| step.over == StepOver::Iret) {
+            self.cancel_step();
+        }
     }
 
     #[inline]

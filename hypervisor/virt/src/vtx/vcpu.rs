@@ -37,7 +37,8 @@ use super::vmcs::{Field, SegmentFields, vmclear, vmptrld, vmread, vmread_univers
 use crate::cpu::{GuestDebug, GuestFpu, GuestSpecCtrl, PAT_RESET, is_canonical, is_pat};
 use crate::cpu::{msr, raise_machine_check, rdmsr, rdtsc, wrmsr};
 use crate::state::{
-    AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName, pdpte_is_valid,
+    AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName, Shadow,
+    pdpte_is_valid,
 };
 use crate::{Exit, TaskSource, TaskSwitch, VcpuSetup, VirtError, VirtualCpu};
 
@@ -114,6 +115,8 @@ const DEBUGCTL_BTF: u64 = 1 << 1;
 const VIRTUAL_TPR: u64 = 0x80;
 const DR7_GD: u64 = 1 << 13;
 const PENDING_DEBUG_BS: u64 = 1 << 14;
+/// BD in the exit qualification of #DB: an access to a debug register, with DR7.GD.
+const QUALIFICATION_BD: u64 = 1 << 13;
 
 /// PAUSE-loop exiting: at most this many ticks between two PAUSEs of a loop, and this many
 /// ticks of looping until it exits (SDM vol. 3C, section 26.1.3).
@@ -709,7 +712,11 @@ impl VtxVcpu {
     /// Does what the processor would have done with #DB but for the exit, so that injecting
     /// it is all that is left (SDM vol. 3C, section 28.1).
     fn debug_exception(&mut self, info: InterruptionInfo) {
-        let qualification = self.read(Field::ExitQualification);
+        let mut qualification = self.read(Field::ExitQualification);
+        if info.is_int1() || qualification & QUALIFICATION_BD != 0 {
+            // These tell of themselves only; Bochs 2.7 adds the step that MOV SS has held back.
+            qualification &= !PENDING_DEBUG_BS;
+        }
         let dr6 = dr6_after_debug_exception(GuestDebug::read_dr6(), qualification);
         GuestDebug::write_dr6(dr6);
         let dr7 = self.read(Field::GuestDr7);
@@ -1207,6 +1214,28 @@ impl VirtualCpu for VtxVcpu {
         let blocking = self.interruptibility();
         if blocking.intersects(Interruptibility::SHADOW) {
             self.set_interruptibility(blocking - Interruptibility::SHADOW);
+        }
+    }
+
+    fn begin_shadow(&mut self, shadow: Shadow) {
+        let blocking = match shadow {
+            Shadow::Sti => Interruptibility::STI,
+            Shadow::MovSs => Interruptibility::MOV_SS,
+        };
+        self.set_interruptibility((self.interruptibility() - Interruptibility::SHADOW) | blocking);
+        let steps = self.read(Field::GuestRflags) & RFLAGS_TF != 0
+            && self.read(Field::GuestDebugctl) & DEBUGCTL_BTF == 0;
+        if steps {
+            // An entry demands this pairing (SDM vol. 3C, section 27.3.1.5).
+            let pending = self.read(Field::GuestPendingDebug);
+            self.write(Field::GuestPendingDebug, pending | PENDING_DEBUG_BS);
+        }
+    }
+
+    fn unblock_nmis(&mut self) {
+        let blocking = self.interruptibility();
+        if blocking.contains(Interruptibility::NMI) {
+            self.set_interruptibility(blocking - Interruptibility::NMI);
         }
     }
 

@@ -5,7 +5,7 @@ use mem::{Gva, guest::GuestMemory};
 use virt::{CpuMode, Gpr, VirtualCpu};
 
 use super::{
-    Exception, Platform, Target,
+    Aftermath, Exception, Platform, Target,
     alu::{ARITHMETIC, Alu, RFLAGS_CF, RFLAGS_ZF, compute},
     load_msw,
 };
@@ -42,9 +42,9 @@ pub(super) struct Run<'a, V, P> {
     pub(super) instruction: &'a Instruction,
     /// Where the processor found that an access of this instruction is not to RAM.
     pub(super) target: Option<Target>,
-    /// The guest's breakpoints, if it has set any, and which were hit, as bits of DR6.
+    /// The guest's breakpoints, if it has set any.
     pub(super) breakpoints: Option<Breakpoints>,
-    pub(super) hits: u64,
+    pub(super) aftermath: Aftermath,
 }
 
 impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {

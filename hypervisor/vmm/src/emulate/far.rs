@@ -251,6 +251,8 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
 
     /// IRET: its items are the offset, CS and the flags, then, to an outer level and in 64-bit mode always, RSP and SS.
     fn interrupt_return(&mut self, width: Width) -> Result<u64, Stop> {
+        // Also if it faults (SDM vol. 3A, section 6.7.1).
+        self.aftermath.interrupt_return = true;
         let old = self.cpu.rflags();
         if self.mode == CpuMode::Virtual8086 && old & RFLAGS_IOPL != RFLAGS_IOPL {
             return Err(Stop::Fault(Exception::GENERAL_PROTECTION));

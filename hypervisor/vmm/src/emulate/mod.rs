@@ -27,7 +27,7 @@ mod vector;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Mnemonic};
 use mem::{Gpa, Gva, Width, guest::GuestMemory};
-use virt::{CpuMode, SegmentName, VirtualCpu};
+use virt::{CpuMode, SegmentName, Shadow, VirtualCpu};
 
 pub use cache::DecodeCache;
 use execute::{Run, Step, Stop};
@@ -151,8 +151,19 @@ pub trait Platform<V> {
     fn control_write(&mut self, cpu: &mut V, cr: u8, value: u64) -> Result<(), Exception>;
     /// Physical address bits of the guest's processor.
     fn physical_bits(&self) -> u8;
-    /// The instruction touched what hardware breakpoints watch; `hits`: their bits of DR6.
-    fn breakpoints_hit(&mut self, hits: u64);
+    /// What the instruction leads to beyond its result; not called where that is nothing.
+    fn aftermath(&mut self, aftermath: Aftermath);
+}
+
+/// What an executed instruction leads to beyond its result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Aftermath {
+    /// Hardware breakpoints that it has hit, as bits of DR6.
+    pub breakpoints: u64,
+    /// It holds interrupts back for one more instruction.
+    pub shadow: Option<Shadow>,
+    /// It was IRET, or began as one: NMIs are not blocked any more, and RF is as it has loaded it.
+    pub interrupt_return: bool,
 }
 
 /// Fetches and executes the instruction at the vCPU's RIP. `target`: the access that brought the vCPU
@@ -201,12 +212,15 @@ pub fn emulate<V: VirtualCpu, P: Platform<V>>(
         instruction: &instruction,
         target,
         breakpoints,
-        hits: 0,
+        aftermath: Aftermath::default(),
     };
     let executed = run.execute();
-    if run.hits != 0 && executed.is_ok() {
-        let hits = run.hits;
-        platform.breakpoints_hit(hits);
+    let mut aftermath = run.aftermath;
+    if executed.is_err() {
+        aftermath.breakpoints = 0;
+    }
+    if aftermath != Aftermath::default() {
+        platform.aftermath(aftermath);
     }
     match executed {
         Ok(Step::Done) => Outcome::Done(instruction.len() as u8),

@@ -255,7 +255,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     #[inline]
     fn watch(&mut self, at: Gva, width: Width, write: bool) {
         if let Some(breakpoints) = &self.breakpoints {
-            self.hits |= breakpoints.data(at.0, width, write);
+            self.aftermath.breakpoints |= breakpoints.data(at.0, width, write);
         }
     }
 

@@ -5,7 +5,7 @@
 
 use iced_x86::{Code, Mnemonic, OpKind};
 use mem::{Gva, Width};
-use virt::{CpuMode, Gpr, SegmentName, VirtualCpu};
+use virt::{CpuMode, Gpr, SegmentName, Shadow, VirtualCpu};
 
 use super::{
     Exception, Platform,
@@ -78,6 +78,9 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     fn set_interrupt_flag(&mut self, value: u64) -> Result<(), Stop> {
         if self.paging.cpl > self.iopl() {
             return Err(Stop::Fault(Exception::GENERAL_PROTECTION));
+        }
+        if value & !self.cpu.rflags() & RFLAGS_IF != 0 {
+            self.aftermath.shadow = Some(Shadow::Sti);
         }
         self.set_flags(RFLAGS_IF, value);
         Ok(())

@@ -1,7 +1,7 @@
 //! Tests of what software hardly ever does to device memory: segment registers, far transfers, ports and flags in
 //! code that lies there, the FPU.
 
-use virt::{CpuMode, Gpr, SegmentName, VirtualCpu};
+use virt::{CpuMode, Gpr, SegmentName, Shadow, VirtualCpu};
 
 use super::tests::{Bench, DEVICE, DONE};
 use super::*;
@@ -110,6 +110,7 @@ fn segment_registers_are_loaded_with_the_processors_checks() {
         assert_eq!(b.run(&MOV_SS), outcome, "{value:#x}");
     }
     assert!(b.cpu.segment(SegmentName::Ss).rights.unusable());
+    assert_eq!(b.device.aftermath.shadow, Some(Shadow::MovSs));
     // CS cannot be loaded this way.
     let outcome = b.run(&[0x8e, 0x0b]);
     assert_eq!(outcome, Outcome::Fault(Exception::UNDEFINED_OPCODE));
@@ -221,6 +222,7 @@ fn returns_to_an_outer_level() {
     b.cpu.state.rflags = 2;
     stack(&mut b, &[0x5000, user_cs, 0x3202, 0x6000, user_ss]);
     assert_eq!(b.run(&IRET), Outcome::Jump(0x5000));
+    assert!(b.device.aftermath.interrupt_return);
     assert_eq!(b.cpu.rflags(), 0x3202);
     b.cpu.state.rflags = 2;
     // The page tables of the bench are a supervisor's and a user's.
@@ -293,7 +295,12 @@ fn flags_loops_and_extensions() {
         b.cpu.state.rflags = before;
         assert_eq!(b.run(code), DONE(code));
         assert_eq!(b.cpu.rflags(), after, "{code:x?}");
+        let shadow = (code == [0xfb]).then_some(Shadow::Sti);
+        assert_eq!(core::mem::take(&mut b.device.aftermath).shadow, shadow);
     }
+    b.cpu.state.rflags = 0x202;
+    assert_eq!(b.run(&[0xfb]), Outcome::Done(1));
+    assert_eq!(b.device.aftermath.shadow, None, "STI that changes nothing");
     // pushfq; popfq
     b.cpu.state.rflags = 2 | 1 << 16 | 1;
     assert_eq!(b.run(&[0x9c]), Outcome::Done(1));

@@ -5,7 +5,7 @@
 
 use iced_x86::{Mnemonic, Register};
 use mem::{Gva, Width};
-use virt::{AccessRights, CpuMode, Segment, SegmentName, VirtualCpu};
+use virt::{AccessRights, CpuMode, Segment, SegmentName, Shadow, VirtualCpu};
 
 use super::{
     Exception, Platform,
@@ -107,7 +107,11 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             Register::GS => SegmentName::Gs,
             _ => return Err(Stop::Fault(Exception::UNDEFINED_OPCODE)),
         };
-        self.load_segment(name, selector)
+        self.load_segment(name, selector)?;
+        if name == SegmentName::Ss {
+            self.aftermath.shadow = Some(Shadow::MovSs);
+        }
+        Ok(())
     }
 
     /// Loads ES, SS, DS, FS or GS with the processor's checks.

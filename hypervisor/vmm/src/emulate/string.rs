@@ -45,7 +45,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             }
             self.write_address_register(Gpr::Rcx, address_width, count.wrapping_sub(1));
             let equal = self.cpu.rflags() & RFLAGS_ZF != 0;
-            if count != 1 && self.hits != 0 {
+            if count != 1 && self.aftermath.breakpoints != 0 {
                 return Ok(Step::Again);
             }
             if count == 1 || compares && (repeat_unequal == equal) {
@@ -145,7 +145,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
 
     pub(super) fn watch_port(&mut self, port: u16, width: Width) {
         if let Some(breakpoints) = &self.breakpoints {
-            self.hits |= breakpoints.port(port, width);
+            self.aftermath.breakpoints |= breakpoints.port(port, width);
         }
     }
 

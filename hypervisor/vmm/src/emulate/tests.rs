@@ -27,7 +27,7 @@ pub(super) struct Device {
     pub(super) bytes: Vec<u8>,
     log: Vec<(bool, u64, Width, u64)>,
     next_port_value: u32,
-    hits: u64,
+    pub(super) aftermath: Aftermath,
 }
 
 impl Platform<FakeCpu> for Device {
@@ -59,8 +59,8 @@ impl Platform<FakeCpu> for Device {
     fn physical_bits(&self) -> u8 {
         40
     }
-    fn breakpoints_hit(&mut self, hits: u64) {
-        self.hits = hits;
+    fn aftermath(&mut self, aftermath: Aftermath) {
+        self.aftermath = aftermath;
     }
     fn control_write(&mut self, cpu: &mut FakeCpu, cr: u8, value: u64) -> Result<(), Exception> {
         match cr {
@@ -96,7 +96,7 @@ impl Bench {
             bytes: vec![0; 4096],
             log: Vec::new(),
             next_port_value: 0,
-            hits: 0,
+            aftermath: Aftermath::default(),
         };
         Bench {
             cpu: FakeCpu::long_mode(CODE, TABLES),
@@ -552,9 +552,9 @@ fn breakpoints_and_single_steps_are_seen() {
     b.cpu.state.dr[1] = DEVICE + 4;
     b.cpu.state.dr7 = 0x400 | 1 << 2 | 0b1111 << 20;
     assert_eq!(b.run(&[0x8b, 0x03]), Outcome::Done(2));
-    assert_eq!(b.device.hits, 0);
+    assert_eq!(b.device.aftermath.breakpoints, 0);
     assert_eq!(b.run(&[0x48, 0x8b, 0x03]), Outcome::Done(3));
-    assert_eq!(b.device.hits, 2);
+    assert_eq!(b.device.aftermath.breakpoints, 2);
     // One iteration of a REP at a time under TF, and at a breakpoint.
     b.cpu.set_gpr(Gpr::Rdi, DEVICE);
     b.cpu.set_gpr(Gpr::Rcx, 4);

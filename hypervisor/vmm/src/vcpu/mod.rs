@@ -8,6 +8,7 @@
 //! handled ends this VM with a named reason and a register dump, and only this VM.
 
 mod end;
+mod finish;
 mod hypercall;
 mod msrs;
 mod platform;
@@ -24,23 +25,23 @@ use devices::{
 };
 use mem::{Direction, Width, guest::Access};
 use virt::{
-    CpuState, CrAccess, Event, Exit, Gpr, NestedPageFault, PortIo, SegmentName, TaskSwitch,
-    VirtualCpu,
+    CpuState, CrAccess, Event, Exit, Gpr, NestedPageFault, PortIo, SegmentName, TaskSource,
+    TaskSwitch, VirtualCpu,
 };
 
 use crate::{
     breakpoint::Breakpoints,
     control,
     cpuid::CpuidState,
-    emulate::{self, DecodeCache, Exception, Outcome, Platform, SimpleMove, Target},
+    emulate::{self, Aftermath, DecodeCache, Exception, Outcome, Platform, SimpleMove, Target},
     host::{Attention, Host, Traced},
-    msr::number,
     task,
     vm::Vm,
 };
 
 pub use end::Dump;
 use end::EndKind;
+use finish::Executed;
 use msrs::Msrs;
 
 /// Why [`Vcpu::run`] came back.
@@ -86,20 +87,12 @@ enum Next {
 const CR0_CACHE: u64 = 3 << 29;
 /// How often a second a guest that runs is interrupted for what its devices have left to do.
 const WORK_PAUSES_PER_SECOND: u64 = 10_000;
-/// RFLAGS.TF.
-const RFLAGS_TF: u64 = 1 << 8;
-/// RFLAGS.RF.
-const RFLAGS_RF: u64 = 1 << 16;
-/// IA32_DEBUGCTL.BTF.
-const DEBUGCTL_BTF: u64 = 1 << 1;
-/// DR6.B0 to B3.
-const DR6_BREAKPOINTS: u64 = 0xf;
+/// Vector of #DB.
+const DEBUG: u8 = 1;
 /// DR6.BT: a task switch to a TSS with its T flag set.
 const DR6_TASK_SWITCH: u64 = 1 << 15;
 /// RFLAGS.IF.
 const RFLAGS_IF: u64 = 1 << 9;
-/// DR6.BS.
-const DR6_SINGLE_STEP: u64 = 1 << 14;
 
 /// Number of exits by kind.
 pub type ExitCounters = [u64; Exit::KINDS];
@@ -140,8 +133,7 @@ struct Reach {
     interrupts: bool,
     /// A port or a timer's register was written: a timer may be set anew.
     timers: bool,
-    /// Hardware breakpoints, as bits of DR6.
-    breakpoints: u64,
+    aftermath: Aftermath,
 }
 
 impl<V: VirtualCpu> Vcpu<V> {
@@ -496,6 +488,9 @@ impl<V: VirtualCpu> Vcpu<V> {
             Exit::Rdpmc => self.raise(Exception::GENERAL_PROTECTION),
             Exit::Exception { vector: 6, .. } => return self.undefined_opcode(),
             Exit::Exception { vector, error_code } => {
+                if vector != DEBUG {
+                    self.resume_past_breakpoints();
+                }
                 self.hw.inject(Event::Exception { vector, error_code });
             }
             Exit::ExternalInterrupt | Exit::Deadline => match host.take_interrupts() {
@@ -519,66 +514,6 @@ impl<V: VirtualCpu> Vcpu<V> {
         Next::Check
     }
 
-    /// Steps over the instruction of this exit; with RFLAGS.TF set the guest then traps.
-    fn step_over(&mut self) -> Next {
-        self.finish_instruction(None, 0)
-    }
-
-    /// Steps over an instruction that hit these hardware breakpoints.
-    fn finish_instruction(&mut self, length: Option<u8>, breakpoints: u64) -> Next {
-        let rflags = self.hw.rflags();
-        self.hw.skip_instruction(length);
-        if rflags & (RFLAGS_TF | RFLAGS_RF) != 0 || breakpoints != 0 {
-            return self.end_of_traced(rflags, breakpoints);
-        }
-        Next::Enter
-    }
-
-    /// The end of an instruction that is single-stepped, that hit breakpoints, or that a debugger let pass one.
-    #[cold]
-    #[inline(never)]
-    fn end_of_traced(&mut self, rflags: u64, breakpoints: u64) -> Next {
-        if rflags & RFLAGS_RF != 0 {
-            self.hw.set_rflags(rflags & !RFLAGS_RF);
-        }
-        // With BTF only branches trap, and no instruction that exits is one (SDM vol. 3B, section 18.4.2).
-        let branches_only = self
-            .hw
-            .msr(number::DEBUGCTL)
-            .is_some_and(|value| value & DEBUGCTL_BTF != 0);
-        let mut causes = breakpoints;
-        if rflags & RFLAGS_TF != 0 && !branches_only {
-            causes |= DR6_SINGLE_STEP;
-        }
-        if causes == 0 {
-            return Next::Enter;
-        }
-        self.debug_trap(causes);
-        Next::Check
-    }
-
-    /// #DB for these causes, as bits of DR6.
-    fn debug_trap(&mut self, causes: u64) {
-        let dr6 = self.hw.dr6() & !DR6_BREAKPOINTS;
-        self.hw.set_dr6(dr6 | causes);
-        self.hw.inject(Event::Exception {
-            vector: 1,
-            error_code: None,
-        });
-    }
-
-    fn raise(&mut self, exception: Exception) {
-        if let Some(cr2) = exception.cr2 {
-            self.hw.set_cr2(cr2);
-        }
-        // Pushed error codes do not exist in real mode (SDM vol. 3A, section 21.1.4).
-        let protected = self.hw.cr0() & 1 != 0;
-        self.hw.inject(Event::Exception {
-            vector: exception.vector,
-            error_code: exception.error_code.filter(|_| protected),
-        });
-    }
-
     /// #UD. The other vendor's hypercall instruction raises it too: guests that were built for either use one of
     /// the two without asking, and elsewhere both work.
     fn undefined_opcode(&mut self) -> Next {
@@ -592,6 +527,9 @@ impl<V: VirtualCpu> Vcpu<V> {
     }
 
     fn task_switch(&mut self, request: &TaskSwitch) -> Next {
+        if request.source == TaskSource::Iret {
+            self.hw.unblock_nmis();
+        }
         match task::switch(&mut self.hw, self.rest.vm.control_context(), request) {
             task::Outcome::Done => {}
             task::Outcome::Trap => self.debug_trap(DR6_TASK_SWITCH),
@@ -781,27 +719,33 @@ impl<V: VirtualCpu> Vcpu<V> {
             hw, rest, cache, ..
         } = self;
         let vm = rest.vm.clone();
+        let before = hw.rflags();
         rest.reach = Reach::default();
         let outcome = emulate::emulate(hw, &vm.memory, rest, cache, target);
         let Reach {
             interrupts,
             timers,
-            breakpoints,
+            aftermath,
         } = self.rest.reach;
         if timers {
             // A string instruction may have written to any port.
             vm.timers_changed(self.rest.id);
         }
+        if aftermath.interrupt_return {
+            self.hw.unblock_nmis();
+        }
         let next = match outcome {
-            Outcome::Done(length) => self.finish_instruction(Some(length), breakpoints),
+            Outcome::Done(length) => {
+                self.finish_emulated(Executed::Whole { length }, before, aftermath)
+            }
             Outcome::Jump(target) => {
                 self.hw.set_rip(target);
-                self.finish_instruction(Some(0), breakpoints)
+                self.finish_emulated(Executed::Branch, before, aftermath)
             }
             // An iteration ends the shadow of STI or MOV SS, and traps when single-stepped, as an
             // instruction does: or no interrupt would ever stop a long one in such a shadow.
             Outcome::Again => {
-                self.finish_instruction(Some(0), breakpoints);
+                self.finish_emulated(Executed::Iteration, before, aftermath);
                 Next::Check
             }
             Outcome::Fault(exception) => {

@@ -7,7 +7,7 @@ use virt::VirtualCpu;
 use super::Rest;
 use crate::{
     control,
-    emulate::{Exception, Platform},
+    emulate::{Aftermath, Exception, Platform},
     vm::Vm,
 };
 
@@ -130,7 +130,7 @@ impl<V: VirtualCpu> Platform<V> for Rest {
         self.vm.cpuid.physical_bits()
     }
 
-    fn breakpoints_hit(&mut self, hits: u64) {
-        self.reach.breakpoints = hits;
+    fn aftermath(&mut self, aftermath: Aftermath) {
+        self.reach.aftermath = aftermath;
     }
 }

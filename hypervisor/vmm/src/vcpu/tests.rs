@@ -13,12 +13,17 @@ use spin::Mutex;
 use virt::TaskSource;
 
 mod display;
+mod finish;
 mod firmware;
 mod pause;
 mod steal;
 mod warm;
 
-use super::{msrs::MAX_MSR_NOTES, *};
+use super::{
+    finish::{DR6_SINGLE_STEP, RFLAGS_RF, RFLAGS_TF},
+    msrs::MAX_MSR_NOTES,
+    *,
+};
 use crate::{
     clock::TimeSource,
     cpuid::CpuidResult,
