@@ -23,6 +23,8 @@ pub enum Boot {
     BzImage,
     /// An ELF file with a PVH entry.
     Pvh,
+    /// An ELF file with a multiboot header, version 1.
+    Multiboot,
     /// PC firmware, at the reset vector.
     Firmware,
     /// OVMF, which starts a Linux boot image by its EFI stub.
@@ -34,6 +36,7 @@ impl fmt::Display for Boot {
         f.pad(match self {
             Self::BzImage => "bzImage",
             Self::Pvh => "PVH",
+            Self::Multiboot => "multiboot",
             Self::Firmware => "firmware",
             Self::EfiStub => "EFI stub",
         })
@@ -222,7 +225,7 @@ const fn seconds(qemu_s: u32, bochs_s: u32) -> Places {
 }
 
 /// The guests that can be run by name; the first is what `@linux` means.
-pub static CATALOGUE: [Guest; 24] = [
+pub static CATALOGUE: [Guest; 26] = [
     linux(
         "linux-6.1-cloud",
         "Debian 12's kernel for virtual machines, a busybox shell",
@@ -243,6 +246,13 @@ pub static CATALOGUE: [Guest; 24] = [
         "@linux-6.1",
         Some("6.1."),
         seconds(9, 100),
+    ),
+    linux(
+        "linux-6.1-rt",
+        "Debian 12's kernel for real time (PREEMPT_RT), a busybox shell",
+        "@linux-6.1-rt",
+        Some("6.1."),
+        seconds(25, 150),
     ),
     Guest {
         initrd: Some("@initramfs-32"),
@@ -350,6 +360,21 @@ pub static CATALOGUE: [Guest; 24] = [
         "@qemu-test-memory",
         "Test complete: PASSED",
     ),
+    Guest {
+        initrd: None,
+        command_line: "console=com0",
+        proof: "No bootstrap code loaded",
+        ..by(
+            Boot::Multiboot,
+            linux(
+                "gnumach",
+                "Debian 12's GNU Mach, which finds no program to start",
+                "@gnumach.elf",
+                None,
+                seconds(3, 10),
+            ),
+        )
+    },
     Guest {
         name: "memtest86+",
         description: "Debian 12's 6.10: a pass of all its tests by two processors, no errors",
@@ -627,7 +652,7 @@ pub fn table() -> String {
     let width = CATALOGUE.iter().map(|guest| guest.name.len()).max();
     let width = width.unwrap_or(0);
     let mut text = format!(
-        "{:width$}  {:8}  {:>7}  {:>5}  {:>6}  {:>6}  {}\n",
+        "{:width$}  {:9}  {:>7}  {:>5}  {:>6}  {:>6}  {}\n",
         "NAME", "BOOT", "MEMORY", "VCPUS", "QEMU", "BOCHS", "WHAT"
     );
     for guest in &CATALOGUE {
@@ -637,7 +662,7 @@ pub fn table() -> String {
         };
         writeln!(
             text,
-            "{:width$}  {:8}  {:>7}  {:>5}  {:>6}  {:>6}  {}",
+            "{:width$}  {:9}  {:>7}  {:>5}  {:>6}  {:>6}  {}",
             guest.name,
             guest.boot,
             format!("{}M", guest.memory_mib),

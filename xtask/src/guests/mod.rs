@@ -25,7 +25,7 @@ use crate::progress::Step;
 pub use catalogue::{CATALOGUE, Display, Guest, Keys, by_name, table};
 pub use packages::File;
 
-/// Ends the name of a file that is the ELF file inside the bzImage of that name.
+/// Ends the name of a file that is the ELF file inside the packed kernel of that name.
 const ELF_SUFFIX: &str = ".elf";
 
 /// The suites to take busybox-static from, when it is not installed.

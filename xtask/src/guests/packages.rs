@@ -133,7 +133,7 @@ const fn module(name: &'static str, wildcard: &'static str) -> Member {
 }
 
 /// The packages that are known.
-static PACKAGES: [Package; 18] = [
+static PACKAGES: [Package; 20] = [
     Package {
         name: "linux-6.1-cloud",
         description: "Debian 12's kernel 6.1 for virtual machines",
@@ -179,6 +179,18 @@ static PACKAGES: [Package; 18] = [
         suites: &[security("bookworm-security"), main("bookworm")],
         members: &[Member {
             name: "linux-6.1",
+            file: "vmlinuz",
+            wildcard: KERNEL,
+            looks: Looks::BzImage,
+        }],
+    },
+    Package {
+        name: "linux-6.1-rt",
+        description: "Debian 12's kernel 6.1 for real time",
+        choice: Choice::Kernel("linux-image-rt-amd64"),
+        suites: &[security("bookworm-security"), main("bookworm")],
+        members: &[Member {
+            name: "linux-6.1-rt",
             file: "vmlinuz",
             wildcard: KERNEL,
             looks: Looks::BzImage,
@@ -374,6 +386,18 @@ static PACKAGES: [Package; 18] = [
             file: "ipxe.lkrn",
             wildcard: "./boot/ipxe.lkrn",
             looks: Looks::BzImage,
+        }],
+    },
+    Package {
+        name: "gnumach",
+        description: "Debian 12's GNU Mach",
+        choice: Choice::Named("gnumach-image-1.8-486"),
+        suites: &[main("bookworm")],
+        members: &[Member {
+            name: "gnumach",
+            file: "gnumach.gz",
+            wildcard: "./boot/gnumach-1.8-486.gz",
+            looks: Looks::Gzip,
         }],
     },
     Package {

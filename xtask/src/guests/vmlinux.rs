@@ -1,11 +1,11 @@
-//! The ELF file inside a Linux bzImage: what a PVH or multiboot loader takes.
+//! The ELF file inside a packed kernel: what a PVH or multiboot loader takes.
 //!
-//! The boot protocol's header tells where the packed kernel lies
+//! A kernel for multiboot is packed as a whole, by gzip; GRUB would unpack it. Linux packs itself into a bzImage. The boot protocol's header tells where the packed kernel lies
 //! (`payload_offset`, `payload_length`: Linux, Documentation/arch/x86/boot.rst); its first bytes tell the
 //! format. Those of Debian's kernels are read: legacy LZ4 (5.10 and 6.1 for virtual
 //! machines), XZ (6.1 for PCs), Zstandard (6.12 and later).
 //!
-//! Invariant: what comes out has the length that the kernel's build noted behind the payload.
+//! Invariant: what comes out of a bzImage has the length that the kernel's build noted behind the payload.
 
 use std::io::{Cursor, Read};
 
@@ -25,12 +25,32 @@ const PAYLOAD_LENGTH: usize = 0x24c;
 const LZ4_LEGACY: &[u8] = &[0x02, 0x21, 0x4c, 0x18];
 const XZ: &[u8] = &[0xfd, b'7', b'z', b'X', b'Z', 0];
 const ZSTANDARD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
+const GZIP: &[u8] = &[0x1f, 0x8b];
 
-/// Unpacks the ELF file of a bzImage.
+/// Unpacks the ELF file of a kernel: a bzImage, or one packed by gzip (RFC 1952).
 ///
 /// # Errors
-/// It is no bzImage, is cut short, is packed in another way, or is damaged.
+/// It is neither, is cut short, is packed in another way, or is damaged.
 pub fn extract(image: &[u8]) -> Result<Vec<u8>> {
+    let elf = match image.starts_with(GZIP) {
+        true => gunzip(image)?,
+        false => from_bzimage(image)?,
+    };
+    ensure!(elf.starts_with(b"\x7fELF"), "the kernel holds no ELF file");
+    Ok(elf)
+}
+
+/// What gzip packed; its own checksum tells damage.
+fn gunzip(packed: &[u8]) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let read = flate2::read::GzDecoder::new(packed)
+        .take(u64::try_from(MAX_BYTES)?)
+        .read_to_end(&mut bytes);
+    read.context("the gzip file is damaged")?;
+    Ok(bytes)
+}
+
+fn from_bzimage(image: &[u8]) -> Result<Vec<u8>> {
     ensure!(is_bzimage(image), "this is no bzImage");
     let payload = payload(image).context("the bzImage is cut short")?;
     // The build appends the length of the unpacked kernel.
@@ -49,7 +69,6 @@ pub fn extract(image: &[u8]) -> Result<Vec<u8>> {
         elf.len() == length,
         "the bzImage's payload is damaged: not {length} bytes"
     );
-    ensure!(elf.starts_with(b"\x7fELF"), "the bzImage holds no ELF file");
     Ok(elf)
 }
 
@@ -139,6 +158,27 @@ mod tests {
         for packed in [lz4(), zstandard(), PACKED_BY_XZ.to_vec()] {
             assert_eq!(extract(&image(&packed, ELF.len())).unwrap(), ELF);
         }
+    }
+
+    /// What `gzip -n` makes of it.
+    const PACKED_BY_GZIP: [u8; 32] = [
+        0x1f, 0x8b, 0x08, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x03, 0xab, 0x77, 0xf5, 0x71, 0x63,
+        0x62, 0x64, 0x4c, 0x4c, 0x4a, 0x4e, 0x49, 0x05, 0x00, 0xf0, 0x00, 0xb1, 0xcf, 0x0c, 0x00,
+        0x00, 0x00,
+    ];
+
+    #[test]
+    fn a_kernel_packed_by_gzip_is_unpacked() {
+        assert_eq!(extract(&PACKED_BY_GZIP).unwrap(), ELF);
+        for length in 0..PACKED_BY_GZIP.len() {
+            assert!(
+                extract(&PACKED_BY_GZIP[..length]).is_err(),
+                "{length} bytes"
+            );
+        }
+        let mut damaged = PACKED_BY_GZIP;
+        damaged[16] ^= 1;
+        assert!(extract(&damaged).is_err());
     }
 
     #[test]
