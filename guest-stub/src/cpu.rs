@@ -14,7 +14,12 @@ pub mod msr {
     pub const TSC: u32 = 0x10;
     pub const APIC_BASE: u32 = 0x1B;
     pub const TSC_ADJUST: u32 = 0x3B;
+    pub const SPEC_CTRL: u32 = 0x48;
+    pub const PRED_CMD: u32 = 0x49;
     pub const MTRR_CAP: u32 = 0xFE;
+    pub const ARCH_CAPABILITIES: u32 = 0x10A;
+    pub const FLUSH_CMD: u32 = 0x10B;
+    pub const MCG_CAP: u32 = 0x179;
     pub const SYSENTER_CS: u32 = 0x174;
     pub const SYSENTER_ESP: u32 = 0x175;
     pub const SYSENTER_EIP: u32 = 0x176;
@@ -24,6 +29,7 @@ pub mod msr {
     pub const TSC_DEADLINE: u32 = 0x6E0;
     /// x2APIC registers start here: one MSR per 16 bytes of the xAPIC page.
     pub const X2APIC: u32 = 0x800;
+    pub const XSS: u32 = 0xDA0;
     pub const EFER: u32 = 0xC000_0080;
     pub const STAR: u32 = 0xC000_0081;
     pub const LSTAR: u32 = 0xC000_0082;

@@ -14,6 +14,7 @@ unsafe extern "C" {
     static legacy_handler: Label;
     static legacy_tasks: Label;
     static legacy_bad_pdptes: Label;
+    static legacy_five_levels: Label;
     static legacy_task_b: Label;
     static legacy_task_c: Label;
     static legacy_task_loop: Label;
@@ -38,6 +39,8 @@ pub enum Code {
     Tasks,
     /// Turns PAE paging on with reserved bits in the page-directory-pointer table; the result counts faults.
     BadPdptes,
+    /// Sets CR4.LA57 and clears it; the result counts faults.
+    FiveLevels,
     /// Switches between two tasks ten thousand times.
     TaskLoop,
 }
@@ -80,7 +83,7 @@ pub fn run(code: Code) -> u32 {
         (&raw mut legacy_task_a).write([0; 26]);
         let task_b = match code {
             Code::TaskLoop => &raw const legacy_task_back,
-            Code::Tasks | Code::BadPdptes => &raw const legacy_task_b,
+            Code::Tasks | Code::BadPdptes | Code::FiveLevels => &raw const legacy_task_b,
         };
         (&raw mut legacy_tss_b).write(tss(task_b as u64, &raw const legacy_stack_b_top as u64));
         (&raw mut legacy_tss_c).write(tss(
@@ -105,6 +108,7 @@ pub fn run(code: Code) -> u32 {
         let entry = match code {
             Code::Tasks => &raw const legacy_tasks,
             Code::BadPdptes => &raw const legacy_bad_pdptes,
+            Code::FiveLevels => &raw const legacy_five_levels,
             Code::TaskLoop => &raw const legacy_task_loop,
         };
         let result = legacy_run(entry as u32);

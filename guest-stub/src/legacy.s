@@ -212,6 +212,18 @@ legacy_bad_pdptes:
     mov eax, [legacy_faults]
     ret
 
+# Turns five-level paging on, while there is no paging, and off again. Returns how many faults came.
+.global legacy_five_levels
+legacy_five_levels:
+    mov dword ptr [legacy_skip], 3
+    mov edx, cr4
+    mov eax, edx
+    or eax, 1 << 12                       # LA57
+    mov cr4, eax                          # #GP where there is none
+    mov cr4, edx
+    mov eax, [legacy_faults]
+    ret
+
 .section .data.legacy, "aw"
 .balign 32
 legacy_bad_table:

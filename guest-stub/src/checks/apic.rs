@@ -41,6 +41,14 @@ const SEND_ILLEGAL: u32 = 1 << 5;
 const RECEIVE_ILLEGAL: u32 = 1 << 6;
 const ILLEGAL_REGISTER: u32 = 1 << 7;
 
+/// Number of the LVT entry for corrected machine checks.
+const CMCI: u32 = 0x2F;
+
+/// Whether the machine-check banks signal corrected errors, and the local APIC has an entry for that.
+fn has_cmci() -> bool {
+    probe_rdmsr(msr::MCG_CAP).is_ok_and(|capabilities| capabilities & 1 << 10 != 0)
+}
+
 /// The error register: what was wrong shows after a write, and interrupts once until then.
 fn errors(machine: &Machine) -> Verdict {
     skip_if!(
@@ -72,6 +80,11 @@ fn errors(machine: &Machine) -> Verdict {
     cpu::take_interrupts();
     ensure_eq!(take(), ILLEGAL_REGISTER, "no such register");
     ensure_eq!(count(ERROR_VECTOR), 2, "error interrupts");
+    if !has_cmci() {
+        local.read_at((CMCI << 4) as u16);
+        cpu::take_interrupts();
+        ensure_eq!(take(), ILLEGAL_REGISTER, "a CMCI entry without CMCI");
+    }
     // A timer with a bad vector.
     local.write(Register::Timer, 3);
     local.write(Register::InitialCount, 1);
@@ -269,6 +282,13 @@ fn x2apic_refusals(machine: &Machine) -> Verdict {
         let outcome = unsafe { probe_wrmsr(msr::X2APIC + register, value) };
         if outcome.err().map(|trap| trap.vector) != Some(vector::GENERAL_PROTECTION) {
             wrong.get_or_insert(("write", register));
+        }
+    }
+    if !has_cmci() {
+        // SAFETY: refused, and caught.
+        let outcome = unsafe { probe_wrmsr(msr::X2APIC + CMCI, 1 << 16) };
+        if outcome.is_ok() || probe_rdmsr(msr::X2APIC + CMCI).is_ok() {
+            wrong.get_or_insert(("CMCI entry", CMCI));
         }
     }
     for register in [0x00, 0x04, 0x0B, 0x0E, 0x29, 0x31, 0x3A, 0x40, 0xFF] {

@@ -25,6 +25,7 @@ checks![
     rtc_alarm,
     rtc_periodic,
     rtc_update,
+    rates_as_told,
 ];
 
 const VECTOR: u8 = 0x65;
@@ -107,6 +108,42 @@ fn with_hpet(machine: &Machine, check: impl FnOnce(Hpet) -> Verdict) -> Verdict 
     let outcome = check(hpet);
     hpet.quiet();
     outcome
+}
+
+/// The hypervisor's leaf of rates: the TSC's is the one measured, and the APIC timer's fits it.
+fn rates_as_told(machine: &Machine) -> Verdict {
+    const LEAF: u32 = 0x4000_0010;
+    let leaves = &cpu::hypervisor_signature(0x4000_0000) == b"KVMKVMKVM\0\0\0"
+        && cpu::cpuid(0x4000_0000, 0).eax >= LEAF;
+    ensure!(leaves || machine.host != Host::Plinth, "it is not offered");
+    skip_if!(!leaves, "it is not offered");
+    let leaf = cpu::cpuid(LEAF, 0);
+    let (tsc_hz, timer_hz) = (u64::from(leaf.eax) * 1000, u64::from(leaf.ebx) * 1000);
+    ensure!(
+        tsc_hz.abs_diff(machine.tsc_hz) <= machine.tsc_hz / 50,
+        "TSC: {tsc_hz} Hz told, {} measured",
+        machine.tsc_hz
+    );
+    let local = apic::local();
+    local.quiet();
+    local.write(apic::Register::InitialCount, u32::MAX);
+    let read = || time::bracket(|| local.read(apic::Register::CurrentCount).into());
+    let (first, begin, before) = read();
+    time::spin_us(machine.tsc_hz, 10_000);
+    let (last, end, after) = read();
+    local.quiet();
+    // Each reading took place somewhere within its bracket.
+    let counted = first.saturating_sub(last);
+    let ticks = end.saturating_sub(begin);
+    let (told, off) = (
+        counted * tsc_hz / timer_hz.max(1),
+        (before + after) / 2 + 1 + ticks / 1000,
+    );
+    ensure!(
+        told.abs_diff(ticks) <= off,
+        "APIC timer at {timer_hz} Hz: {counted} in {ticks} ticks of a TSC at {tsc_hz} Hz"
+    );
+    Ok(())
 }
 
 /// The counter stands while halted, and else goes at the rate that it tells.

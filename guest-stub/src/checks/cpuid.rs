@@ -246,6 +246,16 @@ fn xsave_sizes(_: &Machine) -> Verdict {
             "size for XCR0 = 7"
         );
     }
+    let compact = cpuid(0xD, 1);
+    if compact.eax & (1 << 1 | 1 << 3) != 0 {
+        // Without supervisor's components: IA32_XSS is 0.
+        let end = if supported & AVX != 0 {
+            LEGACY + 256
+        } else {
+            LEGACY
+        };
+        ensure_eq!(compact.ebx, end, "compacted size for XCR0");
+    }
     let largest = cpuid(0xD, 0).ecx;
     let mut end = LEGACY;
     for index in (2..63).filter(|index| supported & 1 << index != 0) {

@@ -6,7 +6,7 @@ use core::arch::asm;
 
 use crate::apic::{self, Register};
 use crate::cpu::{self, Cr4, Leaf1Ecx, msr, port};
-use crate::interrupts::{self, count, hook};
+use crate::interrupts::{self, count, hook, vector};
 use crate::machine::Machine;
 use crate::{checks, ensure, ensure_eq, paging, probe, skip_if};
 
@@ -17,7 +17,8 @@ checks![
     ymm_registers,
     mxcsr,
     x87_registers,
-    xsave_round_trip
+    xsave_round_trip,
+    xsaves_round_trip
 ];
 
 const WAKE_VECTOR: u8 = 0x52;
@@ -158,11 +159,54 @@ fn x87_registers(_: &Machine) -> Verdict {
     Ok(())
 }
 
+/// Memory for XSAVE and its kin.
+#[repr(C, align(64))]
+struct Area([u64; 512]);
+
+/// XSAVES and XRSTORS: the compacted form, the supervisor's own. What is saved comes back.
+fn xsaves_round_trip(_: &Machine) -> Verdict {
+    const COMPACTED: u64 = 1 << 63;
+    let avx = enable_xsave(true);
+    skip_if!(!avx && !enable_xsave(false), "no XSAVE");
+    skip_if!(cpu::cpuid(0xD, 1).eax & 1 << 3 == 0, "no XSAVES");
+    let mask: u32 = if avx { 7 } else { 3 };
+    let mut area = Area([0; 512]);
+    let (wanted, zero) = (Vectors::distinct(), Vectors([[0; 4]; 16]));
+    let mut got = Vectors([[0; 4]; 16]);
+    // SAFETY: the area is 4 KiB, more than x87, SSE and AVX take.
+    unsafe {
+        for_all_registers!("movups xmm\\i, [rdi + 32 * \\i]", &raw const wanted);
+        asm!("xsaves64 [{}]", in(reg) &mut area, in("eax") mask, in("edx") 0, options(nostack));
+        for_all_registers!("movups xmm\\i, [rdi + 32 * \\i]", &zero);
+    }
+    ensure_eq!(area.0[65], COMPACTED | u64::from(mask), "XCOMP_BV");
+    disturb();
+    // SAFETY: as above.
+    unsafe {
+        asm!("xrstors64 [{}]", in(reg) &area, in("eax") mask, in("edx") 0, options(nostack));
+        for_all_registers!("movups [rdi + 32 * \\i], xmm\\i", &mut got);
+    }
+    for (index, (got, wanted)) in got.0.iter().zip(&wanted.0).enumerate() {
+        ensure!(
+            got[..2] == wanted[..2],
+            "XMM{index} after XRSTORS: {:x?}",
+            &got[..2]
+        );
+    }
+    // A component that neither XCR0 nor IA32_XSS has on is reserved in what is restored.
+    area.0[65] |= 1 << 8;
+    // SAFETY: faults, and changes nothing.
+    let trap = unsafe { probe!("xrstors64 [{}]"; in(reg) &area, in("eax") mask, in("edx") 0) };
+    let vector = trap.map(|trap| trap.vector);
+    ensure!(
+        vector == Some(vector::GENERAL_PROTECTION),
+        "XRSTORS of a component that is off: {vector:?}"
+    );
+    Ok(())
+}
+
 /// XSAVE and XRSTOR: what is saved comes back, and the header says what is in use.
 fn xsave_round_trip(_: &Machine) -> Verdict {
-    #[repr(C, align(64))]
-    struct Area([u64; 512]);
-
     let avx = enable_xsave(true);
     skip_if!(!avx && !enable_xsave(false), "no XSAVE");
     let mask: u32 = if avx { 7 } else { 3 };

@@ -27,6 +27,9 @@ checks![
     tsc_adjust,
     mtrrs,
     unknown_registers,
+    supervisor_state,
+    arch_capabilities,
+    branch_control,
     nx_follows_efer,
     steal_time,
 ];
@@ -378,6 +381,113 @@ fn unknown_registers(machine: &Machine) -> Verdict {
                 "SVM shows"
             );
         }
+    }
+    Ok(())
+}
+
+/// Whether reading and writing `value` pass: a write is of a value that must do no harm.
+///
+/// # Safety
+/// The value may be written to the register.
+unsafe fn passes(index: u32, value: u64) -> (bool, bool) {
+    let read = probe_rdmsr(index).is_ok();
+    // SAFETY: the caller vouches for it.
+    let written = unsafe { probe_wrmsr(index, value) }.is_ok();
+    (read, written)
+}
+
+/// IA32_XSS: there with XSAVES, and takes no component that CPUID does not list.
+fn supervisor_state(machine: &Machine) -> Verdict {
+    skip_if!(machine.host == Host::Tcg, "QEMU TCG has no unknown MSRs");
+    let has_leaf = cpu::leaf1_ecx().contains(Leaf1Ecx::XSAVE);
+    let leaf = if has_leaf {
+        cpu::cpuid(0xD, 1)
+    } else {
+        cpu::cpuid(0x8000_FFFF, 0)
+    };
+    let shown = has_leaf && leaf.eax & 1 << 3 != 0;
+    // SAFETY: the value after reset.
+    let passed = unsafe { passes(msr::XSS, 0) };
+    ensure!(
+        passed == (shown, shown),
+        "XSAVES {shown}, IA32_XSS read, written: {passed:?}"
+    );
+    if shown {
+        let supported = u64::from(leaf.edx) << 32 | u64::from(leaf.ecx);
+        ensure_eq!(cpu::rdmsr(msr::XSS), 0, "IA32_XSS");
+        for bit in (0..64).filter(|bit| supported >> bit & 1 == 0) {
+            // SAFETY: refused, and caught.
+            let outcome = unsafe { probe_wrmsr(msr::XSS, 1 << bit) };
+            ensure!(outcome.is_err(), "IA32_XSS takes bit {bit}");
+        }
+        ensure_eq!(cpu::rdmsr(msr::XSS), 0, "IA32_XSS after refused writes");
+    }
+    Ok(())
+}
+
+/// IA32_ARCH_CAPABILITIES: there where CPUID says so, and read-only.
+fn arch_capabilities(machine: &Machine) -> Verdict {
+    skip_if!(machine.host == Host::Tcg, "QEMU TCG has no unknown MSRs");
+    let shown = cpu::cpuid(0, 0).eax >= 7 && cpu::cpuid(7, 0).edx & 1 << 29 != 0;
+    let value = probe_rdmsr(msr::ARCH_CAPABILITIES);
+    ensure!(
+        value.is_ok() == shown,
+        "shown {shown}, read: {}",
+        value.is_ok()
+    );
+    for value in [0, value.unwrap_or(0), u64::MAX] {
+        // SAFETY: refused, and caught.
+        let outcome = unsafe { probe_wrmsr(msr::ARCH_CAPABILITIES, value) };
+        let vector = outcome.err().map(|trap| trap.vector);
+        ensure!(
+            vector == Some(vector::GENERAL_PROTECTION),
+            "{value:#x} written: {vector:?}"
+        );
+    }
+    ensure!(
+        machine.host != Host::Plinth || shown == (cpu::vendor() == *b"GenuineIntel"),
+        "shown {shown}"
+    );
+    Ok(())
+}
+
+/// IA32_SPEC_CTRL, IA32_PRED_CMD and IA32_FLUSH_CMD: there as far as CPUID says, commands to be written only.
+fn branch_control(machine: &Machine) -> Verdict {
+    skip_if!(machine.host == Host::Tcg, "QEMU TCG has no unknown MSRs");
+    let edx7 = if cpu::cpuid(0, 0).eax >= 7 {
+        cpu::cpuid(7, 0).edx
+    } else {
+        0
+    };
+    let has_sizes = cpu::cpuid(0x8000_0000, 0).eax >= 0x8000_0008;
+    let ebx8 = if cpu::vendor() == *b"AuthenticAMD" && has_sizes {
+        cpu::cpuid(0x8000_0008, 0).ebx
+    } else {
+        0
+    };
+    let control = edx7 & (1 << 26 | 1 << 27 | 1 << 31) | ebx8 & (1 << 14 | 1 << 15 | 1 << 24) != 0;
+    let barrier = edx7 & 1 << 26 | ebx8 & 1 << 12 != 0;
+    let flush = edx7 & 1 << 28 != 0;
+    // SAFETY: the value after reset; a barrier; a flush of a cache.
+    let passed = unsafe {
+        [
+            passes(msr::SPEC_CTRL, 0),
+            passes(msr::PRED_CMD, 1),
+            passes(msr::FLUSH_CMD, 1),
+        ]
+    };
+    let wanted = [(control, control), (false, barrier), (false, flush)];
+    ensure!(
+        passed == wanted,
+        "read, written: {passed:?}, not {wanted:?}"
+    );
+    if control {
+        // SAFETY: refused, and caught.
+        let outcome = unsafe { probe_wrmsr(msr::SPEC_CTRL, 1 << 63) };
+        ensure!(
+            outcome.is_err(),
+            "a reserved bit of IA32_SPEC_CTRL is taken"
+        );
     }
     Ok(())
 }

@@ -31,6 +31,7 @@ checks![
     reserved_control_bits,
     task_switches,
     bad_pdptes,
+    five_level_paging,
 ];
 
 /// A physical address at which nothing answers, mapped one to one.
@@ -412,6 +413,18 @@ fn reserved_control_bits(machine: &Machine) -> Verdict {
 fn task_switches(_: &Machine) -> Verdict {
     let wrong = legacy::run(legacy::Code::Tasks);
     ensure_eq!(wrong, 0, "what went wrong in task switches");
+    Ok(())
+}
+
+/// Five-level paging is there as a whole, or CR4.LA57 is a reserved bit and addresses have 48 bits.
+fn five_level_paging(_: &Machine) -> Verdict {
+    const LA57: u32 = 1 << 16;
+    let shown = cpu::cpuid(0, 0).eax >= 7 && cpu::cpuid(7, 0).ecx & LA57 != 0;
+    let faults = legacy::run(legacy::Code::FiveLevels);
+    ensure_eq!(faults, u32::from(!shown), "faults by CR4.LA57");
+    let linear_bits = cpu::cpuid(0x8000_0008, 0).eax >> 8 & 0xFF;
+    let wanted = if shown { 57 } else { 48 };
+    ensure_eq!(linear_bits, wanted, "linear address bits");
     Ok(())
 }
 

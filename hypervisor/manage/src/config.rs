@@ -190,7 +190,7 @@ pub struct VmConfig {
     pub boot: Boot,
     /// `disks`, in the order in which the guest finds them.
     pub disks: Vec<DiskConfig>,
-    /// `cpu` and `features`.
+    /// `cpu`, `features` and `tsc-khz`.
     pub cpu: CpuConfig,
     /// `pool`, `weight`, `cap`, `priority`, `affinity` and `reservation`.
     pub sched: VmSched,
@@ -625,7 +625,7 @@ impl<'t> Parser<'t> {
         if let Some(name) = &name {
             s.vm = Some(name.clone());
         }
-        const KEYS: [&str; 14] = [
+        const KEYS: [&str; 15] = [
             "name",
             "vcpus",
             "memory",
@@ -639,6 +639,7 @@ impl<'t> Parser<'t> {
             "test-devices",
             "cpu",
             "features",
+            "tsc-khz",
             "display",
         ];
         self.check_keys(&s, &[&KEYS[..], &self::sched::VM_KEYS].concat());

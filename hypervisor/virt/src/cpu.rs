@@ -27,6 +27,7 @@ pub mod msr {
     pub const SYSENTER_EIP: u32 = 0x176;
     pub const DEBUGCTL: u32 = 0x1d9;
     pub const PAT: u32 = 0x277;
+    pub const XSS: u32 = 0xda0;
     pub const EFER: u32 = 0xc000_0080;
     pub const STAR: u32 = 0xc000_0081;
     pub const LSTAR: u32 = 0xc000_0082;
@@ -118,6 +119,8 @@ mod xcr0 {
 pub struct FpuFeatures {
     /// XSAVE is there; otherwise FXSAVE is used.
     xsave: bool,
+    /// XSAVES is there, and with it IA32_XSS.
+    xsaves: bool,
     /// XCR0 bits that guests may set and that are switched.
     mask: u64,
     /// Bytes of the save area.
@@ -137,6 +140,7 @@ impl FpuFeatures {
         if !xsave {
             return FpuFeatures {
                 xsave,
+                xsaves: false,
                 mask: xcr0::X87,
                 size: 512,
                 avx: 0,
@@ -163,8 +167,11 @@ impl FpuFeatures {
         } else {
             0
         };
+        // Bit 3 of sub-leaf 1, EAX (SDM vol. 1, section 13.2).
+        let xsaves = core::arch::x86_64::__cpuid_count(0xd, 1).eax & 1 << 3 != 0;
         FpuFeatures {
             xsave,
+            xsaves,
             mask,
             size,
             avx,
@@ -209,6 +216,12 @@ impl FpuFeatures {
             Cr4::update(|f| f.insert(cr4));
         }
         self.write_xcr0(self.mask);
+        if self.xsaves {
+            // Guests have no component that it governs: their XSAVES saves none, and CET, processor trace and
+            // the like are hidden from them. What firmware left on would be in a guest's hands.
+            // SAFETY: CPUID reports the register; 0 is its value after reset.
+            unsafe { wrmsr(msr::XSS, 0) };
+        }
     }
 
     /// XCR0 of this pCPU; `xsave` must be there, and `prepare` have run.
@@ -675,6 +688,7 @@ mod tests {
     fn xcr0_rules_follow_the_manual() {
         let full = FpuFeatures {
             xsave: true,
+            xsaves: true,
             mask: xcr0::SWITCHED,
             size: 0xa80,
             avx: 0x240,
@@ -687,6 +701,7 @@ mod tests {
         }
         let sse = FpuFeatures {
             xsave: true,
+            xsaves: false,
             mask: 3,
             size: 576,
             avx: 0,

@@ -17,10 +17,11 @@ pub mod preflight;
 pub mod selftest;
 pub mod state;
 pub mod svm;
+pub mod tsc;
 pub mod vtx;
 
 use alloc::string::String;
-use core::fmt;
+use core::{arch::x86_64::CpuidResult, fmt};
 
 use mem::{HostMemory, Hpa, OutOfFrames, nested::EntryFormat};
 
@@ -30,6 +31,7 @@ pub use state::{
     AccessRights, CpuMode, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName, Shadow,
     SoftwareEvent, pdpte_is_valid,
 };
+pub use tsc::{TscScale, TscScaling};
 
 /// Why virtualization could not be turned on for this pCPU, or a vCPU not be made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,6 +107,12 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Nested-paging entry format with this processor's capabilities.
     fn format(&self) -> Self::Format;
+
+    /// What this processor's TSC scaling can do, where it has it.
+    fn tsc_scaling(&self) -> Option<TscScaling>;
+
+    /// Takes out of an answer of this processor's CPUID the instructions that do not work in its guests.
+    fn limit_cpuid(&self, leaf: u32, subleaf: u32, answer: &mut CpuidResult);
 
     /// Makes a vCPU in the reset state, not loaded anywhere.
     ///
@@ -225,7 +233,10 @@ pub trait VirtualCpu: Send + 'static {
     fn msr(&self, number: u32) -> Option<u64>;
     /// Sets such an MSR. `false`: not one of them.
     fn set_msr(&mut self, number: u32, value: u64) -> bool;
-    /// Guest TSC minus host TSC, in ticks, wrapping.
+    /// Has the guest's TSC count at another rate than the host's, by a factor made for [`Backend::tsc_scaling`]. Once,
+    /// at first: a new vCPU has the host's rate.
+    fn set_tsc_scale(&mut self, scale: TscScale);
+    /// Guest TSC minus host TSC times the scale, in ticks, wrapping.
     fn set_tsc_offset(&mut self, offset: u64);
 
     /// Steps over the instruction that caused this exit and clears the interrupt shadow.

@@ -264,6 +264,19 @@ guest_code!(
 );
 
 guest_code!(
+    tsc_twice_code,
+    ".code64",
+    "rdtsc",
+    "shl rdx, 32",
+    "or rax, rdx",
+    "hlt",
+    "rdtsc",
+    "shl rdx, 32",
+    "or rax, rdx",
+    "hlt",
+);
+
+guest_code!(
     flush_code,
     ".code64",
     "mov esi, 0x200000",
@@ -1032,6 +1045,30 @@ fn tsc_offset<B: Backend>(g: &mut Guest<B>, _: &B) -> Check {
     }
 }
 
+/// A guest's TSC at a third of the host's rate, across a load on the way. Nothing to see where nothing is scaled.
+fn tsc_scale<B: Backend>(g: &mut Guest<B>, backend: &B) -> Check {
+    const OFFSET: u64 = 1 << 50;
+    let Some(scaling) = backend.tsc_scaling() else {
+        return Ok(());
+    };
+    let scale = scaling.scale(3, 1).ok_or("no factor of a third")?;
+    g.start(&long_state(), tsc_twice_code);
+    g.vcpu.set_tsc_scale(scale);
+    g.vcpu.set_tsc_offset(OFFSET);
+    for what in ["RDTSC", "RDTSC after another load"] {
+        let before = scale.to_guest(rdtsc());
+        g.expect_and_skip(Exit::Halt)?;
+        let after = scale.to_guest(rdtsc());
+        let shown = g.vcpu.gpr(Gpr::Rax).wrapping_sub(OFFSET);
+        if !(before..=after).contains(&shown) {
+            return Err(format!("{what}: {shown} is not in {before}..={after}"));
+        }
+        g.vcpu.unload();
+        g.vcpu.load(0);
+    }
+    Ok(())
+}
+
 fn flushes<B: Backend>(g: &mut Guest<B>, backend: &B) -> Check {
     g.start(&long_state(), flush_code);
     g.write_u64(0, 0x11);
@@ -1340,6 +1377,7 @@ fn checks<B: Backend>() -> Vec<Entry<B>> {
         ("triple fault", triple_fault),
         ("single step", single_step),
         ("TSC offset", tsc_offset),
+        ("TSC scale, where the processor scales", tsc_scale),
         ("TLB flushes", flushes),
         ("port I/O forms", ports),
         ("other instructions that exit", other_instructions),

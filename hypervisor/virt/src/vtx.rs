@@ -8,8 +8,7 @@
 //! - [`mitigation`]: what is done against leaks by speculation.
 //! - [`check`]: the manual's VM-entry checks in software, to explain a refused entry.
 //!
-//! Not used here: APIC virtualization beyond the TPR shadow, PML, TSC scaling, XSAVES (the guest
-//! gets #UD), VMCS shadowing.
+//! Not used here: APIC virtualization beyond the TPR shadow, PML, VMCS shadowing.
 //!
 //! Unsafe: writes control registers and MSRs, and runs VMX instructions.
 
@@ -22,6 +21,7 @@ pub mod vcpu;
 pub mod vmcs;
 
 use alloc::sync::Arc;
+use core::arch::x86_64::CpuidResult;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use mem::nested::Ept;
@@ -30,9 +30,9 @@ use x86_64::registers::control::{Cr0, Cr4, Cr4Flags};
 
 use crate::cpu::{FpuFeatures, msr, rdmsr, wrmsr};
 use crate::preflight::{Feature, Need, Preflight, Status};
-use crate::{Backend, VcpuSetup, VirtError};
+use crate::{Backend, TscScaling, VcpuSetup, VirtError};
 
-use capability::{Capabilities, Controls, EptVpid, FeatureControl, Found};
+use capability::{Capabilities, Controls, EptVpid, FeatureControl, Found, Proc2};
 use mitigation::Mitigations;
 pub use vcpu::VtxVcpu;
 use vmcs::{Scope, invept, invvpid, vmxon};
@@ -123,7 +123,7 @@ impl Backend for Vtx {
         let (capabilities, controls) = usable(&found)?;
         let fpu = FpuFeatures::detect();
         let msr_bitmap = memory.allocate(1, PAGE_SIZE, Owner::Host)?;
-        let rdtscp = controls.proc2.contains(capability::Proc2::RDTSCP);
+        let rdtscp = controls.proc2.contains(Proc2::RDTSCP);
         memory.write(msr_bitmap, &MsrBitmap::for_guests(rdtscp, found.ibpb).0);
         Ok(Vtx {
             shared: Arc::new(Shared {
@@ -206,6 +206,17 @@ impl Backend for Vtx {
 
     fn format(&self) -> Ept {
         self.shared.capabilities.ept()
+    }
+
+    fn tsc_scaling(&self) -> Option<TscScaling> {
+        let proc2 = self.shared.capabilities.proc2;
+        proc2
+            .offers(Proc2::TSC_SCALING.bits())
+            .then_some(TscScaling::VTX)
+    }
+
+    fn limit_cpuid(&self, leaf: u32, subleaf: u32, answer: &mut CpuidResult) {
+        self.shared.controls.limit_cpuid(leaf, subleaf, answer);
     }
 
     fn create_vcpu(&self, setup: VcpuSetup) -> Result<VtxVcpu, VirtError> {

@@ -2,7 +2,9 @@
 
 use alloc::{collections::VecDeque, string::String, vec::Vec};
 
-use virt::{CpuState, DescriptorTable, Event, Exit, Gpr, Segment, SegmentName, Shadow, VirtualCpu};
+use virt::{
+    CpuState, DescriptorTable, Event, Exit, Gpr, Segment, SegmentName, Shadow, TscScale, VirtualCpu,
+};
 
 /// Registers, the exits to give, and what was asked of it.
 pub(crate) struct FakeCpu {
@@ -17,6 +19,7 @@ pub(crate) struct FakeCpu {
     pub window: bool,
     /// Task priority and threshold, if CR8 is virtualized.
     pub priority: Option<(u8, u8)>,
+    pub tsc_scale: TscScale,
     pub tsc_offset: u64,
     pub shadow: bool,
     pub nmis_blocked: bool,
@@ -39,6 +42,7 @@ impl FakeCpu {
             queued: None,
             window: false,
             priority: None,
+            tsc_scale: TscScale::SAME,
             tsc_offset: 0,
             shadow: false,
             nmis_blocked: false,
@@ -204,6 +208,9 @@ impl VirtualCpu for FakeCpu {
     }
     fn set_msr(&mut self, _number: u32, _value: u64) -> bool {
         false
+    }
+    fn set_tsc_scale(&mut self, scale: TscScale) {
+        self.tsc_scale = scale;
     }
     fn set_tsc_offset(&mut self, offset: u64) {
         self.tsc_offset = offset;

@@ -36,6 +36,7 @@ pub mod number {
     pub const PAT: u32 = 0x277;
     pub const MTRR_DEF_TYPE: u32 = 0x2ff;
     pub const TSC_DEADLINE: u32 = 0x6e0;
+    pub const XSS: u32 = 0xda0;
     pub const X2APIC_FIRST: u32 = 0x800;
     pub const X2APIC_LAST: u32 = 0x8ff;
     pub const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
@@ -60,7 +61,7 @@ pub mod number {
 
 use number::*;
 
-use crate::cpuid::Vendor;
+use crate::cpuid::{CpuidPolicy, Vendor};
 
 /// Variable-range MTRR pairs shown.
 pub const VARIABLE_MTRRS: usize = 8;
@@ -195,6 +196,19 @@ pub fn constant(vendor: Vendor, msr: u32) -> Option<u64> {
         (Vendor::Amd, AMD_DE_CFG) => Some(1 << 1),
         _ => None,
     }
+}
+
+/// A register that CPUID announces and in which a guest can change nothing.
+pub fn announced(cpuid: &CpuidPolicy, msr: u32) -> Option<u64> {
+    match msr {
+        XSS if cpuid.has_xsaves() => Some(0),
+        _ => None,
+    }
+}
+
+/// Whether a write to a register of [`announced`] is taken: what it holds already, where it is not read-only.
+pub fn accepts(cpuid: &CpuidPolicy, msr: u32, value: u64) -> bool {
+    msr == XSS && announced(cpuid, msr) == Some(value)
 }
 
 /// Whether a write to a constant MSR is taken and dropped; all others fault.

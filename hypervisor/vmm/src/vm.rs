@@ -46,11 +46,11 @@ use mem::{
 };
 use spin::Mutex;
 use storage::Disk;
-use virt::CpuState;
+use virt::{CpuState, TscScaling};
 
 use crate::{
     bios_data,
-    clock::{TimeSource, VmClock},
+    clock::{GuestRate, RateError, TimeSource, VmClock},
     control,
     cpuid::{CpuModel, CpuidPolicy, HostCpuid, ModelError},
     disks::{self, Board},
@@ -118,6 +118,8 @@ pub struct VmSpec<'a> {
     pub test_devices: bool,
     /// Its processor model.
     pub cpu: CpuModel,
+    /// Ticks per second of its TSC; `None`: as the host's.
+    pub tsc_hz: Option<u64>,
     /// What it draws on.
     pub display: DisplaySpec<'a>,
 }
@@ -130,6 +132,8 @@ pub struct Environment<'a> {
     pub cpuid: HostCpuid<'a>,
     /// The host's TSC.
     pub time: TimeSource,
+    /// How the host's processor can scale it for a guest, if it can.
+    pub tsc_scaling: Option<TscScaling>,
     /// Unix time now, in seconds.
     pub epoch: u64,
     /// Where the first serial port's output goes.
@@ -153,6 +157,8 @@ pub enum VmError {
     Overlap(Overlap),
     /// Its processor model cannot be had here.
     Processor(ModelError),
+    /// Its TSC cannot have the rate asked for.
+    Rate(RateError),
     /// It has more devices than a PC has room for.
     Devices,
     /// The ACPI tables do not fit below 1 MiB (too many vCPUs), or the VM has no RAM there.
@@ -177,6 +183,12 @@ impl From<ModelError> for VmError {
     }
 }
 
+impl From<RateError> for VmError {
+    fn from(e: RateError) -> Self {
+        VmError::Rate(e)
+    }
+}
+
 impl From<FirmwareError> for VmError {
     fn from(e: FirmwareError) -> Self {
         VmError::Firmware(e)
@@ -198,6 +210,7 @@ impl fmt::Display for VmError {
             VmError::Overlap(e) => e.fmt(f),
             VmError::Devices => f.write_str("more devices than there is room for"),
             VmError::Processor(e) => e.fmt(f),
+            VmError::Rate(e) => e.fmt(f),
             VmError::AcpiTables => {
                 f.write_str("the ACPI tables do not fit into the guest's memory below 1 MiB")
             }
@@ -411,7 +424,7 @@ impl Vm {
             .firmware
             .is_some()
             .then(|| SpecialMemory::new(memory.clone(), host.kick.clone(), spec.vcpus));
-        let cpuid = CpuidPolicy::new(host.cpuid, spec.vcpus, &spec.cpu, host.time.stable)?;
+        let mut cpuid = CpuidPolicy::new(host.cpuid, spec.vcpus, &spec.cpu, host.time.stable)?;
         let end = Arc::new(EndCell::new(EndConfig {
             vcpus: spec.vcpus,
             kick: host.kick.clone(),
@@ -419,7 +432,9 @@ impl Vm {
             alarm: host.alarm,
             can_sleep: spec.firmware.is_none(),
         }));
-        let clock = Arc::new(VmClock::start(host.time));
+        let rate = GuestRate::choose(host.time.hz, spec.tsc_hz, host.tsc_scaling)?;
+        let clock = Arc::new(VmClock::start(host.time, rate));
+        cpuid.set_rates(clock.hz(), clock.apic_timer_hz());
         let time: Arc<dyn Clock> = clock.clone();
         let system: Arc<dyn SystemControl> = end.clone();
 
@@ -623,7 +638,7 @@ impl Vm {
             return false;
         }
         let still = self.end.pauses().still_for(self.clock.host_now());
-        self.clock.skip(still);
+        let still = self.clock.skip(still);
         self.timers.rtc.skip(still);
         self.end.resume();
         true

@@ -111,17 +111,6 @@ impl Alarm for VmAlarm {
     }
 }
 
-/// Asks the host's processor.
-fn host_cpuid(leaf: u32, subleaf: u32) -> vmm::cpuid::CpuidResult {
-    let r = core::arch::x86_64::__cpuid_count(leaf, subleaf);
-    vmm::cpuid::CpuidResult {
-        eax: r.eax,
-        ebx: r.ebx,
-        ecx: r.ecx,
-        edx: r.edx,
-    }
-}
-
 /// The processor model that a configuration asks for.
 fn processor_model(cpu: &config::CpuConfig) -> vmm::cpuid::CpuModel {
     vmm::cpuid::CpuModel {
@@ -134,6 +123,18 @@ fn processor_model(cpu: &config::CpuConfig) -> vmm::cpuid::CpuModel {
 }
 
 impl<B: Backend> World<B> {
+    /// Asks the host's processor what of it works in a guest.
+    fn usable_cpuid(&self, leaf: u32, subleaf: u32) -> vmm::cpuid::CpuidResult {
+        let mut answer = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+        self.backend.limit_cpuid(leaf, subleaf, &mut answer);
+        vmm::cpuid::CpuidResult {
+            eax: answer.eax,
+            ebx: answer.ebx,
+            ecx: answer.ecx,
+            edx: answer.edx,
+        }
+    }
+
     /// Whether a pCPU is needed for something else than running vCPUs.
     pub(super) fn is_wanted(&self, cpu: &PerCpu) -> bool {
         (cpu.number == 0 && doors::is_waiting())
@@ -377,6 +378,7 @@ impl<B: Backend> World<B> {
             }),
             test_devices: config.test_devices,
             cpu: processor_model(&config.cpu),
+            tsc_hz: config.cpu.tsc_khz.map(|khz| u64::from(khz) * 1000),
             display: DisplaySpec {
                 kind: match config.display {
                     config::DisplayKind::None => DisplayKind::None,
@@ -389,12 +391,13 @@ impl<B: Backend> World<B> {
         };
         let environment = Environment {
             memory: &memory::HOST,
-            cpuid: &host_cpuid,
+            cpuid: &|leaf, subleaf| self.usable_cpuid(leaf, subleaf),
             time: TimeSource {
                 read: time::now_tsc,
                 hz: time::hz(),
                 stable: time::is_stable(),
             },
+            tsc_scaling: self.backend.tsc_scaling(),
             epoch: self.boot_epoch + time::ns() / NS_PER_SECOND,
             console,
             kick: kick.clone(),

@@ -1,16 +1,17 @@
-//! `cpu` and `features`: which processor a VM is given.
+//! `cpu`, `features` and `tsc-khz`: which processor a VM is given.
 //!
 //! Only names are checked here; whether the host's processor has a feature is found out when the VM is
 //! made, by the crate that knows what the names stand for.
 
 use alloc::{borrow::ToOwned, format, string::String, vec::Vec};
+use core::ops::RangeInclusive;
 
 use toml::de::DeValue;
 
 use super::{Parser, Section, quote, shown};
 
 /// Names that `features` may switch.
-pub const CPU_FEATURES: [&str; 43] = [
+pub const CPU_FEATURES: [&str; 44] = [
     "abm",
     "adx",
     "aes",
@@ -54,7 +55,11 @@ pub const CPU_FEATURES: [&str; 43] = [
     "xsave",
     "xsavec",
     "xsaveopt",
+    "xsaves",
 ];
+
+/// Rates that a guest's TSC may be given, in kHz: 100 MHz to 10 GHz.
+pub const TSC_KHZ: RangeInclusive<u32> = 100_000..=10_000_000;
 
 /// How much of the host's processor a VM is shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,13 +71,15 @@ pub enum CpuBase {
     Baseline,
 }
 
-/// `cpu` and `features`.
+/// `cpu`, `features` and `tsc-khz`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CpuConfig {
     /// `cpu`.
     pub base: CpuBase,
     /// `features`: names out of [`CPU_FEATURES`], each once, and whether it is shown or hidden.
     pub features: Vec<(String, bool)>,
+    /// `tsc-khz`: the rate of its TSC; `None`: the host's.
+    pub tsc_khz: Option<u32>,
 }
 
 impl Parser<'_> {
@@ -85,7 +92,27 @@ impl Parser<'_> {
         CpuConfig {
             base: base.unwrap_or_default(),
             features: self.features(s),
+            tsc_khz: self.tsc_khz(s),
         }
+    }
+
+    fn tsc_khz(&mut self, s: &Section<'_>) -> Option<u32> {
+        let (value, at) = self.value(s, "tsc-khz")?;
+        let DeValue::Integer(number) = value else {
+            self.wrong_type(s, at, "tsc-khz", "a whole number", value);
+            return None;
+        };
+        let khz = u32::from_str_radix(number.as_str(), number.radix()).ok();
+        let khz = khz.filter(|khz| TSC_KHZ.contains(khz));
+        if khz.is_none() {
+            let (least, most) = (TSC_KHZ.start(), TSC_KHZ.end());
+            let message = format!(
+                "{} is out of range; allowed: {least} to {most}",
+                shown(value)
+            );
+            self.bad(s, at, "tsc-khz", message);
+        }
+        khz
     }
 
     fn features(&mut self, s: &Section<'_>) -> Vec<(String, bool)> {
@@ -154,6 +181,11 @@ mod tests {
         assert_eq!(cpu.base, CpuBase::Baseline);
         let wanted = [("avx".to_owned(), true), ("pku".to_owned(), false)];
         assert_eq!(cpu.features, wanted);
+        assert_eq!(cpu.tsc_khz, None);
+        assert_eq!(
+            with("tsc-khz = 2_400_000").vms[0].cpu.tsc_khz,
+            Some(2_400_000)
+        );
     }
 
     #[test]
@@ -170,6 +202,10 @@ mod tests {
             ("features = [\"+avx\", \"-avx\"]", "vm.features", "twice"),
             ("features = [1]", "vm.features", "a feature like"),
             ("features = \"+avx\"", "vm.features", "a list like"),
+            ("tsc-khz = \"fast\"", "vm.tsc-khz", "a whole number"),
+            ("tsc-khz = 99999", "vm.tsc-khz", "100000 to 10000000"),
+            ("tsc-khz = 10000001", "vm.tsc-khz", "out of range"),
+            ("tsc-khz = -1", "vm.tsc-khz", "out of range"),
         ] {
             let config = with(lines);
             let problem = config.problems.first().expect(lines);

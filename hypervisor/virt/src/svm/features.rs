@@ -274,7 +274,7 @@ fn cr4_bits(leaves: &Leaves) -> u64 {
 }
 
 /// Lines of the pre-flight check that are one bit of Fn8000_000A EDX each.
-const LINES: [(&str, Need, SvmFeatures); 10] = [
+const LINES: [(&str, Need, SvmFeatures); 11] = [
     ("nested paging", Need::Required, SvmFeatures::NESTED_PAGING),
     ("NRIP save", Need::Used, SvmFeatures::NRIP_SAVE),
     ("decode assists", Need::Used, SvmFeatures::DECODE_ASSISTS),
@@ -293,6 +293,7 @@ const LINES: [(&str, Need, SvmFeatures); 10] = [
         Need::Used,
         SvmFeatures::LBR_VIRTUALIZATION,
     ),
+    ("TSC scaling", Need::Used, SvmFeatures::TSC_RATE_MSR),
 ];
 
 /// Reads VM_CR, where SVM and hence the register exist.

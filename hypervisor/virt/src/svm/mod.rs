@@ -20,6 +20,7 @@ mod vcpu;
 pub mod vmcb;
 
 use alloc::{sync::Arc, vec::Vec};
+use core::arch::x86_64::CpuidResult;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use mem::nested::Npt;
@@ -29,7 +30,7 @@ use self::features::{Capabilities, Leaves, SvmFeatures, VM_CR, VmCr};
 use self::permissions::{IOPM_BYTES, MSRPM_BYTES};
 use crate::cpu::{FpuFeatures, msr, rdmsr, wrmsr};
 use crate::preflight::Preflight;
-use crate::{Backend, VcpuSetup, VirtError};
+use crate::{Backend, TscScaling, VcpuSetup, VirtError};
 
 pub use vcpu::SvmVcpu;
 
@@ -37,6 +38,7 @@ pub use vcpu::SvmVcpu;
 const VM_HSAVE_PA: u32 = 0xc001_0117;
 /// TSC_RATIO: guest ticks per host tick, 8.32 fixed point.
 const TSC_RATIO: u32 = 0xc000_0104;
+/// As it is after reset, and while no guest with a rate of its own is loaded.
 const TSC_RATIO_ONE: u64 = 1 << 32;
 const EFER_NXE: u64 = 1 << 11;
 const EFER_SVME: u64 = 1 << 12;
@@ -185,6 +187,16 @@ impl Backend for Svm {
         Npt {
             pages_1g: self.shared.capabilities.pages_1g,
         }
+    }
+
+    fn tsc_scaling(&self) -> Option<TscScaling> {
+        let svm = self.shared.capabilities.svm;
+        svm.contains(SvmFeatures::TSC_RATE_MSR)
+            .then_some(TscScaling::AMD_V)
+    }
+
+    fn limit_cpuid(&self, _leaf: u32, _subleaf: u32, _answer: &mut CpuidResult) {
+        // What the processor executes, it executes in a guest, too.
     }
 
     fn create_vcpu(&self, setup: VcpuSetup) -> Result<SvmVcpu, VirtError> {

@@ -25,14 +25,14 @@ use super::vmcb::{
     Extensions, Intercepts1, Intercepts2, InterruptControl, InterruptState, NestedControl,
     SaveArea, TlbControl, Vmcb, VmcbSegment, exit_code,
 };
-use super::{Shared, checks, features::SvmFeatures};
+use super::{Shared, TSC_RATIO, TSC_RATIO_ONE, checks, features::SvmFeatures};
 use crate::cpu::{
     GuestDebug, GuestFpu, GuestSpecCtrl, PAT_RESET, is_canonical, is_pat, msr, raise_machine_check,
     rdmsr, wrmsr,
 };
 use crate::exit::Exit;
 use crate::state::{CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName, Shadow};
-use crate::{VcpuSetup, VirtualCpu};
+use crate::{TscScale, VcpuSetup, VirtualCpu};
 
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
@@ -99,6 +99,8 @@ pub struct SvmVcpu {
     debug: GuestDebug,
     spec_ctrl: GuestSpecCtrl,
     tsc_aux: u64,
+    /// TSC_RATIO while the vCPU is loaded; `None`: as it is otherwise.
+    tsc_ratio: Option<u64>,
     shared: Arc<Shared>,
 }
 
@@ -152,6 +154,7 @@ impl SvmVcpu {
             debug: GuestDebug::new(),
             spec_ctrl: GuestSpecCtrl::detect(false),
             tsc_aux: 0,
+            tsc_ratio: None,
             shared: shared.clone(),
         };
         vcpu.set_up_control(asid, setup.nested_root);
@@ -634,6 +637,10 @@ impl VirtualCpu for SvmVcpu {
             // SAFETY: CPUID reports the register, and the value was read from it or checked.
             unsafe { wrmsr(msr::TSC_AUX, self.tsc_aux) };
         }
+        if let Some(ratio) = self.tsc_ratio {
+            // SAFETY: `set_tsc_scale` found the register; it acts on guests only.
+            unsafe { wrmsr(TSC_RATIO, ratio) };
+        }
         // SAFETY: `enable` prepared the FPU on this pCPU, and `unload` saved the state of
         // whichever guest was here before.
         unsafe { self.fpu.load() };
@@ -651,6 +658,10 @@ impl VirtualCpu for SvmVcpu {
         if self.shared.capabilities.tsc_aux {
             // SAFETY: CPUID reports the register.
             self.tsc_aux = unsafe { rdmsr(msr::TSC_AUX) };
+        }
+        if self.tsc_ratio.is_some() {
+            // SAFETY: as in `load`.
+            unsafe { wrmsr(TSC_RATIO, TSC_RATIO_ONE) };
         }
     }
 
@@ -1037,6 +1048,19 @@ impl VirtualCpu for SvmVcpu {
             _ => return false,
         }
         true
+    }
+
+    fn set_tsc_scale(&mut self, scale: TscScale) {
+        // Without the register nobody makes a factor; reserved bits are not in one for it (`TscScaling::AMD_V`).
+        self.tsc_ratio = scale
+            .multiplier()
+            .filter(|ratio| self.has(SvmFeatures::TSC_RATE_MSR) && ratio >> 40 == 0);
+        if let Some(ratio) = self.tsc_ratio
+            && self.loaded
+        {
+            // SAFETY: CPUID reports the register, and the value has no reserved bit.
+            unsafe { wrmsr(TSC_RATIO, ratio) };
+        }
     }
 
     fn set_tsc_offset(&mut self, offset: u64) {

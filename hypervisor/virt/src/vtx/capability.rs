@@ -5,6 +5,7 @@
 //! processors.
 
 use alloc::vec::Vec;
+use core::arch::x86_64::CpuidResult;
 
 use bitflags::bitflags;
 use mem::nested::Ept;
@@ -89,6 +90,10 @@ bitflags! {
         const PAUSE_LOOP = 1 << 10;
         /// INVPCID works.
         const INVPCID = 1 << 12;
+        /// XSAVES and XRSTORS work.
+        const XSAVES = 1 << 20;
+        /// The guest's TSC is the host's times a factor, plus the offset.
+        const TSC_SCALING = 1 << 25;
     }
 
     /// Primary VM-exit controls (SDM vol. 3C, table 25-13).
@@ -340,7 +345,8 @@ const PROC2_REQUIRED: Proc2 = Proc2::EPT.union(Proc2::UNRESTRICTED_GUEST);
 const PROC2_USED: Proc2 = Proc2::RDTSCP
     .union(Proc2::WBINVD)
     .union(Proc2::PAUSE_LOOP)
-    .union(Proc2::INVPCID);
+    .union(Proc2::INVPCID)
+    .union(Proc2::XSAVES);
 const EXIT_REQUIRED: ExitControls = ExitControls::SAVE_DEBUG
     .union(ExitControls::HOST_64)
     .union(ExitControls::SAVE_PAT)
@@ -379,6 +385,7 @@ impl Controls {
             proc.insert(Proc::TPR_SHADOW);
             proc.remove(Proc::CR8_LOAD | Proc::CR8_STORE);
         }
+        // TSC scaling is on for vCPUs that have a rate of their own only.
         let mut proc2 = PROC2_REQUIRED.bits() | c.proc2.must | (PROC2_USED.bits() & c.proc2.may);
         if c.has_vpid() {
             proc2 |= Proc2::VPID.bits();
@@ -390,6 +397,30 @@ impl Controls {
             exit: ExitControls::from_bits_retain(EXIT_REQUIRED.bits() | c.exit.must),
             entry: EntryControls::from_bits_retain(ENTRY_REQUIRED.bits() | c.entry.must),
         })
+    }
+}
+
+impl Controls {
+    /// Takes out of CPUID what is #UD in a guest without its control (SDM vol. 3C, section 26.3).
+    pub fn limit_cpuid(&self, leaf: u32, subleaf: u32, answer: &mut CpuidResult) {
+        const RDPID: u32 = 1 << 22;
+        const RDTSCP: u32 = 1 << 27;
+        const INVPCID: u32 = 1 << 10;
+        const XSAVES: u32 = 1 << 3;
+        let lacks = |control| !self.proc2.contains(control);
+        match (leaf, subleaf) {
+            (7, 0) => {
+                if lacks(Proc2::INVPCID) {
+                    answer.ebx &= !INVPCID;
+                }
+                if lacks(Proc2::RDTSCP) {
+                    answer.ecx &= !RDPID;
+                }
+            }
+            (0xd, 1) if lacks(Proc2::XSAVES) => answer.eax &= !XSAVES,
+            (0x8000_0001, _) if lacks(Proc2::RDTSCP) => answer.edx &= !RDTSCP,
+            _ => {}
+        }
     }
 }
 
@@ -480,6 +511,12 @@ fn preflight_controls(c: &Capabilities) -> impl Iterator<Item = Feature> + use<>
             "PAUSE-loop exiting",
             Used,
             c.proc2.offers(Proc2::PAUSE_LOOP.bits()),
+        ),
+        line("XSAVES", Used, c.proc2.offers(Proc2::XSAVES.bits())),
+        line(
+            "TSC scaling",
+            Used,
+            c.proc2.offers(Proc2::TSC_SCALING.bits()),
         ),
     ]
     .into_iter()
@@ -675,7 +712,7 @@ pub(super) mod tests {
             let missing: Vec<_> = report
                 .features
                 .iter()
-                .filter(|f| f.status != Status::Ok)
+                .filter(|f| f.need == Need::Required && f.status != Status::Ok)
                 .map(|f| f.name)
                 .collect();
             assert_eq!(missing, [name]);
@@ -696,7 +733,51 @@ pub(super) mod tests {
         let cr8_exits = Proc::CR8_LOAD | Proc::CR8_STORE;
         assert!(chosen.proc.contains(cr8_exits) && !chosen.proc.contains(Proc::TPR_SHADOW));
         let chosen = Controls::choose(&haswell()).expect("a Haswell has all that is required");
+        assert!(!chosen.proc2.contains(Proc2::XSAVES));
         assert!(!chosen.proc.intersects(cr8_exits) && chosen.proc.contains(Proc::TPR_SHADOW));
+    }
+
+    #[test]
+    fn a_newer_processor_has_xsaves_on_and_tsc_scaling_off() {
+        let mut c = haswell();
+        c.proc2.may |= (Proc2::XSAVES | Proc2::TSC_SCALING).bits();
+        let chosen = Controls::choose(&c).expect("a Haswell with more");
+        assert!(chosen.proc2.contains(Proc2::XSAVES));
+        assert!(!chosen.proc2.contains(Proc2::TSC_SCALING));
+        assert!(c.proc2.accepts((chosen.proc2 | Proc2::TSC_SCALING).bits()));
+    }
+
+    #[test]
+    fn instructions_without_their_control_are_not_shown() {
+        const ALL: CpuidResult = CpuidResult {
+            eax: !0,
+            ebx: !0,
+            ecx: !0,
+            edx: !0,
+        };
+        let answers = |c: &Capabilities| {
+            let controls = Controls::choose(c).expect("nothing required is gone");
+            [(7, 0), (7, 1), (0xd, 1), (0xd, 0), (0x8000_0001, 0)].map(|(leaf, subleaf)| {
+                let mut answer = ALL;
+                controls.limit_cpuid(leaf, subleaf, &mut answer);
+                (!answer.eax, !answer.ebx, !answer.ecx, !answer.edx)
+            })
+        };
+        let none = (0, 0, 0, 0);
+        // A Haswell has no XSAVES.
+        assert_eq!(answers(&haswell()), [none, none, (8, 0, 0, 0), none, none]);
+        let mut c = haswell();
+        c.proc2.may &= !PROC2_USED.bits();
+        let hidden = [
+            (0, 1 << 10, 1 << 22, 0),
+            none,
+            (8, 0, 0, 0),
+            none,
+            (0, 0, 0, 1 << 27),
+        ];
+        assert_eq!(answers(&c), hidden);
+        c.proc2.may |= PROC2_USED.bits();
+        assert_eq!(answers(&c), [none; 5]);
     }
 
     #[test]

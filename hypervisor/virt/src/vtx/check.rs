@@ -204,6 +204,11 @@ impl Report<'_> {
             proc2.contains(Proc2::EPT) || !proc2.contains(Proc2::UNRESTRICTED_GUEST),
             "unrestricted guest without EPT"
         );
+        require!(
+            self,
+            !proc2.contains(Proc2::TSC_SCALING) || self.get(Field::TscMultiplier) != 0,
+            "TSC scaling by 0"
+        );
         if proc2.contains(Proc2::EPT) {
             let eptp = self.get(Field::EptPointer);
             let type_ok = match eptp & 7 {

@@ -40,7 +40,7 @@ use crate::state::{
     AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName, Shadow,
     pdpte_is_valid,
 };
-use crate::{Exit, TaskSource, TaskSwitch, VcpuSetup, VirtError, VirtualCpu};
+use crate::{Exit, TaskSource, TaskSwitch, TscScale, VcpuSetup, VirtError, VirtualCpu};
 
 /// Guest MSRs that are VMCS fields.
 pub(super) const MSRS_IN_VMCS: [u32; 7] = [
@@ -348,6 +348,10 @@ impl VtxVcpu {
         if let Some((page, _)) = self.virtual_apic {
             self.write(Field::VirtualApicAddress, page.as_u64());
             self.write(Field::TprThreshold, 0);
+        }
+        if proc2.contains(Proc2::XSAVES) {
+            // IA32_XSS is 0 (`FpuFeatures::prepare`, and no guest changes it), so neither exits.
+            self.write(Field::XssExitingBitmap, 0);
         }
         if proc2.contains(Proc2::PAUSE_LOOP) {
             self.write(Field::PleGap, PLE_GAP);
@@ -1190,6 +1194,18 @@ impl VirtualCpu for VtxVcpu {
             self.write(field, value);
         }
         acceptable
+    }
+
+    fn set_tsc_scale(&mut self, scale: TscScale) {
+        let Some(multiplier) = scale.multiplier() else {
+            return;
+        };
+        self.write(Field::TscMultiplier, multiplier);
+        let proc2 = Proc2::from_bits_retain(self.read(Field::SecondaryControls) as u32);
+        self.write(
+            Field::SecondaryControls,
+            (proc2 | Proc2::TSC_SCALING).bits().into(),
+        );
     }
 
     fn set_tsc_offset(&mut self, offset: u64) {

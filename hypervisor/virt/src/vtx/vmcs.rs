@@ -53,6 +53,8 @@ fields! {
     TscOffset = control::TSC_OFFSET_FULL,
     VirtualApicAddress = control::VIRT_APIC_ADDR_FULL,
     EptPointer = control::EPTP_FULL,
+    XssExitingBitmap = control::XSS_EXITING_BITMAP_FULL,
+    TscMultiplier = control::TSC_MULTIPLIER_FULL,
     GuestPhysicalAddress = ro::GUEST_PHYSICAL_ADDR_FULL,
     VmcsLinkPointer = guest::LINK_PTR_FULL,
     GuestDebugctl = guest::IA32_DEBUGCTL_FULL,
@@ -164,6 +166,8 @@ impl Field {
             Field::Vpid
                 | Field::MsrBitmap
                 | Field::EptPointer
+                | Field::XssExitingBitmap
+                | Field::TscMultiplier
                 | Field::GuestPhysicalAddress
                 | Field::GuestPat
                 | Field::GuestEfer

@@ -97,12 +97,14 @@ bitflags! {
         const SSBD = 1 << 31;
     }
 
-    /// Leaf 0xD, sub-leaf 1, EAX. XSAVES is left out: no guest state lives in IA32_XSS.
+    /// Leaf 0xD, sub-leaf 1, EAX.
     #[derive(Clone, Copy, Debug)]
     pub(super) struct XsaveEax: u32 {
         const XSAVEOPT = 1 << 0;
         const XSAVEC = 1 << 1;
         const XGETBV1 = 1 << 2;
+        /// With IA32_XSS, in which a guest can enable nothing: no component of its is a supervisor's.
+        const XSAVES = 1 << 3;
     }
 
     /// Leaf 0x8000_0001 ECX.
@@ -224,7 +226,7 @@ const fn switch(name: &'static str, word: Word, bit: u32, needs: Option<&'static
 }
 
 /// All switches. One that others need stands before them.
-pub(super) const SWITCHES: [Switch; 43] = {
+pub(super) const SWITCHES: [Switch; 44] = {
     use Word::*;
     const XSAVE: Option<&str> = Some("xsave");
     const AVX: Option<&str> = Some("avx");
@@ -248,6 +250,7 @@ pub(super) const SWITCHES: [Switch; 43] = {
         switch("xsave", Leaf1Ecx, self::Leaf1Ecx::XSAVE.bits(), None),
         switch("xsaveopt", XsaveEax, self::XsaveEax::XSAVEOPT.bits(), XSAVE),
         switch("xsavec", XsaveEax, self::XsaveEax::XSAVEC.bits(), XSAVE),
+        switch("xsaves", XsaveEax, self::XsaveEax::XSAVES.bits(), XSAVE),
         switch("xgetbv1", XsaveEax, self::XsaveEax::XGETBV1.bits(), XSAVE),
         switch("avx", Leaf1Ecx, self::Leaf1Ecx::AVX.bits(), XSAVE),
         switch("fma", Leaf1Ecx, self::Leaf1Ecx::FMA.bits(), AVX),

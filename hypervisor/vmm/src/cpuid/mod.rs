@@ -38,6 +38,8 @@ pub type HostCpuid<'a> = &'a dyn Fn(u32, u32) -> CpuidResult;
 const AMD_SHARED_EDX: u32 = 0x0183_f3ff;
 /// First leaf of the hypervisor range.
 const HYPERVISOR_BASE: u32 = 0x4000_0000;
+/// Leaf of the rates, as VMware defined it and QEMU shows it beside KVM's leaves; the highest of the range.
+const HYPERVISOR_RATES: u32 = 0x4000_0010;
 /// First leaf of the extended range.
 const EXTENDED_BASE: u32 = 0x8000_0000;
 /// Highest basic leaf shown.
@@ -220,6 +222,8 @@ pub struct CpuidPolicy {
     cache: Vec<CpuidResult>,
     xsave: Vec<CpuidResult>,
     hypervisor: [CpuidResult; 2],
+    /// Leaf 0x4000_0010: rates of TSC and APIC timer in kHz.
+    rates: CpuidResult,
     extended: Vec<CpuidResult>,
     components: XsaveComponents,
 }
@@ -259,7 +263,7 @@ impl CpuidPolicy {
             xsave: Vec::new(),
             hypervisor: [
                 CpuidResult {
-                    eax: HYPERVISOR_BASE + 1,
+                    eax: HYPERVISOR_RATES,
                     ebx: u32::from_le_bytes(*b"KVMK"),
                     ecx: u32::from_le_bytes(*b"VMKV"),
                     edx: u32::from_le_bytes(*b"M\0\0\0"),
@@ -269,6 +273,7 @@ impl CpuidPolicy {
                     ..CpuidResult::default()
                 },
             ],
+            rates: CpuidResult::default(),
             extended: Vec::new(),
             components: XsaveComponents::X87 | XsaveComponents::SSE,
         };
@@ -486,9 +491,26 @@ impl CpuidPolicy {
         end
     }
 
+    /// Tells the guest at which rates, in Hz, its TSC and the timer of its local APIC run.
+    pub fn set_rates(&mut self, tsc_hz: u64, apic_timer_hz: u64) {
+        let khz = |hz: u64| u32::try_from(hz / 1000).unwrap_or(u32::MAX);
+        self.rates = CpuidResult {
+            eax: khz(tsc_hz),
+            ebx: khz(apic_timer_hz),
+            ..CpuidResult::default()
+        };
+    }
+
     /// The vendor whose processor this shows.
     pub fn vendor(&self) -> Vendor {
         self.vendor
+    }
+
+    /// Whether the guest has XSAVES, and with it IA32_XSS.
+    pub fn has_xsaves(&self) -> bool {
+        self.xsave
+            .get(1)
+            .is_some_and(|leaf| leaf.eax & XsaveEax::XSAVES.bits() != 0)
     }
 
     /// State components that the guest may enable in XCR0.
@@ -588,6 +610,7 @@ impl CpuidPolicy {
             }
             HYPERVISOR_BASE => self.hypervisor[0],
             0x4000_0001 => self.hypervisor[1],
+            HYPERVISOR_RATES => self.rates,
             EXTENDED_BASE.. => {
                 let entry = self.extended.get((leaf - EXTENDED_BASE) as usize);
                 let mut entry = entry.copied().unwrap_or_default();
@@ -660,7 +683,8 @@ impl CpuidPolicy {
                     .unwrap_or_default();
                 match subleaf {
                     0 if !self.xsave.is_empty() => entry.ebx = self.xsave_bytes(state.xcr0, false),
-                    1 if entry.eax & XsaveEax::XSAVEC.bits() != 0 => {
+                    // XCR0 and IA32_XSS, which is 0 (SDM vol. 2A, CPUID, leaf 0DH).
+                    1 if entry.eax & (XsaveEax::XSAVEC | XsaveEax::XSAVES).bits() != 0 => {
                         entry.ebx = self.xsave_bytes(state.xcr0, true);
                     }
                     _ => {}

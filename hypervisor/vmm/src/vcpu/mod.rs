@@ -148,12 +148,10 @@ impl<V: VirtualCpu> Vcpu<V> {
         start: Option<&CpuState>,
         pcpu: usize,
     ) -> Option<Self> {
-        let defaults = LocalApicConfig::new(id.0);
         let config = LocalApicConfig {
             physical_bits: vm.cpuid.physical_bits(),
-            // A bus is no faster than its processor.
-            timer_hz: defaults.timer_hz.min(vm.clock.hz()),
-            ..defaults
+            timer_hz: vm.clock.apic_timer_hz(),
+            ..LocalApicConfig::new(id.0)
         };
         let clock: Arc<dyn Clock> = vm.clock.clone();
         let mut apic = LocalApic::new(id, config, vm.apic_bus.clone(), clock)?;
@@ -162,6 +160,7 @@ impl<V: VirtualCpu> Vcpu<V> {
         }
         hw.load(pcpu);
         let clock_seen = vm.clock.tsc_offset();
+        hw.set_tsc_scale(vm.clock.scale());
         hw.set_tsc_offset(clock_seen);
         hw.set_state(start.unwrap_or(&CpuState::reset()));
         hw.unload();
@@ -343,7 +342,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             .map_or(slice_end, |t| t.min(slice_end))
             .min(host.interrupts_wait_until());
         if work {
-            deadline = deadline.min(host.now() + vm.clock.hz() / WORK_PAUSES_PER_SECOND);
+            deadline = deadline.min(host.now() + vm.clock.host_hz() / WORK_PAUSES_PER_SECOND);
         }
         if !self.hw.set_deadline(deadline) {
             host.arm_timer(deadline);

@@ -115,7 +115,8 @@ impl<V: VirtualCpu> Vcpu<V> {
             _ => hw
                 .msr(msr)
                 .or_else(|| rest.msrs.mtrrs.read(msr))
-                .or_else(|| msr::constant(rest.vm.cpuid.vendor(), msr)),
+                .or_else(|| msr::constant(rest.vm.cpuid.vendor(), msr))
+                .or_else(|| msr::announced(&rest.vm.cpuid, msr)),
         }
     }
 
@@ -171,7 +172,10 @@ impl<V: VirtualCpu> Vcpu<V> {
                 let taken = match rest.msrs.mtrrs.write(msr, value, bits) {
                     Some(good) => good,
                     None if hw.msr(msr).is_some() => hw.set_msr(msr, value),
-                    None => msr::write_ignored(rest.vm.cpuid.vendor(), msr),
+                    None => {
+                        let cpuid = &rest.vm.cpuid;
+                        msr::write_ignored(cpuid.vendor(), msr) || msr::accepts(cpuid, msr, value)
+                    }
                 };
                 if !taken {
                     return Err(GP);

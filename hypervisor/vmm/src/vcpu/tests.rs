@@ -16,6 +16,7 @@ mod display;
 mod finish;
 mod firmware;
 mod pause;
+mod rate;
 mod steal;
 mod warm;
 
@@ -229,6 +230,16 @@ impl Bench {
         firmware: Option<Firmware<'_>>,
         display: DisplaySpec<'_>,
     ) -> Result<Self, String> {
+        Self::make_at_rate((vcpus, id), firmware, display, None)
+    }
+
+    /// vCPU `id` of a VM with `vcpus`, whose TSC runs at `tsc_hz` by VT-x' scaling.
+    fn make_at_rate(
+        (vcpus, id): (u16, u32),
+        firmware: Option<Firmware<'_>>,
+        display: DisplaySpec<'_>,
+        tsc_hz: Option<u64>,
+    ) -> Result<Self, String> {
         let memory: &'static FakeMemory = Box::leak(Box::new(FakeMemory::new(64 << 20)));
         let terminal = Arc::new(Terminal::default());
         let kicks = Arc::new(Kicks::default());
@@ -253,6 +264,7 @@ impl Bench {
             }),
             test_devices: false,
             cpu: crate::cpuid::CpuModel::default(),
+            tsc_hz,
             display,
         };
         let environment = Environment {
@@ -263,6 +275,7 @@ impl Bench {
                 hz: HZ,
                 stable: true,
             },
+            tsc_scaling: tsc_hz.map(|_| virt::TscScaling::VTX),
             epoch: 1_700_000_000,
             console: terminal.clone(),
             kick: kicks.clone(),
