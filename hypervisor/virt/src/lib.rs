@@ -111,6 +111,9 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// What this processor's TSC scaling can do, where it has it.
     fn tsc_scaling(&self) -> Option<TscScaling>;
 
+    /// IA32_ARCH_CAPABILITIES of this processor (SDM vol. 4, table 2-2): what does not leak from it; 0 where there is none.
+    fn arch_capabilities(&self) -> u64;
+
     /// Takes out of an answer of this processor's CPUID the instructions that do not work in its guests.
     fn limit_cpuid(&self, leaf: u32, subleaf: u32, answer: &mut CpuidResult);
 

@@ -72,7 +72,7 @@ impl TscScale {
         if self.shift == 0 {
             return host;
         }
-        (host as u128 * self.multiplier as u128 >> self.shift) as u64
+        ((host as u128 * self.multiplier as u128) >> self.shift) as u64
     }
 
     /// The first value of the host's TSC for which [`TscScale::to_guest`] is at least `guest`; saturating.

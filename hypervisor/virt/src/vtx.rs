@@ -33,7 +33,7 @@ use crate::preflight::{Feature, Need, Preflight, Status};
 use crate::{Backend, TscScaling, VcpuSetup, VirtError};
 
 use capability::{Capabilities, Controls, EptVpid, FeatureControl, Found, Proc2};
-use mitigation::Mitigations;
+use mitigation::{ArchCapabilities, Mitigations};
 pub use vcpu::VtxVcpu;
 use vmcs::{Scope, invept, invvpid, vmxon};
 
@@ -54,6 +54,7 @@ struct Shared {
     /// The processor has the indirect-branch barrier of IA32_PRED_CMD.
     ibpb: bool,
     mitigations: Mitigations,
+    arch_capabilities: ArchCapabilities,
     /// VM of the vCPU that was loaded last on each pCPU; [`NO_VM`] before the first.
     last_vm: [AtomicU32; MAX_CPUS],
 }
@@ -134,6 +135,7 @@ impl Backend for Vtx {
                 msr_bitmap,
                 ibpb: found.ibpb,
                 mitigations: found.mitigations,
+                arch_capabilities: found.arch_capabilities,
                 last_vm: [const { AtomicU32::new(NO_VM) }; MAX_CPUS],
             }),
             vmxon_regions: [const { AtomicU64::new(0) }; MAX_CPUS],
@@ -147,6 +149,7 @@ impl Backend for Vtx {
         if here != shared.capabilities
             || found.ibpb != shared.ibpb
             || found.mitigations != shared.mitigations
+            || found.arch_capabilities != shared.arch_capabilities
         {
             return Err(unequal());
         }
@@ -213,6 +216,10 @@ impl Backend for Vtx {
         proc2
             .offers(Proc2::TSC_SCALING.bits())
             .then_some(TscScaling::VTX)
+    }
+
+    fn arch_capabilities(&self) -> u64 {
+        self.shared.arch_capabilities.bits()
     }
 
     fn limit_cpuid(&self, leaf: u32, subleaf: u32, answer: &mut CpuidResult) {

@@ -22,6 +22,7 @@ pub mod number {
     pub const BIOS_SIGN_ID: u32 = 0x8b;
     pub const PLATFORM_INFO: u32 = 0xce;
     pub const MTRR_CAP: u32 = 0xfe;
+    pub const ARCH_CAPABILITIES: u32 = 0x10a;
     pub const MCG_CAP: u32 = 0x179;
     pub const MCG_STATUS: u32 = 0x17a;
     pub const MISC_ENABLE: u32 = 0x1a0;
@@ -202,6 +203,7 @@ pub fn constant(vendor: Vendor, msr: u32) -> Option<u64> {
 pub fn announced(cpuid: &CpuidPolicy, msr: u32) -> Option<u64> {
     match msr {
         XSS if cpuid.has_xsaves() => Some(0),
+        ARCH_CAPABILITIES => cpuid.arch_capabilities(),
         _ => None,
     }
 }

@@ -130,6 +130,8 @@ pub struct Environment<'a> {
     pub memory: &'static dyn HostMemory,
     /// The host's CPUID.
     pub cpuid: HostCpuid<'a>,
+    /// The host's IA32_ARCH_CAPABILITIES, or 0.
+    pub arch_capabilities: u64,
     /// The host's TSC.
     pub time: TimeSource,
     /// How the host's processor can scale it for a guest, if it can.
@@ -198,6 +200,13 @@ impl From<FirmwareError> for VmError {
 impl From<Overlap> for VmError {
     fn from(e: Overlap) -> Self {
         VmError::Overlap(e)
+    }
+}
+
+impl VmError {
+    /// Whether it is about the file that the VM boots.
+    pub fn is_of_file(&self) -> bool {
+        matches!(self, VmError::Load(_) | VmError::Firmware(_))
     }
 }
 
@@ -434,6 +443,7 @@ impl Vm {
         }));
         let rate = GuestRate::choose(host.time.hz, spec.tsc_hz, host.tsc_scaling)?;
         let clock = Arc::new(VmClock::start(host.time, rate));
+        cpuid.set_arch_capabilities(host.arch_capabilities);
         cpuid.set_rates(clock.hz(), clock.apic_timer_hz());
         let time: Arc<dyn Clock> = clock.clone();
         let system: Arc<dyn SystemControl> = end.clone();

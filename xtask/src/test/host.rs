@@ -58,10 +58,16 @@ fn real_time(machine: &mut Machine) {
     machine.time = Time::Workstation;
 }
 
+/// Gives the machine the processor with the most to check.
+pub fn newer_processor(start: &Start) -> impl FnOnce(&mut Machine) + use<> {
+    let model = start.place.newer_model();
+    move |machine| machine.cpu_model = model.map(str::to_owned).or(machine.cpu_model.take())
+}
+
 /// The checks of the virtualization backend, on the processor itself.
 pub fn backend(rig: &Rig, start: &Start) -> Result<String> {
     let limits = start.place.limits();
-    let mut session = rig.boot_selftest(start, "backend", |_| {})?;
+    let mut session = rig.boot_selftest(start, "backend", newer_processor(start))?;
     let sum = Regex::new(r"selftest done: (\d+) passed, (\d+) failed|selftest FAILED: [^\r\n]*")?;
     session.expect(&sum, limits.boot)?;
     session.wait_for_power_off(limits.command)?;

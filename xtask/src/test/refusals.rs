@@ -150,19 +150,26 @@ pub fn bad_config(rig: &Rig, start: &Start) -> Result<String> {
     Ok(format!("{} mistakes", mistakes().count()))
 }
 
-/// A kernel that is none is refused by name, and so is one cut short.
+/// A kernel that is none is refused by name, and so is one cut short; and a TSC that the processor cannot give.
 pub fn bad_kernel(rig: &Rig, start: &Start) -> Result<String> {
     let bad = |name: &'static str| Vm {
         name,
         kernel: name,
         ..SOUND
     };
-    let mut session = rig.boot(start, &[SOUND, bad("letter"), bad("cut-short")])?;
+    let fast = Vm {
+        name: "fast",
+        more: "tsc-khz = 9999999\n",
+        ..SOUND
+    };
+    let vms = [SOUND, bad("letter"), bad("cut-short"), fast];
+    let mut session = rig.boot(start, &vms)?;
     stub_to_power_off(&mut session, start.place.limits())?;
     let text = session.text();
     for pattern in [
         r"VM letter: .*letter: is not a bzImage, ELF or multiboot kernel",
         r"cut-short.*(cut short|truncated|ends)",
+        r"fast: cannot start: its TSC cannot run at 9999999 kHz: this host's runs at \d+ kHz, and the processor has no TSC scaling",
     ] {
         let said = Regex::new(pattern)?.is_match(&text);
         ensure!(said, "nothing said like /{pattern}/");

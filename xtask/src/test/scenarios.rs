@@ -253,6 +253,12 @@ pub fn all() -> Vec<Scenario> {
         6,
         consoles::input,
     ));
+    all.push(Scenario::new(
+        Place::Bochs,
+        "stub-newer-processor",
+        8,
+        running::stub_newer_processor,
+    ));
     let place = Place::QEMU_BIOS;
     let tests = Scenario::new(place, "linux-selftests", 70, selftests::selftests);
     all.push(slow(tests));

@@ -392,6 +392,7 @@ impl<B: Backend> World<B> {
         let environment = Environment {
             memory: &memory::HOST,
             cpuid: &|leaf, subleaf| self.usable_cpuid(leaf, subleaf),
+            arch_capabilities: self.backend.arch_capabilities(),
             time: TimeSource {
                 read: time::now_tsc,
                 hz: time::hz(),
@@ -405,9 +406,13 @@ impl<B: Backend> World<B> {
         };
         // Memory is zeroed and files are copied: long work.
         let (vm, entry) = interrupts::open(|| Vm::new(spec, environment)).map_err(|e| {
-            // The first file is what the VM boots: its firmware, or its kernel.
-            let file = config.boot.paths().next().unwrap_or_default();
-            format!("{file}: {e}")
+            if e.is_of_file() {
+                // The first file is what the VM boots: its firmware, or its kernel.
+                let file = config.boot.paths().next().unwrap_or_default();
+                format!("{file}: {e}")
+            } else {
+                format!("{e}")
+            }
         })?;
         let tables = interrupts::open(|| GuestTables::new(self.backend, id, &vm.memory))
             .map_err(|e| format!("{e}"))?;

@@ -76,6 +76,8 @@ pub struct Leaves {
     pub address_widths: u32,
     /// Fn8000_0008 EBX.
     pub extended_features: u32,
+    /// Fn8000_0021 EAX.
+    pub more_features: u32,
     /// Fn8000_000A EBX: number of ASIDs.
     pub asids: u32,
     /// Fn8000_000A EDX.
@@ -113,6 +115,9 @@ impl Leaves {
             let sizes = __cpuid(0x8000_0008);
             (leaves.address_widths, leaves.extended_features) = (sizes.eax, sizes.ebx);
         }
+        if last >= 0x8000_0021 {
+            leaves.more_features = __cpuid(0x8000_0021).eax;
+        }
         if leaves.has_svm() && last >= 0x8000_000a {
             let svm = __cpuid(0x8000_000a);
             (leaves.asids, leaves.svm_edx) = (svm.ebx, svm.edx);
@@ -145,6 +150,8 @@ pub struct Capabilities {
     pub tsc_aux: bool,
     /// The barrier for indirect branch prediction (PRED_CMD).
     pub ibpb: bool,
+    /// Automatic IBRS: guests do not steer the host's branch predictions, and an exit clears return predictions.
+    pub automatic_ibrs: bool,
     /// Bits of a physical address.
     pub physical_bits: u32,
     /// Bits of CR4 that the processor has.
@@ -164,6 +171,7 @@ impl Capabilities {
             nx: bit(leaves.extended_edx, 20),
             tsc_aux: bit(leaves.extended_edx, 27) || bit(leaves.structured_ecx, 22),
             ibpb: bit(leaves.extended_features, 12),
+            automatic_ibrs: bit(leaves.more_features, 8),
             physical_bits: match leaves.address_widths & 0xff {
                 0 => 36,
                 bits => bits,
@@ -183,6 +191,7 @@ impl Capabilities {
             nx: true,
             tsc_aux: false,
             ibpb: false,
+            automatic_ibrs: false,
             physical_bits: 40,
             cr4: cr4_bits(&Leaves {
                 basic_edx: u32::MAX,
@@ -195,6 +204,12 @@ impl Capabilities {
     /// Whether the hardware switches SPEC_CTRL at every entry and exit.
     pub const fn virtual_spec_ctrl(&self) -> bool {
         self.svm.contains(SvmFeatures::SPEC_CTRL)
+    }
+
+    /// Whether return predictions are to be filled after each exit: automatic IBRS clears them otherwise. Only where
+    /// there is the microcode of these measures, as [`Capabilities::ibpb`] shows: others leave more open than this.
+    pub const fn fills_returns(&self) -> bool {
+        self.ibpb && !self.automatic_ibrs
     }
 
     /// Features that `self` has and `other` lacks; the two must agree for vCPUs to move between pCPUs.
@@ -210,6 +225,10 @@ impl Capabilities {
             ("NX", self.nx && !other.nx),
             ("TSC_AUX", self.tsc_aux && !other.tsc_aux),
             ("IBPB", self.ibpb && !other.ibpb),
+            (
+                "automatic IBRS",
+                self.automatic_ibrs && !other.automatic_ibrs,
+            ),
             ("ASIDs", self.asids > other.asids),
         ] {
             if gone {
@@ -453,6 +472,21 @@ mod tests {
         );
         // More than the first one has does no harm.
         assert_eq!(second.check_alike(&first), Ok(()));
+    }
+
+    #[test]
+    fn return_predictions_are_filled_where_nothing_else_clears_them() {
+        let fills = |extended_features, more_features| {
+            let leaves = Leaves {
+                extended_features,
+                more_features,
+                ..good()
+            };
+            Capabilities::from_leaves(&leaves).fills_returns()
+        };
+        assert!(!fills(0, 0), "no microcode for it");
+        assert!(fills(1 << 12, 0));
+        assert!(!fills(1 << 12, 1 << 8), "automatic IBRS");
     }
 
     #[test]

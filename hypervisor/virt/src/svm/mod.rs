@@ -45,12 +45,6 @@ const EFER_SVME: u64 = 1 << 12;
 /// Automatic IBRS: guests do not steer the host's branch predictions, nor its return predictions.
 const EFER_AIBRSE: u64 = 1 << 21;
 
-/// Whether the processor has automatic IBRS (APM vol. 3, Fn8000_0021_EAX bit 8).
-fn automatic_ibrs() -> bool {
-    core::arch::x86_64::__cpuid(0x8000_0000).eax >= 0x8000_0021
-        && core::arch::x86_64::__cpuid(0x8000_0021).eax & 1 << 8 != 0
-}
-
 /// pCPUs that can be enabled.
 const PCPUS: usize = 256;
 
@@ -165,7 +159,7 @@ impl Backend for Svm {
             let efer = rdmsr(msr::EFER);
             wrmsr(msr::EFER, efer | EFER_SVME | EFER_NXE);
         }
-        if automatic_ibrs() {
+        if shared.capabilities.automatic_ibrs {
             // SAFETY: the processor reports the bit, which acts on predictions only.
             unsafe { wrmsr(msr::EFER, rdmsr(msr::EFER) | EFER_AIBRSE) };
         }
@@ -193,6 +187,10 @@ impl Backend for Svm {
         let svm = self.shared.capabilities.svm;
         svm.contains(SvmFeatures::TSC_RATE_MSR)
             .then_some(TscScaling::AMD_V)
+    }
+
+    fn arch_capabilities(&self) -> u64 {
+        0
     }
 
     fn limit_cpuid(&self, _leaf: u32, _subleaf: u32, _answer: &mut CpuidResult) {

@@ -84,6 +84,7 @@ pub struct SvmVcpu {
     step: Option<Step>,
     nmi_masked: bool,
     nmi_window: bool,
+    fills_returns: bool,
     loaded: bool,
     /// pCPU number of the last `load`.
     last_cpu: Option<usize>,
@@ -143,6 +144,7 @@ impl SvmVcpu {
             step: None,
             nmi_masked: false,
             nmi_window: false,
+            fills_returns: capabilities.fills_returns(),
             loaded: false,
             last_cpu: None,
             serial,
@@ -309,7 +311,13 @@ impl SvmVcpu {
         // stored by `load`; the VMCB is ours, with the nested tables that the VM was set up with,
         // and with every intercept that protects the host; interrupts are disabled between
         // `load` and `unload`, and no reference into the VMCB is alive.
-        unsafe { switch::enter_guest(&raw mut self.frame) };
+        unsafe {
+            if self.fills_returns {
+                switch::enter_guest_filling(&raw mut self.frame);
+            } else {
+                switch::enter_guest(&raw mut self.frame);
+            }
+        }
         if queued && let Some(window) = window {
             self.after_virtual_injection(window);
         }

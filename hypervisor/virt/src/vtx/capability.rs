@@ -10,7 +10,7 @@ use core::arch::x86_64::CpuidResult;
 use bitflags::bitflags;
 use mem::nested::Ept;
 
-use super::mitigation::{self, ArchCapabilities, Leaf7Edx, Mitigations};
+use super::mitigation::{self, ArchCapabilities, Enumerated, Leaf7Ebx, Leaf7Edx, Mitigations};
 use crate::cpu::{msr, rdmsr};
 use crate::preflight::{Feature, Need, Preflight, Status};
 
@@ -542,6 +542,8 @@ pub struct Found {
     pub xsave: bool,
     /// CPUID reports the indirect-branch barrier of IA32_PRED_CMD.
     pub ibpb: bool,
+    /// IA32_ARCH_CAPABILITIES; empty where there is none.
+    pub arch_capabilities: ArchCapabilities,
     /// What is to be done against leaks by speculation.
     pub mitigations: Mitigations,
 }
@@ -561,13 +563,17 @@ impl Found {
             let control = FeatureControl::from_bits_truncate(read(msr::FEATURE_CONTROL));
             (control, Capabilities::from_msrs(&read))
         });
-        let features = if core::arch::x86_64::__cpuid(0).eax >= 7 {
-            Leaf7Edx::from_bits_truncate(core::arch::x86_64::__cpuid_count(7, 0).edx)
+        let (ebx, features) = if core::arch::x86_64::__cpuid(0).eax >= 7 {
+            let leaf = core::arch::x86_64::__cpuid_count(7, 0);
+            (
+                Leaf7Ebx::from_bits_truncate(leaf.ebx),
+                Leaf7Edx::from_bits_truncate(leaf.edx),
+            )
         } else {
-            Leaf7Edx::empty()
+            (Leaf7Ebx::empty(), Leaf7Edx::empty())
         };
-        let arch = if vmx.is_some() && features.contains(Leaf7Edx::ARCH_CAPABILITIES) {
-            ArchCapabilities::from_bits_truncate(read(mitigation::ARCH_CAPABILITIES))
+        let capabilities = if vmx.is_some() && features.contains(Leaf7Edx::ARCH_CAPABILITIES) {
+            ArchCapabilities::from_bits_retain(read(mitigation::ARCH_CAPABILITIES))
         } else {
             ArchCapabilities::empty()
         };
@@ -575,7 +581,12 @@ impl Found {
             vmx,
             xsave: info.as_ref().is_some_and(|f| f.has_xsave()),
             ibpb: features.contains(Leaf7Edx::IBRS),
-            mitigations: Mitigations::choose(features, arch),
+            arch_capabilities: capabilities,
+            mitigations: Mitigations::choose(Enumerated {
+                ebx,
+                edx: features,
+                capabilities,
+            }),
         }
     }
 }
@@ -674,6 +685,7 @@ pub(super) mod tests {
             vmx: Some((FeatureControl::empty(), c)),
             xsave: true,
             ibpb: true,
+            arch_capabilities: ArchCapabilities::empty(),
             mitigations: Mitigations::default(),
         };
         assert!(preflight(&found).passed());
@@ -706,6 +718,7 @@ pub(super) mod tests {
                 vmx: Some((FeatureControl::all(), c)),
                 xsave: true,
                 ibpb: true,
+                arch_capabilities: ArchCapabilities::empty(),
                 mitigations: Mitigations::default(),
             });
             assert!(!report.passed());
@@ -787,6 +800,7 @@ pub(super) mod tests {
                 vmx: Some((control, haswell())),
                 xsave: true,
                 ibpb: true,
+                arch_capabilities: ArchCapabilities::empty(),
                 mitigations: Mitigations::default(),
             })
         };
@@ -800,6 +814,7 @@ pub(super) mod tests {
             vmx: None,
             xsave: true,
             ibpb: true,
+            arch_capabilities: ArchCapabilities::empty(),
             mitigations: Mitigations::default(),
         });
         assert_eq!(none.features.len(), 1);

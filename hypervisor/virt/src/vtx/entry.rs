@@ -205,6 +205,8 @@ pub unsafe extern "sysv64" fn exit_landing_filling() {
         "jmp 3b",
         "2: add rsp, 8",
         ".endr",
+        // No RET is predicted before this is done.
+        "lfence",
         "jmp {landing}",
         landing = sym exit_landing,
     )

@@ -97,6 +97,33 @@ bitflags! {
         const SSBD = 1 << 31;
     }
 
+    /// IA32_ARCH_CAPABILITIES (SDM vol. 4, table 2-2): what a guest may be told of the host's. Left out are the bits
+    /// of registers that it does not have.
+    #[derive(Clone, Copy, Debug)]
+    pub(super) struct ArchCapabilities: u64 {
+        const RDCL_NO = 1 << 0;
+        /// Of use with [`Leaf7Edx::IBRS`] only.
+        const IBRS_ALL = 1 << 1;
+        const RSBA = 1 << 2;
+        /// A hypervisor need not flush the level-1 data cache: Plinth does it, where it is needed.
+        const SKIP_L1DFL_VMENTRY = 1 << 3;
+        const SSB_NO = 1 << 4;
+        const MDS_NO = 1 << 5;
+        const IF_PSCHANGE_MC_NO = 1 << 6;
+        const TAA_NO = 1 << 8;
+        const SBDR_SSDP_NO = 1 << 13;
+        const FBSDP_NO = 1 << 14;
+        const PSDP_NO = 1 << 15;
+        const FB_CLEAR = 1 << 17;
+        const RRSBA = 1 << 19;
+        const BHI_NO = 1 << 20;
+        const PBRSB_NO = 1 << 24;
+        const GDS_NO = 1 << 26;
+        const RFDS_NO = 1 << 27;
+        const RFDS_CLEAR = 1 << 28;
+        const ITS_NO = 1 << 62;
+    }
+
     /// Leaf 0xD, sub-leaf 1, EAX.
     #[derive(Clone, Copy, Debug)]
     pub(super) struct XsaveEax: u32 {

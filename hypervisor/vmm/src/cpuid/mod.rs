@@ -17,8 +17,8 @@ use alloc::{string::String, vec::Vec};
 
 pub use features::XsaveComponents;
 use features::{
-    Ext1Edx, Ext8Ebx, Leaf1Ecx, Leaf1Edx, Leaf7Ebx, Leaf7Ecx, Leaf7Edx, ParavirtFeatures, SWITCHES,
-    Switch, Word, XsaveEax, baseline,
+    ArchCapabilities, Ext1Edx, Ext8Ebx, Leaf1Ecx, Leaf1Edx, Leaf7Ebx, Leaf7Ecx, Leaf7Edx,
+    ParavirtFeatures, SWITCHES, Switch, Word, XsaveEax, baseline,
 };
 
 /// The four result registers of CPUID.
@@ -51,6 +51,8 @@ const CACHE_SUBLEAVES: u32 = 8;
 
 /// Family 15, model 107, stepping 1: what the baseline calls itself, as QEMU's own least processor does.
 const BASELINE_SIGNATURE: u32 = 0x0006_0fb1;
+/// Bits of a linear address: five-level paging is hidden.
+const LINEAR_BITS: u32 = 48;
 /// Most physical address bits of the baseline.
 const BASELINE_PHYSICAL_BITS: u32 = 40;
 /// Brand string of the baseline, three leaves of four words.
@@ -225,6 +227,8 @@ pub struct CpuidPolicy {
     /// Leaf 0x4000_0010: rates of TSC and APIC timer in kHz.
     rates: CpuidResult,
     extended: Vec<CpuidResult>,
+    /// IA32_ARCH_CAPABILITIES, if the guest has it.
+    arch_capabilities: Option<ArchCapabilities>,
     components: XsaveComponents,
 }
 
@@ -275,6 +279,7 @@ impl CpuidPolicy {
             ],
             rates: CpuidResult::default(),
             extended: Vec::new(),
+            arch_capabilities: None,
             components: XsaveComponents::X87 | XsaveComponents::SSE,
         };
         policy.basic[0].eax = max_basic;
@@ -426,11 +431,11 @@ impl CpuidPolicy {
                     }
                     8 => {
                         // EAX: physical, linear address bits. ECX (AMD): core count less one.
-                        entry.eax &= 0xffff;
+                        let mut physical = entry.eax & 0xff;
                         if is_baseline {
-                            let physical = (entry.eax & 0xff).min(BASELINE_PHYSICAL_BITS);
-                            entry.eax = physical | 48 << 8;
+                            physical = physical.min(BASELINE_PHYSICAL_BITS);
                         }
+                        entry.eax = physical | LINEAR_BITS << 8;
                         entry.ebx &= match (self.vendor, shown.base) {
                             (Vendor::Intel, _) => 0,
                             (Vendor::Amd, ModelBase::Host) => Ext8Ebx::all().bits(),
@@ -489,6 +494,28 @@ impl CpuidPolicy {
             };
         }
         end
+    }
+
+    /// Tells a guest with Intel's processor what does not leak from it: what `host`, the host's IA32_ARCH_CAPABILITIES,
+    /// says (0: the host has none), and what Plinth does about it.
+    pub fn set_arch_capabilities(&mut self, host: u64) {
+        const SHOWN: u32 = 1 << 29;
+        if self.vendor != Vendor::Intel {
+            return;
+        }
+        if let Some(leaf7) = self.basic.get_mut(7) {
+            leaf7.edx |= SHOWN;
+            let mut told = ArchCapabilities::from_bits_truncate(host);
+            if !Leaf7Edx::from_bits_truncate(leaf7.edx).contains(Leaf7Edx::IBRS) {
+                told -= ArchCapabilities::IBRS_ALL;
+            }
+            self.arch_capabilities = Some(told | ArchCapabilities::SKIP_L1DFL_VMENTRY);
+        }
+    }
+
+    /// IA32_ARCH_CAPABILITIES, if the guest has it.
+    pub fn arch_capabilities(&self) -> Option<u64> {
+        self.arch_capabilities.map(|told| told.bits())
     }
 
     /// Tells the guest at which rates, in Hz, its TSC and the timer of its local APIC run.

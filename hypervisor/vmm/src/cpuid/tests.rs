@@ -79,7 +79,9 @@ fn virtualization_and_unbacked_features_are_hidden() {
         assert_ne!(leaf1.ecx & (1 << 31), 0, "hypervisor");
         assert_eq!(p.get(0x8000_0001, 0, STATE).ecx & (1 << 2), 0, "SVM");
         assert_eq!(p.get(7, 0, STATE).ebx & (1 << 16), 0, "AVX-512F");
-        assert_eq!(p.get(0xd, 1, STATE).eax & (1 << 3), 0, "XSAVES");
+        assert_eq!(p.get(7, 0, STATE).ecx & (1 << 16), 0, "LA57");
+        assert_eq!(p.cr4_allowed() & (1 << 12), 0, "CR4.LA57");
+        assert_eq!(p.get(0x8000_0008, 0, STATE).eax >> 8, 48, "linear bits");
         assert_eq!(p.get(0xa, 0, STATE), CpuidResult::default(), "PMU");
     }
 }
@@ -111,6 +113,53 @@ fn xsave_sizes_follow_xcr0() {
     assert_eq!(p.get(0xd, 0, CpuidState { xcr0: 7, ..STATE }).ebx, 832);
     assert_eq!(p.get(0xd, 0, STATE).ecx, 2696);
     assert_eq!(p.xsave_components().bits(), 0x207);
+}
+
+#[test]
+fn compacted_sizes_follow_xcr0_too() {
+    let p = policy(b"AuthenticAMD", 1);
+    assert!(p.has_xsaves());
+    for (xcr0, bytes) in [(1, 576), (3, 576), (7, 832), (0x203, 584), (0x207, 840)] {
+        let leaf = p.get(0xd, 1, CpuidState { xcr0, ..STATE });
+        assert_eq!(leaf.ebx, bytes, "{xcr0:#x}");
+        // IA32_XSS has no bit.
+        assert_eq!((leaf.ecx, leaf.edx), (0, 0));
+    }
+    let hidden = model(
+        b"AuthenticAMD",
+        1,
+        &switched(ModelBase::Host, &["-xsaves", "-xsavec"]),
+    );
+    let hidden = hidden.expect("a model");
+    assert!(!hidden.has_xsaves());
+    assert_eq!(hidden.get(0xd, 1, STATE).ebx, 0);
+}
+
+#[test]
+fn what_does_not_leak_is_told_where_it_is_known() {
+    let shown = |p: &CpuidPolicy| p.get(7, 0, STATE).edx >> 29 & 1 == 1;
+    let mut p = policy(b"GenuineIntel", 1);
+    assert!(!shown(&p) && p.arch_capabilities().is_none());
+    // An old processor: all that is said is what Plinth does.
+    p.set_arch_capabilities(0);
+    assert_eq!((shown(&p), p.arch_capabilities()), (true, Some(1 << 3)));
+    // RDCL_NO, IBRS_ALL, MDS_NO; not the registers behind TSX_CTRL, MCU_CONTROL and XAPIC_DISABLE_STATUS.
+    p.set_arch_capabilities(0x23 | 1 << 7 | 1 << 9 | 1 << 21);
+    assert_eq!(p.arch_capabilities(), Some(0x2b));
+    // IBRS_ALL speaks of a register that must be there.
+    let bare = |l: u32, s: u32| {
+        let mut answer = all_ones(b"GenuineIntel", l, s);
+        if l == 7 {
+            answer.edx = 0;
+        }
+        answer
+    };
+    let mut p = CpuidPolicy::new(&bare, 1, &CpuModel::default(), true).expect("a model");
+    p.set_arch_capabilities(0x23);
+    assert_eq!(p.arch_capabilities(), Some(0x29));
+    let mut amd = policy(b"AuthenticAMD", 1);
+    amd.set_arch_capabilities(0);
+    assert!(!shown(&amd) && amd.arch_capabilities().is_none());
 }
 
 #[test]

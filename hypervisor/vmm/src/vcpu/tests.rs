@@ -270,6 +270,7 @@ impl Bench {
         let environment = Environment {
             memory,
             cpuid: &cpuid,
+            arch_capabilities: 0,
             time: TimeSource {
                 read: now,
                 hz: HZ,
@@ -422,6 +423,46 @@ fn unknown_msrs_fault_and_are_noted_a_few_times() {
         error_code: Some(0),
     };
     assert!(b.vcpu.hw.injected.iter().all(|event| *event == gp));
+}
+
+#[test]
+fn no_supervisor_state_can_be_enabled() {
+    for (value, taken) in [(0, true), (1, false), (1 << 8, false), (1 << 11, false)] {
+        let mut b = Bench::new();
+        b.set(Gpr::Rcx, u64::from(number::XSS));
+        b.set(Gpr::Rax, value);
+        b.execute(&[Exit::MsrWrite]);
+        assert_eq!(b.vcpu.hw.injected.is_empty(), taken, "{value:#x}");
+        assert!(b.host.notes.is_empty(), "it is known");
+    }
+    let mut b = Bench::new();
+    b.set(Gpr::Rcx, u64::from(number::XSS));
+    b.set(Gpr::Rax, 7);
+    b.execute(&[Exit::MsrRead]);
+    assert_eq!(b.get(Gpr::Rax), 0);
+}
+
+#[test]
+fn arch_capabilities_are_read_only_and_intels() {
+    // This bench's processor is AMD's: it has no such register.
+    let mut b = Bench::new();
+    b.set(Gpr::Rcx, u64::from(number::ARCH_CAPABILITIES));
+    b.execute(&[Exit::MsrRead, Exit::MsrWrite]);
+    assert_eq!(b.vcpu.hw.injected.len(), 2);
+    let host = |leaf, subleaf| match leaf {
+        0 => CpuidResult {
+            ebx: u32::from_le_bytes(*b"Genu"),
+            ..cpuid(leaf, subleaf)
+        },
+        _ => cpuid(leaf, subleaf),
+    };
+    let model = crate::cpuid::CpuModel::default();
+    let mut policy = crate::cpuid::CpuidPolicy::new(&host, 1, &model, true).expect("a model");
+    policy.set_arch_capabilities(1);
+    let register = number::ARCH_CAPABILITIES;
+    assert_eq!(crate::msr::announced(&policy, register), Some(9));
+    assert!(!crate::msr::accepts(&policy, register, 9));
+    assert!(!crate::msr::write_ignored(policy.vendor(), register));
 }
 
 #[test]
