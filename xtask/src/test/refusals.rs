@@ -150,7 +150,8 @@ pub fn bad_config(rig: &Rig, start: &Start) -> Result<String> {
     Ok(format!("{} mistakes", mistakes().count()))
 }
 
-/// A kernel that is none is refused by name, and so is one cut short; and a TSC that the processor cannot give.
+/// A kernel that is none is refused by name, and so is one cut short; and a TSC that the processor cannot give. Beside them
+/// runs a VM with the least memory.
 pub fn bad_kernel(rig: &Rig, start: &Start) -> Result<String> {
     let bad = |name: &'static str| Vm {
         name,
@@ -162,7 +163,13 @@ pub fn bad_kernel(rig: &Rig, start: &Start) -> Result<String> {
         more: "tsc-khz = 9999999\n",
         ..SOUND
     };
-    let vms = [SOUND, bad("letter"), bad("cut-short"), fast];
+    // The least that a VM may have is enough for a kernel that fits.
+    let tiny = Vm {
+        memory_mib: 4,
+        command_line: "checks=memory end=poweroff",
+        ..SOUND
+    };
+    let vms = [tiny, bad("letter"), bad("cut-short"), fast];
     let mut session = rig.boot(start, &vms)?;
     stub_to_power_off(&mut session, start.place.limits())?;
     let text = session.text();

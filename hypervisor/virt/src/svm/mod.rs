@@ -213,7 +213,7 @@ mod tests {
     use super::vmcb::{EventField, EventType, exit_code};
     use super::*;
     use crate::state::{CpuMode, CpuState, Event, Gpr, SegmentName, Shadow};
-    use crate::{Exit, VirtualCpu};
+    use crate::{Exit, TscScale, VirtualCpu};
     use mem::fake::FakeMemory;
 
     fn machine(features: SvmFeatures) -> (&'static FakeMemory, Svm) {
@@ -318,6 +318,24 @@ mod tests {
         assert!(v.explain_entry_failure().contains("CR0.NW"));
         v.set_cr4(1 << 13);
         assert!(v.explain_entry_failure().contains("; CR4"));
+    }
+
+    #[test]
+    fn a_tsc_rate_of_its_own_is_had_where_the_processor_scales() {
+        let half = TscScaling::AMD_V.scale(2, 1).expect("a factor");
+        let (_, svm) = machine(SvmFeatures::TSC_RATE_MSR);
+        assert_eq!(svm.tsc_scaling(), Some(TscScaling::AMD_V));
+        let mut v = vcpu(&svm, 1);
+        assert_eq!(v.tsc_ratio(), None, "the host's rate costs nothing");
+        v.set_tsc_scale(half);
+        assert_eq!(v.tsc_ratio(), Some(TSC_RATIO_ONE / 2));
+        v.set_tsc_scale(TscScale::SAME);
+        assert_eq!(v.tsc_ratio(), None);
+        // A factor in VT-x' form would have reserved bits.
+        v.set_tsc_scale(TscScaling::VTX.scale(2, 1).expect("a factor"));
+        assert_eq!(v.tsc_ratio(), None);
+        let (_, svm) = machine(SvmFeatures::empty());
+        assert_eq!(svm.tsc_scaling(), None);
     }
 
     #[test]

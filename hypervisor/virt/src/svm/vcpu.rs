@@ -567,6 +567,11 @@ impl SvmVcpu {
 
 #[cfg(test)]
 impl SvmVcpu {
+    /// TSC_RATIO while it is loaded, if it has a rate of its own.
+    pub(super) fn tsc_ratio(&self) -> Option<u64> {
+        self.tsc_ratio
+    }
+
     /// An entry that exits at once with this code, after `hardware` did to the VMCB what a
     /// processor would.
     pub(super) fn pretend_exit(
