@@ -276,6 +276,12 @@ fn load() {
 /// The IDT of the other processors: that of the first without stacks of the TSS, which they lack.
 static OTHERS_IDT: Table<[Gate; 256]> = Table(UnsafeCell::new([Gate::new(); 256]));
 
+/// The descriptors of the GDT.
+pub fn descriptors() -> [u64; 9] {
+    // SAFETY: one processor; the table is static, and no reference to it is kept.
+    unsafe { GDT.0.get().read_volatile() }
+}
+
 /// Address and limit of the GDT.
 pub fn gdt() -> (u64, u16) {
     (GDT.0.get() as u64, size_of::<[u64; 9]>() as u16 - 1)

@@ -15,6 +15,9 @@ unsafe extern "C" {
     static legacy_tasks: Label;
     static legacy_bad_pdptes: Label;
     static legacy_five_levels: Label;
+    static legacy_device_tasks: Label;
+    static legacy_8086: Label;
+    static legacy_8086_fault: Label;
     static legacy_task_b: Label;
     static legacy_task_c: Label;
     static legacy_task_loop: Label;
@@ -26,8 +29,13 @@ unsafe extern "C" {
     static mut legacy_task_a: [u32; 26];
     static mut legacy_tss_b: [u32; 26];
     static mut legacy_tss_c: [u32; 26];
+    static mut legacy_tss_8086: [u8; TSS_BYTES + MAP_BYTES];
     static mut legacy_counters: [u32; 6];
 }
+
+const TSS_BYTES: usize = 104;
+/// The I/O map of virtual-8086 mode: 136 ports, and the byte behind them that must be ones.
+const MAP_BYTES: usize = 18;
 
 const CODE: u32 = 0x10;
 const DATA: u32 = 0x18;
@@ -43,6 +51,10 @@ pub enum Code {
     FiveLevels,
     /// Switches between two tasks ten thousand times.
     TaskLoop,
+    /// Switches tasks by far pointers in the test device's memory; the result as of `Tasks`.
+    DeviceTasks,
+    /// Instructions in virtual-8086 mode; the result has a bit for each that faulted, by its place.
+    Virtual8086,
 }
 
 /// Descriptor of an available 32-bit TSS.
@@ -74,6 +86,15 @@ fn tss(entry: u64, stack: u64) -> [u32; 26] {
     words
 }
 
+/// A TSS that lets virtual-8086 mode reach ports 80H to 82H only.
+fn tss_8086() -> [u8; TSS_BYTES + MAP_BYTES] {
+    let mut bytes = [0; TSS_BYTES + MAP_BYTES];
+    bytes[102] = TSS_BYTES as u8;
+    bytes[TSS_BYTES..].fill(0xFF);
+    bytes[TSS_BYTES + 0x80 / 8] = !0b111;
+    bytes
+}
+
 /// Runs the code, and comes back to long mode as it was.
 pub fn run(code: Code) -> u32 {
     // SAFETY: one processor, interrupts off; the tables are this module's own and nobody else holds
@@ -83,7 +104,7 @@ pub fn run(code: Code) -> u32 {
         (&raw mut legacy_task_a).write([0; 26]);
         let task_b = match code {
             Code::TaskLoop => &raw const legacy_task_back,
-            Code::Tasks | Code::BadPdptes | Code::FiveLevels => &raw const legacy_task_b,
+            _ => &raw const legacy_task_b,
         };
         (&raw mut legacy_tss_b).write(tss(task_b as u64, &raw const legacy_stack_b_top as u64));
         (&raw mut legacy_tss_c).write(tss(
@@ -110,6 +131,16 @@ pub fn run(code: Code) -> u32 {
             Code::BadPdptes => &raw const legacy_bad_pdptes,
             Code::FiveLevels => &raw const legacy_five_levels,
             Code::TaskLoop => &raw const legacy_task_loop,
+            Code::DeviceTasks => &raw const legacy_device_tasks,
+            Code::Virtual8086 => {
+                idt.add(13)
+                    .write(interrupt_gate(&raw const legacy_8086_fault as u64));
+                (&raw mut legacy_tss_8086).write(tss_8086());
+                let limit = (TSS_BYTES + MAP_BYTES - 1) as u64;
+                let tss = task(&raw const legacy_tss_8086 as u64, true);
+                gdt.add(8).write(tss & !0xFFFF | limit);
+                &raw const legacy_8086
+            }
         };
         let result = legacy_run(entry as u32);
         interrupts::reload();

@@ -10,6 +10,9 @@
 .set TASK_B, 0x28
 .set TASK_C, 0x30
 .set TASK_ABSENT, 0x38
+.set TASK_8086, 0x40
+.set DEVICE, 0xFF000000
+.set LOW_CODE, 0x9000
 
 .section .text.legacy, "ax"
 .code64
@@ -224,6 +227,112 @@ legacy_five_levels:
     mov eax, [legacy_faults]
     ret
 
+# To task B and back, by far pointers in device memory. Returns the bits of what went wrong.
+.global legacy_device_tasks
+legacy_device_tasks:
+    xor ebx, ebx
+    mov eax, TASK_A
+    ltr ax
+    mov edi, DEVICE
+    mov dword ptr [edi], 0
+    mov dword ptr [edi + 4], TASK_B
+    mov esi, 0x11223344
+    .byte 0xFF, 0x2F                      # JMP m16:32 [edi]
+    cmp esi, 0x11223344
+    je 2f
+    or ebx, 1
+2:  cmp dword ptr [legacy_b_count], 1
+    je 2f
+    or ebx, 2
+2:  test dword ptr [legacy_b_flags], 1 << 14
+    jz 2f
+    or ebx, 4
+2:  .byte 0xFF, 0x1F                      # CALL m16:32 [edi]
+    cmp dword ptr [legacy_b_count], 2
+    je 2f
+    or ebx, 8
+2:  test dword ptr [legacy_b_flags], 1 << 14
+    jnz 2f
+    or ebx, 16
+2:  str ax
+    cmp ax, TASK_A
+    je 2f
+    or ebx, 32
+2:  mov eax, ebx
+    ret
+
+# Runs a few instructions in virtual-8086 mode with IOPL 0. Returns a bit for each that faulted, by its place.
+.global legacy_8086
+legacy_8086:
+    mov [legacy_saved_esp], esp
+    mov [legacy_tss_8086 + 4], esp
+    mov dword ptr [legacy_tss_8086 + 8], DATA32
+    mov eax, TASK_8086
+    ltr ax
+    mov esi, offset legacy_8086_code
+    mov edi, LOW_CODE
+    mov ecx, 32
+    rep movsb
+    mov edx, 0x61
+    xor esi, esi
+    xor edi, edi
+    push 0
+    push 0
+    push 0
+    push 0
+    push 0
+    push LOW_CODE - 16
+    push 0x20002
+    push LOW_CODE >> 4
+    push 0
+    iretd
+
+.global legacy_8086_fault
+legacy_8086_fault:
+    mov eax, DATA32
+    mov ds, eax
+    mov es, eax
+    mov ecx, [esp + 4]                    # EIP, behind the error code
+    movzx ebx, byte ptr [ecx + LOW_CODE]
+    cmp bl, 0xF4
+    je 4f
+    bts dword ptr [legacy_error], ecx
+    inc ecx
+    cmp bl, 0xE4                          # of two bytes
+    je 2f
+    cmp bl, 0x66
+    je 2f
+    cmp bl, 0xCD
+    jne 3f
+2:  inc ecx
+3:  mov [esp + 4], ecx
+    add esp, 4
+    iretd
+4:  mov esp, [legacy_saved_esp]
+    mov eax, DATA32
+    mov fs, eax
+    mov gs, eax
+    mov eax, [legacy_error]
+    ret
+
+.code16
+legacy_8086_code:
+    in al, 0x61                           # 0: denied
+    out 0x80, al                          # 2: allowed by the map
+    insb                                  # 4: denied
+    mov dl, 0x80                          # 5
+    outsb                                 # 7: allowed
+    in al, dx                             # 8: allowed
+    in eax, dx                            # 9: the last of its four ports is denied
+    cli                                   # 11: IOPL, like all from here on
+    sti                                   # 12
+    pushf                                 # 13
+    popf                                  # 14
+    iret                                  # 15
+    int 0x20                              # 16
+    hlt                                   # 18: the end, within the 32 bytes that are copied
+.code32
+
 .section .data.legacy, "aw"
 .balign 32
 legacy_bad_table:
@@ -257,6 +366,11 @@ legacy_tss_b:
 .global legacy_tss_c
 legacy_tss_c:
     .fill 104, 1, 0
+.global legacy_tss_8086
+legacy_tss_8086:
+    .fill 104 + 18, 1, 0
+.balign 8
+legacy_saved_esp: .long 0
 .balign 8
 legacy_saved_rsp: .quad 0
 legacy_saved_cr3: .quad 0

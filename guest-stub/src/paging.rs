@@ -146,6 +146,19 @@ pub fn unmap(page: usize) -> u64 {
     address
 }
 
+/// An entry of the uppermost table that this program does not use.
+const SPARE: usize = 0x1f0;
+
+/// Sets the uppermost table's spare entry; returns the first address below it.
+pub fn set_spare(entry: u64) -> u64 {
+    // SAFETY: nothing of this program is mapped there.
+    unsafe {
+        BOOT_PML4.set(SPARE, entry);
+        cpu::set_cr3(cpu::cr3());
+    }
+    !0 << 48 | (SPARE as u64) << 39
+}
+
 /// The flags of a page of the window.
 pub fn flags(page: usize) -> Entry {
     Entry::from_bits_truncate(WINDOW_TABLE.get(page))

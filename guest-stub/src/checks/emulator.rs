@@ -11,10 +11,9 @@ use crate::interrupts::{
     self, Frame, KERNEL_DATA, count, end_at_apic, hook, last_interrupt_rip, vector,
 };
 use crate::machine::{Host, Machine};
-use crate::memory;
-use crate::{checks, ensure, ensure_eq, probe, skip_if};
+use crate::{checks, ensure, ensure_eq, fail, legacy, memory, paging, probe, skip_if};
 
-use super::{Verdict, expect_fault, trapped};
+use super::{Verdict, expect_fault, scratch, trapped};
 
 checks![
     shadow_of_mov_ss,
@@ -22,6 +21,9 @@ checks![
     steps_by_old_flags,
     resume_flag_of_faults,
     nmi_after_iret,
+    call_gate,
+    task_switches_by_device,
+    page_tables_outside_ram,
 ];
 
 /// Device memory that keeps what is written.
@@ -190,5 +192,98 @@ fn nmi_after_iret(machine: &Machine) -> Verdict {
     }
     interrupts::restore_handler(vector::NMI);
     ensure_eq!(NMIS.load(Relaxed), 3, "NMIs");
+    Ok(())
+}
+
+global_asm!(
+    ".section .text.gate, \"ax\"",
+    "gate_target:",
+    "mov eax, 0x6a7e",
+    "retfq",
+    ".text",
+);
+
+unsafe extern "C" {
+    static gate_target: u8;
+}
+
+/// A far call by a pointer in device memory, through a call gate.
+fn call_gate(machine: &Machine) -> Verdict {
+    #[repr(C, packed)]
+    struct Pointer {
+        limit: u16,
+        base: u64,
+    }
+    skip_if!(no_device(machine), NO_DEVICE);
+    let scratch = scratch(machine)?;
+    let (base, limit) = interrupts::gdt();
+    let gate = u64::from(limit) + 1;
+    for (at, descriptor) in (scratch..).step_by(8).zip(interrupts::descriptors()) {
+        memory::write64(at, descriptor);
+    }
+    let target = &raw const gate_target as u64;
+    let present_call_gate = 0x8c00_u64 << 32;
+    let low = target & 0xffff
+        | u64::from(interrupts::KERNEL_CODE) << 16
+        | present_call_gate
+        | (target >> 16 & 0xffff) << 48;
+    memory::write64(scratch + gate, low);
+    memory::write64(scratch + gate + 8, target >> 32);
+    memory::write64(DEVICE, 0);
+    memory::write64(DEVICE + 8, gate);
+    let own = Pointer { limit, base };
+    let with_gate = Pointer {
+        limit: limit + 16,
+        base: scratch,
+    };
+    let result: u64;
+    // SAFETY: the table holds the same descriptors, and the old one is put back; the target changes RAX only.
+    let trap = unsafe {
+        asm!("lgdt [{}]", in(reg) &with_gate, options(nostack));
+        let trap = probe!(".byte 0x48, 0xff, 0x1f"; in("rdi") DEVICE, out("rax") result);
+        asm!("lgdt [{}]", in(reg) &own, options(nostack));
+        trap
+    };
+    if let Some(trap) = trap {
+        fail!("a call through a gate: {trap}");
+    }
+    ensure_eq!(result, 0x6a7e, "what the gate led to");
+    Ok(())
+}
+
+fn task_switches_by_device(machine: &Machine) -> Verdict {
+    skip_if!(no_device(machine), NO_DEVICE);
+    let wrong = legacy::run(legacy::Code::DeviceTasks);
+    ensure_eq!(wrong, 0, "what went wrong in task switches");
+    Ok(())
+}
+
+/// Where no memory is page tables are ones, and so are their reserved bits.
+fn page_tables_outside_ram(machine: &Machine) -> Verdict {
+    const NOTHING: u64 = 0xfd00_0000;
+    skip_if!(machine.host == Host::Tcg, "QEMU itself reads zeros there");
+    let address = paging::set_spare(NOTHING | 7) + 0x123;
+    // SAFETY: each faults.
+    let traps = unsafe {
+        [
+            (
+                0b1001,
+                probe!("mov {got}, [{at}]"; at = in(reg) address, got = out(reg) _),
+            ),
+            (0b1011, probe!("mov [{at}], {at}"; at = in(reg) address)),
+        ]
+    };
+    // SAFETY: only a jump there: faults.
+    let fetched = unsafe { probe!("call {}"; in(reg) address) };
+    paging::set_spare(0);
+    for (code, trap) in traps {
+        expect_fault(trap, vector::PAGE_FAULT, code, "a table of ones")?;
+        ensure_eq!(trapped(trap, "a table of ones")?.address, address, "CR2");
+    }
+    let trap = trapped(fetched, "a fetch by a table of ones")?;
+    ensure!(
+        trap.vector == vector::PAGE_FAULT && trap.error & 0b1001 == 0b1001,
+        "a fetch by a table of ones: {trap}"
+    );
     Ok(())
 }

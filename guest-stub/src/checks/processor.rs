@@ -32,6 +32,7 @@ checks![
     task_switches,
     bad_pdptes,
     five_level_paging,
+    virtual_8086,
 ];
 
 /// A physical address at which nothing answers, mapped one to one.
@@ -437,5 +438,16 @@ fn bad_pdptes(machine: &Machine) -> Verdict {
     );
     let faults = legacy::run(legacy::Code::BadPdptes);
     ensure_eq!(faults, 1, "faults");
+    Ok(())
+}
+
+/// Ports by the TSS's map, and what needs IOPL: the processor's checks come before any exit.
+fn virtual_8086(_: &Machine) -> Verdict {
+    let faulted = legacy::run(legacy::Code::Virtual8086);
+    // The places of the instructions, as `legacy.s` has them.
+    let wanted = [0, 4, 9, 11, 12, 13, 14, 15, 16]
+        .iter()
+        .fold(0, |bits, place| bits | 1_u32 << place);
+    ensure_eq!(faulted, wanted, "instructions that faulted");
     Ok(())
 }

@@ -16,6 +16,8 @@ pub(crate) struct FakeCpu {
     pub length: u8,
     pub injected: Vec<Event>,
     pub queued: Option<Event>,
+    /// Events whose delivery the next exits interrupt.
+    pub interrupted: VecDeque<Event>,
     pub window: bool,
     /// Task priority and threshold, if CR8 is virtualized.
     pub priority: Option<(u8, u8)>,
@@ -40,6 +42,7 @@ impl FakeCpu {
             length: 2,
             injected: Vec::new(),
             queued: None,
+            interrupted: VecDeque::new(),
             window: false,
             priority: None,
             tsc_scale: TscScale::SAME,
@@ -82,6 +85,7 @@ impl VirtualCpu for FakeCpu {
             self.injected.push(event);
         }
         self.entries += 1;
+        self.queued = self.interrupted.pop_front();
         self.exits.pop_front().unwrap_or(Exit::Deadline)
     }
     fn gpr(&self, gpr: Gpr) -> u64 {

@@ -326,7 +326,7 @@ pub fn switch<V: VirtualCpu>(
 }
 
 /// What becomes of an exception in the delivery of an event (SDM vol. 3A, table 7-5).
-fn after(event: Option<Event>, exception: Exception) -> Outcome {
+pub(crate) fn after(event: Option<Event>, exception: Exception) -> Outcome {
     const DOUBLE_FAULT: u8 = 8;
     const PAGE_FAULT: u8 = 14;
     let contributory = |vector: u8| matches!(vector, 0 | TS | NP | SS | GP);
@@ -350,7 +350,8 @@ fn after(event: Option<Event>, exception: Exception) -> Outcome {
     })
 }
 
-fn system_paging<V: VirtualCpu>(cpu: &V, physical_bits: u8) -> Paging {
+/// For the processor's own accesses: as privilege level 0, and EFLAGS.AC has no say.
+pub(crate) fn system_paging<V: VirtualCpu>(cpu: &V, physical_bits: u8) -> Paging {
     let mut paging = Paging::of(cpu, physical_bits);
     paging.cpl = 0;
     paging.rflags &= !RFLAGS_AC;

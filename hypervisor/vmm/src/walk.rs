@@ -3,7 +3,7 @@
 //! Used only to emulate an instruction: to fetch its bytes and to reach its operands. Covers
 //! no paging, 32-bit, PAE, 4-level and 5-level paging with the access checks of SDM vol. 3A,
 //! section 4.6, protection keys, and reserved bits among them. Entries are read once each; a table outside
-//! the guest's RAM reads as zero (not present). A walk that ends well marks its entries as accessed, and the
+//! the guest's RAM reads as ones, whose reserved bits fault. A walk that ends well marks its entries as accessed, and the
 //! page as dirty if it is to be written, as the processor does.
 
 use mem::{
@@ -220,10 +220,10 @@ impl Paging {
             let index = (linear >> shift) & ((1 << index_bits) - 1);
             let (at, entry) = if wide {
                 let at = Gpa(table + index * 8);
-                (at, memory.read_entry(at).unwrap_or(0))
+                (at, memory.read_entry(at).unwrap_or(u64::MAX))
             } else {
                 let at = Gpa(table + index * 4);
-                (at, memory.read_u32(at).map_or(0, u64::from))
+                (at, memory.read_u32(at).unwrap_or(u32::MAX).into())
             };
             if entry & PTE_PRESENT == 0 {
                 return fault(0);
@@ -493,14 +493,20 @@ mod tests {
     }
 
     #[test]
-    fn tables_outside_ram_are_not_present() {
+    fn tables_outside_ram_are_ones() {
         let m = memory();
         let mut paging = long_mode(0);
         paging.cr3 = 0xfee0_0000;
         let fault = paging
             .translate(&m, GVA, Access::Read)
             .expect_err("a fault");
-        assert_eq!(fault.error_code, 0);
+        assert_eq!(fault.error_code, 0b1001, "reserved bits");
+        // Nothing is reserved in 32-bit paging without large pages: the last page below 4 GiB, wherever one looks.
+        (paging.cr4, paging.efer) = (0, 0);
+        assert_eq!(
+            paging.translate(&m, Gva(0x1234), Access::Write),
+            Ok(Gpa(0xffff_f234))
+        );
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 use mem::{Gva, guest::GuestMemory};
-use virt::{CpuMode, Gpr, VirtualCpu};
+use virt::{CpuMode, Gpr, TaskSwitch, VirtualCpu};
 
 use super::{
     Aftermath, Exception, Platform, Target,
@@ -20,6 +20,8 @@ pub(super) enum Step {
     Again,
     /// Goes on at this offset in CS.
     Jump(u64),
+    /// Goes on in another task.
+    Task(TaskSwitch),
 }
 
 pub(super) enum Stop {

@@ -2,17 +2,17 @@
 //!
 //! Their pointer or their stack is in device memory, or the code itself is. Between code segments of one privilege
 //! level, by a return also to an outer one; in real, virtual-8086, protected and long mode (SDM vol. 2A, CALL,
-//! IRET, JMP; vol. 2B, RET). Gates and task switches this way are not known: no system has them there.
+//! IRET, JMP; vol. 2B, RET). Gates and tasks are in `gate`.
 
 use iced_x86::{Code, OpKind};
-use mem::{Gva, Width};
+use mem::Width;
 use virt::{CpuMode, Gpr, Segment, SegmentName, VirtualCpu};
 
 use super::{
     Exception, Platform,
     execute::{Run, Step, Stop},
     segment::{is_code, is_conforming, segment_8086},
-    system::{GENERAL, NOT_PRESENT, fault},
+    system::{Entry, GENERAL, NOT_PRESENT, fault},
 };
 use crate::walk::Access;
 
@@ -60,21 +60,36 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         let Some(kind) = far(self.instruction.code()) else {
             return Ok(None);
         };
-        let target = match kind {
+        Ok(Some(match kind {
             Far::Jump(width) | Far::Call(width) => {
                 let (offset, selector) = self.far_target(width)?;
-                let cs = self.forward_segment(selector, offset)?;
-                if matches!(kind, Far::Call(_)) {
-                    let back = self.cpu.segment(SegmentName::Cs).selector;
-                    self.push_all([back.into(), self.instruction.next_ip()], width)?;
-                }
-                self.cpu.set_segment(SegmentName::Cs, cs);
-                offset
+                self.forward(kind, selector, offset)?
             }
-            Far::Return(width) => self.far_return(width)?,
+            Far::Return(width) => Step::Jump(self.far_return(width)?),
             Far::InterruptReturn(width) => self.interrupt_return(width)?,
+        }))
+    }
+
+    /// A jump or call: to code, or through what else the selector names.
+    fn forward(&mut self, kind: Far, selector: u16, offset: u64) -> Result<Step, Stop> {
+        let cs = if self.has_tables() {
+            if selector & !3 == 0 {
+                return Err(Stop::Fault(Exception::GENERAL_PROTECTION));
+            }
+            let entry = self.entry(selector, false)?;
+            if !entry.rights().code_or_data() {
+                return self.through_gate(selector, &entry);
+            }
+            self.forward_segment(&entry, selector, offset)?
+        } else {
+            self.plain_segment(selector, offset)?
         };
-        Ok(Some(Step::Jump(target)))
+        if let Far::Call(width) = kind {
+            let back = self.cpu.segment(SegmentName::Cs).selector;
+            self.push_all(&[back.into(), self.instruction.next_ip()], width)?;
+        }
+        self.cpu.set_segment(SegmentName::Cs, cs);
+        Ok(Step::Jump(offset))
     }
 
     fn has_tables(&self) -> bool {
@@ -105,18 +120,13 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// What CS becomes by a jump or call: code of this privilege level, or conforming.
-    fn forward_segment(&mut self, selector: u16, offset: u64) -> Result<Segment, Stop> {
-        if !self.has_tables() {
-            return self.plain_segment(selector, offset);
-        }
-        if selector & !3 == 0 {
-            return Err(Stop::Fault(Exception::GENERAL_PROTECTION));
-        }
-        let entry = self.entry(selector, false)?;
+    fn forward_segment(
+        &mut self,
+        entry: &Entry,
+        selector: u16,
+        offset: u64,
+    ) -> Result<Segment, Stop> {
         let rights = entry.rights();
-        if !rights.code_or_data() {
-            return Err(Stop::Unsupported);
-        }
         let (cpl, rpl) = (self.paging.cpl, selector as u8 & 3);
         let privilege = if is_conforming(rights) {
             rights.dpl() <= cpl
@@ -126,13 +136,13 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         if !is_code(rights) || !privilege {
             return Err(fault(GENERAL, selector));
         }
-        self.code_segment(&entry, selector & !3 | u16::from(cpl), offset)
+        self.code_segment(entry, selector & !3 | u16::from(cpl), offset)
     }
 
     /// The last checks of a code segment: presence, contradicting sizes, and the place where it goes on.
-    fn code_segment(
+    pub(super) fn code_segment(
         &mut self,
-        entry: &super::system::Entry,
+        entry: &Entry,
         selector: u16,
         offset: u64,
     ) -> Result<Segment, Stop> {
@@ -158,26 +168,29 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// Pushes values, or none of them if one cannot be.
-    fn push_all<const N: usize>(&mut self, values: [u64; N], width: Width) -> Result<(), Stop> {
+    pub(super) fn push_all(&mut self, values: &[u64], width: Width) -> Result<(), Stop> {
         self.target = None;
         let bytes = width.bytes() as u64;
-        let mut pointer = self.cpu.gpr(Gpr::Rsp);
-        let mut places = [Gva(0); N];
-        for place in &mut places {
-            pointer = pointer.wrapping_sub(bytes);
-            let offset = pointer & self.stack_mask();
-            *place = self.address(SegmentName::Ss, offset, bytes, Access::Write)?;
-            self.probe(*place, width, Access::Write)?;
+        let top = self.cpu.gpr(Gpr::Rsp);
+        let place = |run: &Self, n: usize| {
+            let pointer = top.wrapping_sub(bytes * (n as u64 + 1));
+            let offset = pointer & run.stack_mask();
+            run.address(SegmentName::Ss, offset, bytes, Access::Write)
+        };
+        for n in 0..values.len() {
+            let at = place(self, n)?;
+            self.probe(at, width, Access::Write)?;
         }
-        for (place, value) in places.into_iter().zip(values) {
-            self.store(place, width, value & width.mask())?;
+        for (n, &value) in values.iter().enumerate() {
+            let at = place(self, n)?;
+            self.store(at, width, value & width.mask())?;
         }
-        self.set_stack_pointer(pointer);
+        self.set_stack_pointer(top.wrapping_sub(bytes * values.len() as u64));
         Ok(())
     }
 
     /// The `n`th item on the stack, from its top, `above` bytes up.
-    fn stacked(&mut self, n: u64, width: Width, above: u64) -> Result<u64, Stop> {
+    pub(super) fn stacked(&mut self, n: u64, width: Width, above: u64) -> Result<u64, Stop> {
         self.target = None;
         let bytes = width.bytes() as u64;
         let pointer = self.cpu.gpr(Gpr::Rsp).wrapping_add(n * bytes + above);
@@ -250,7 +263,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// IRET: its items are the offset, CS and the flags, then, to an outer level and in 64-bit mode always, RSP and SS.
-    fn interrupt_return(&mut self, width: Width) -> Result<u64, Stop> {
+    fn interrupt_return(&mut self, width: Width) -> Result<Step, Stop> {
         // Also if it faults (SDM vol. 3A, section 6.7.1).
         self.aftermath.interrupt_return = true;
         let old = self.cpu.rflags();
@@ -261,7 +274,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             return if self.in_long_mode() {
                 Err(Stop::Fault(Exception::GENERAL_PROTECTION))
             } else {
-                Err(Stop::Unsupported)
+                self.to_linked_task()
             };
         }
         let offset = self.stacked(0, width, 0)?;
@@ -276,12 +289,12 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
                 _ => 0,
             };
             self.load_flags(flags, width, kept);
-            return Ok(offset);
+            return Ok(Step::Jump(offset));
         }
         let cpl = self.paging.cpl;
         let to_8086 = flags & RFLAGS_VM != 0 && width == Width::Dword;
         if to_8086 && cpl == 0 && !self.in_long_mode() {
-            return self.return_to_8086(offset, selector, flags);
+            return self.return_to_8086(offset, selector, flags).map(Step::Jump);
         }
         let cs = self.backward_segment(selector, offset)?;
         let outwards = selector as u8 & 3 != cpl;
@@ -302,7 +315,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             kept |= RFLAGS_IF;
         }
         self.load_flags(flags, width, kept);
-        Ok(offset)
+        Ok(Step::Jump(offset))
     }
 
     /// Loads the flags that an operand of this width holds, but for those `kept`.

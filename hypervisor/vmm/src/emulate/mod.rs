@@ -16,6 +16,7 @@ mod execute;
 mod far;
 mod fetch;
 mod fpu;
+mod gate;
 mod operand;
 mod plain;
 mod segment;
@@ -27,7 +28,7 @@ mod vector;
 
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Mnemonic};
 use mem::{Gpa, Gva, Width, guest::GuestMemory};
-use virt::{CpuMode, SegmentName, Shadow, VirtualCpu};
+use virt::{CpuMode, SegmentName, Shadow, TaskSwitch, VirtualCpu};
 
 pub use cache::DecodeCache;
 use execute::{Run, Step, Stop};
@@ -109,6 +110,8 @@ pub enum Outcome {
     Done(u8),
     /// Executed: go on at this offset in CS.
     Jump(u64),
+    /// Executed up to the switch to this task, which is the caller's to make.
+    Task(TaskSwitch),
     /// A REP instruction with iterations left: run the guest again at the same RIP.
     Again,
     /// The guest gets this exception, at the same RIP.
@@ -225,6 +228,7 @@ pub fn emulate<V: VirtualCpu, P: Platform<V>>(
     match executed {
         Ok(Step::Done) => Outcome::Done(instruction.len() as u8),
         Ok(Step::Jump(target)) => Outcome::Jump(target),
+        Ok(Step::Task(request)) => Outcome::Task(request),
         Ok(Step::Again) => Outcome::Again,
         Err(Stop::Fault(exception)) => Outcome::Fault(exception),
         Err(Stop::Unsupported) => Outcome::Unsupported(Bytes {
@@ -267,6 +271,8 @@ pub fn load_msw(cr0: u64, operand: u16) -> u64 {
     (cr0 & !0xf) | low | (cr0 & 1)
 }
 
+#[cfg(test)]
+mod gate_tests;
 #[cfg(test)]
 mod rare_tests;
 #[cfg(test)]

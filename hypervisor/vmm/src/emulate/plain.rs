@@ -203,7 +203,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// The permission map in the TSS, for code that IOPL does not let through (SDM vol. 1, section 19.5.2).
-    fn check_port(&mut self, port: u16, width: Width) -> Result<(), Stop> {
+    pub(super) fn check_port(&mut self, port: u16, width: Width) -> Result<(), Stop> {
         /// Offset of the map's own offset in a TSS.
         const MAP_BASE: u64 = 102;
         const LARGE_TSS: u8 = 9;

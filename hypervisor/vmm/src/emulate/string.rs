@@ -28,6 +28,17 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         let repeat_equal = instruction.has_rep_prefix() || instruction.has_repe_prefix();
         let repeat_unequal = instruction.has_repne_prefix();
         let repeats = repeat_equal || repeat_unequal;
+        if matches!(
+            instruction.mnemonic(),
+            Mnemonic::Insb
+                | Mnemonic::Insw
+                | Mnemonic::Insd
+                | Mnemonic::Outsb
+                | Mnemonic::Outsw
+                | Mnemonic::Outsd
+        ) {
+            self.check_port(self.cpu.gpr(Gpr::Rdx) as u16, width)?;
+        }
         // A single step is one iteration (SDM vol. 3B, section 18.3.1.4).
         let iterations = if self.paging.rflags & RFLAGS_TF != 0 {
             1

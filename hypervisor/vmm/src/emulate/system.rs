@@ -27,8 +27,9 @@ pub(super) const GENERAL: u8 = 13;
 
 /// A descriptor, and where it stands.
 pub(super) struct Entry {
-    low: u64,
-    high: u64,
+    pub(super) low: u64,
+    /// The upper half of a wide one; else 0.
+    pub(super) high: u64,
     at: Gva,
 }
 
@@ -170,7 +171,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         self.as_system(|run| {
             let low = run.load(at, Width::Qword)?;
             let high = if wide {
-                run.load(Gva(at.0.wrapping_add(8)), Width::Qword)? & 0xffff_ffff
+                run.load(Gva(at.0.wrapping_add(8)), Width::Qword)?
             } else {
                 0
             };

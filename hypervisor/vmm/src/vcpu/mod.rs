@@ -7,6 +7,7 @@
 //! Invariants: whatever the guest does, an exit is handled in bounded time; what cannot be
 //! handled ends this VM with a named reason and a register dump, and only this VM.
 
+mod delivery;
 mod end;
 mod finish;
 mod hypercall;
@@ -666,19 +667,11 @@ impl<V: VirtualCpu> Vcpu<V> {
             Some(Access::ReadOnly) if !fault.write => return Next::Check,
             _ => {}
         }
-        if fault.page_walk {
-            // Page tables in device memory: a PC reads all-ones there, so every walk ends in a
-            // reserved-bit fault; no system does this on purpose.
-            return self.end(EndKind::Unsupported("page tables outside RAM"));
+        if let Some(event) = self.hw.queued() {
+            return self.delivery_outside_ram(fault, event);
         }
-        if self.hw.queued().is_some() {
-            // An event was being delivered: its stack or its tables are in device memory. The
-            // instruction at RIP has nothing to do with it, and the delivery would never end.
-            return self.end(EndKind::Unsupported(
-                "an event whose stack or tables are outside RAM",
-            ));
-        }
-        if special.is_some() || fault.fetch {
+        if special.is_some() || fault.fetch || fault.page_walk {
+            // Page tables outside RAM are ones, for the emulator's walk as for a processor's.
             // Of ROM only writes come here: what else the instruction reads there, it finds in memory.
             // Code outside RAM is executed one instruction at a time: what a PC would fetch there.
             return self.emulate(None);
@@ -747,6 +740,7 @@ impl<V: VirtualCpu> Vcpu<V> {
                 self.finish_emulated(Executed::Iteration, before, aftermath);
                 Next::Check
             }
+            Outcome::Task(request) => self.task_switch(&request),
             Outcome::Fault(exception) => {
                 self.raise(exception);
                 Next::Check

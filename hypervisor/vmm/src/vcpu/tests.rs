@@ -12,6 +12,7 @@ use proptest::prelude::*;
 use spin::Mutex;
 use virt::TaskSource;
 
+mod delivery;
 mod display;
 mod finish;
 mod firmware;
