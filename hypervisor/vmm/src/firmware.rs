@@ -30,11 +30,11 @@ use mem::{
 };
 use spin::{Mutex, Once};
 
-/// Least bytes of a firmware image: what shows below 1 MiB.
-pub const MIN_IMAGE: u64 = ROM_ALIAS;
+/// Least bytes of a firmware image: the segment of the first PCs' BIOS. Test ROMs are that small.
+pub const MIN_IMAGE: u64 = 0x1_0000;
 /// Most bytes of a firmware image and its variable store together: what lies above the APICs.
 pub const MAX_IMAGE: u64 = 16 << 20;
-/// Bytes of the image's end that show below 1 MiB, too.
+/// Bytes of the image's end that show below 1 MiB, too, if it has so many.
 pub(crate) const ROM_ALIAS: u64 = 0x2_0000;
 /// Where the image ends.
 pub(crate) const ROM_TOP: u64 = 1 << 32;

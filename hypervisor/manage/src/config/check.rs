@@ -211,7 +211,7 @@ fn check_kernel(facts: FileFacts, with_firmware: bool) -> Result<u64, String> {
 }
 
 /// Least and most bytes of a firmware image, and the step.
-const FIRMWARE_BYTES: (u64, u64, u64) = (128 << 10, 16 << 20, 4 << 10);
+const FIRMWARE_BYTES: (u64, u64, u64) = (64 << 10, 16 << 20, 4 << 10);
 
 /// Whether a firmware image can be one.
 fn check_firmware(facts: FileFacts) -> Result<u64, String> {

@@ -515,7 +515,7 @@ fn firmware_is_looked_at() {
         (
             0x37_c001,
             0x8_4000,
-            "vm.boot.firmware: code: has 3653633 bytes; a firmware image has 128 KiB to 16 MiB, in steps of 4 KiB",
+            "vm.boot.firmware: code: has 3653633 bytes; a firmware image has 64 KiB to 16 MiB, in steps of 4 KiB",
         ),
         (
             0x1_0000,

@@ -211,6 +211,21 @@ fn variables_outlive_the_vm() {
 }
 
 #[test]
+fn a_rom_of_64_kib_shows_in_its_segment_only() {
+    let image: Vec<u8> = (0..0x1_0000_u32).map(|n| (n >> 12) as u8).collect();
+    let firmware = Firmware {
+        image: &image,
+        variables: None,
+    };
+    let bench = Bench::with_firmware(firmware).expect("a VM");
+    assert_eq!(bench.byte(0xffff_0000), Some(0));
+    assert_eq!(bench.byte(0xfffe_ffff), None);
+    assert_eq!(bench.byte(0xf_0000), Some(0));
+    assert_eq!(bench.byte(0xf_ffff), Some(0xf));
+    assert_eq!(bench.byte(0xe_ffff), Some(0xff));
+}
+
+#[test]
 fn sizes_that_no_chip_has_are_refused() {
     let bad = |image: usize, variables: usize| {
         let image = vec![0; image];
@@ -220,7 +235,7 @@ fn sizes_that_no_chip_has_are_refused() {
         };
         Bench::with_firmware(firmware).err().expect("a bad size")
     };
-    assert!(bad(0x1_0000, 0).contains("65536 bytes are no size of a firmware image"));
+    assert!(bad(0xf000, 0).contains("61440 bytes are no size of a firmware image"));
     assert!(bad(0x2_0001, 0).contains("no size of a firmware image"));
     assert!(bad(0x2_0000, 0x1001).contains("no size of a variable store"));
     assert!(bad(0xff_f000, 0x2000).contains("allowed: up to 16 MiB together"));
