@@ -517,11 +517,7 @@ fn firmware_is_looked_at() {
             0x8_4000,
             "vm.boot.firmware: code: has 3653633 bytes; a firmware image has 64 KiB to 16 MiB, in steps of 4 KiB",
         ),
-        (
-            0x1_0000,
-            0x8_4000,
-            "vm.boot.firmware: code: has 65536 bytes",
-        ),
+        (0xf000, 0x8_4000, "vm.boot.firmware: code: has 61440 bytes"),
         (
             0x100_1000,
             0x8_4000,
