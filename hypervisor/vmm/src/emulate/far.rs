@@ -274,7 +274,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             return if self.in_long_mode() {
                 Err(Stop::Fault(Exception::GENERAL_PROTECTION))
             } else {
-                self.to_linked_task()
+                self.switch_to_linked_task()
             };
         }
         let offset = self.stacked(0, width, 0)?;

@@ -49,7 +49,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             return Err(fault(GENERAL, selector));
         }
         if is_task {
-            return self.to_task(selector, entry);
+            return self.switch_task(selector, entry);
         }
         let gate = self.call_gate(selector, kind)?;
         if !rights.present() {
@@ -63,7 +63,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// A TSS or task gate: what remains is the switch itself.
-    fn to_task(&mut self, selector: u16, entry: &Entry) -> Result<Step, Stop> {
+    fn switch_task(&mut self, selector: u16, entry: &Entry) -> Result<Step, Stop> {
         let rights = entry.rights();
         let mut task = selector;
         if rights.kind() == TASK_GATE {
@@ -85,7 +85,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     /// IRET with NT: back to the task that the current TSS links to.
-    pub(super) fn to_linked_task(&mut self) -> Result<Step, Stop> {
+    pub(super) fn switch_to_linked_task(&mut self) -> Result<Step, Stop> {
         let tss = self.cpu.segment(SegmentName::Tr);
         let link = self.as_system(|run| run.load(Gva(tss.base), Width::Word))?;
         Ok(Step::Task(TaskSwitch {
