@@ -139,7 +139,7 @@ mod tests {
         }
 
         #[test]
-        fn a_year_is_off_by_less_than_a_tenth_of_a_second(
+        fn a_year_is_off_by_less_than_half_a_second(
             host_hz in 100_000_000u64..6_000_000_000,
             guest_hz in 100_000_000u64..6_000_000_000,
             amd in any::<bool>(),
