@@ -6,7 +6,7 @@
 use core::arch::{asm, global_asm};
 
 use crate::apic::{self, Register};
-use crate::cpu::{self, Cr4, Leaf1Ecx, Leaf7Ebx, port};
+use crate::cpu::{self, Cr4, Leaf1Ecx, Leaf7Ebx, Rflags, port};
 use crate::interrupts::{count, gdt, hook, only_count, probe_rdmsr, vector};
 use crate::machine::{Host, Machine};
 use crate::memory::{self, PAGE, physical_bits};
@@ -31,6 +31,7 @@ checks![
     interrupts_by_hypercall,
     platform_info,
     sleep_and_wake,
+    resume_flag,
 ];
 
 /// The processor's checks of a selector, with the register as it was after a fault.
@@ -502,5 +503,27 @@ fn sleep_and_wake(machine: &Machine) -> Verdict {
     memory::write32(facs + WAKING_VECTOR, 0);
     ensure_eq!(slept, 1, "whether it slept");
     ensure_eq!(woken, WOKEN, "WAK_STS");
+    Ok(())
+}
+
+/// Faults push flags with RF, also those that a hypervisor makes of an exit.
+fn resume_flag(machine: &Machine) -> Verdict {
+    skip_if!(machine.host == Host::Tcg, "QEMU itself pushes none");
+    let cr4 = cpu::cr4() | 1 << 31;
+    // SAFETY: each faults, and changes nothing.
+    let traps = unsafe {
+        [
+            ("MOV to CR4", probe!("mov cr4, {}"; in(reg) cr4)),
+            ("UD2", probe!("ud2")),
+            (
+                "RDMSR",
+                probe!("rdmsr"; in("ecx") 0x1234_u32, out("eax") _, out("edx") _),
+            ),
+        ]
+    };
+    for (what, trap) in traps {
+        let flags = Rflags::from_bits_truncate(trapped(trap, what)?.rflags);
+        ensure!(flags.contains(Rflags::RF), "{what} pushes {flags:?}");
+    }
     Ok(())
 }
