@@ -203,6 +203,9 @@ enum Guest {
 }
 
 impl Guest {
+    /// What only [`Guest::Pair`] measures.
+    const PAIR_OPERATIONS: [&str; 3] = ["virtio-kick", "vcpu-wake", "vcpu-switch"];
+
     fn memory_mib(self) -> u32 {
         match self {
             Self::Stub | Self::Pair => 64,
@@ -243,7 +246,10 @@ impl Guest {
     fn command_line(self) -> String {
         match self {
             Self::Stub => "mode=bench end=poweroff".into(),
-            Self::Pair => "mode=bench only=virtio-kick,vcpu-wake,vcpu-switch end=poweroff".into(),
+            Self::Pair => format!(
+                "mode=bench only={} end=poweroff",
+                Self::PAIR_OPERATIONS.join(",")
+            ),
             // Nothing random, so that runs repeat: Bochs' RDRAND differs from run to run.
             Self::Linux => format!(
                 "console=ttyS0 nokaslr norandmaps random.trust_cpu=off clearcpuid=rdrand rdinit=/{}",
@@ -254,13 +260,18 @@ impl Guest {
 
     /// The configuration with this guest only.
     fn configuration(self, guests: &Guests) -> Configuration {
+        self.configuration_with(guests, &self.command_line())
+    }
+
+    /// As [`Guest::configuration`], with this command line.
+    fn configuration_with(self, guests: &Guests, command_line: &str) -> Configuration {
         let mut text = format!(
             "[host]\nfigures = true\n\n[[vm]]\nname = \"{VM}\"\nfocus = true\nmemory = \"{}M\"\n\
              vcpus = {}\n\n[vm.boot]\nkernel = \"{}\"\ncmdline = \"{}\"\n",
             self.memory_mib(),
             self.vcpus(),
             self.kernel(),
-            self.command_line()
+            command_line
         );
         if let Some(disk) = self.disk() {
             let list = format!("disks = [{{ image = \"{disk}\" }}]\n\n[vm.boot]");

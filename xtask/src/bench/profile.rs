@@ -16,16 +16,16 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 
-use super::{Guests, LIMIT, figures::Place, machine};
+use super::{Guest, Guests, LIMIT, figures::Place, machine};
 use crate::{
     emulator::Regex,
-    image::{Builder, Configuration},
+    image::Builder,
     paths,
     progress::Step,
 };
 
-/// Samples that are taken; few, since each instruction is a line in the log.
-const ITERATIONS: u64 = 283;
+/// Samples that are taken; few, since each instruction is a line in the log, and no operation takes fewer.
+const ITERATIONS: u64 = 97;
 /// What the guest runs before the first sample.
 const WARM_UP: u64 = 16;
 
@@ -49,13 +49,16 @@ pub fn run(builder: &Builder, guests: &Guests, operation: &str) -> anyhow::Resul
         "--profile takes an operation's name, as in bench/results.json"
     );
     let step = Step::start(format!("Tracing {operation}"));
-    let text = format!(
-        "[[vm]]\nname = \"bench\"\nfocus = true\nmemory = \"64M\"\n\n[vm.boot]\nkernel = \"{}\"\n\
-         cmdline = \"mode=bench facts=off start=key only={operation} iterations={ITERATIONS} end=halt\"\n",
-        Guests::STUB
+    let guest = if Guest::PAIR_OPERATIONS.contains(&operation) {
+        Guest::Pair
+    } else {
+        Guest::Stub
+    };
+    let command_line = format!(
+        "mode=bench facts=off start=key only={operation} iterations={ITERATIONS} end=halt"
     );
     let image = paths::target().join("bench-profile.img");
-    let configuration = Configuration::new("(bench)", text, guests.folder.clone());
+    let configuration = guest.configuration_with(guests, &command_line);
     builder.write_unchecked(&configuration, &image)?;
     let log = trace(&image, operation)?;
     let symbols = Symbols::parse(builder.symbols());
