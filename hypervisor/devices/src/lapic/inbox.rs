@@ -8,6 +8,9 @@ use bitflags::bitflags;
 use super::message::Trigger;
 use crate::VcpuId;
 
+/// Words of 64 bits that have a bit for each vector.
+pub(super) const VECTOR_WORDS: usize = 4;
+
 bitflags! {
     /// Why a vCPU must look at its inbox.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,9 +113,9 @@ impl Signals {
 pub struct ApicInbox {
     vcpu: VcpuId,
     pending: AtomicU32,
-    irr: [AtomicU32; 8],
+    irr: [AtomicU64; VECTOR_WORDS],
     /// Trigger mode of the bits in `irr`: 1 is level.
-    tmr: [AtomicU32; 8],
+    tmr: [AtomicU64; VECTOR_WORDS],
     identity: AtomicU64,
     /// Task priority, for lowest-priority arbitration.
     priority: AtomicU8,
@@ -154,8 +157,8 @@ impl ApicInbox {
     /// Posts a vectored interrupt. Returns whether the vCPU needs a kick (nothing was pending before).
     #[must_use = "a kick may be due"]
     pub fn post_interrupt(&self, vector: u8, trigger: Trigger) -> bool {
-        let word = usize::from(vector / 32);
-        let bit = 1 << (vector % 32);
+        let word = usize::from(vector / 64);
+        let bit = 1 << (vector % 64);
         match trigger {
             Trigger::Edge => self.tmr[word].fetch_and(!bit, Ordering::Relaxed),
             Trigger::Level => self.tmr[word].fetch_or(bit, Ordering::Relaxed),
@@ -246,7 +249,7 @@ impl ApicInbox {
     }
 
     /// Takes word `word` of the posted interrupts: request bits, and their trigger modes.
-    pub(super) fn take_word(&self, word: usize) -> (u32, u32) {
+    pub(super) fn take_word(&self, word: usize) -> (u64, u64) {
         if self.irr[word].load(Ordering::Relaxed) == 0 {
             return (0, 0);
         }
@@ -255,7 +258,7 @@ impl ApicInbox {
     }
 
     /// Like `take_word`, without taking.
-    pub(super) fn peek_word(&self, word: usize) -> (u32, u32) {
+    pub(super) fn peek_word(&self, word: usize) -> (u64, u64) {
         let irr = self.irr[word].load(Ordering::Acquire);
         (irr, self.tmr[word].load(Ordering::Relaxed) & irr)
     }

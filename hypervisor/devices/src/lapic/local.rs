@@ -5,7 +5,7 @@ use alloc::sync::Arc;
 use mem::Width;
 
 use super::bus::ApicBus;
-use super::inbox::{ApicInbox, Identity, Signals, x2apic_logical_id};
+use super::inbox::{ApicInbox, Identity, Signals, VECTOR_WORDS, x2apic_logical_id};
 use super::message::{DeliveryMode, Destination, Message, Trigger};
 use super::registers::{
     ApicBase, Errors, Icr, Lvt, LvtEntry, MSR_APIC_BASE, MSR_TSC_DEADLINE, Register, Shorthand,
@@ -61,29 +61,35 @@ pub enum ApicEffect {
 
 /// 256 bits, one per vector.
 #[derive(Clone, Copy, Default)]
-struct VectorSet([u32; 8]);
+struct VectorSet([u64; VECTOR_WORDS]);
 
 impl VectorSet {
     fn set(&mut self, vector: u8) {
-        self.0[usize::from(vector / 32)] |= 1 << (vector % 32);
+        self.0[usize::from(vector / 64)] |= 1 << (vector % 64);
     }
 
     fn clear(&mut self, vector: u8) {
-        self.0[usize::from(vector / 32)] &= !(1 << (vector % 32));
+        self.0[usize::from(vector / 64)] &= !(1 << (vector % 64));
     }
 
     fn contains(&self, vector: u8) -> bool {
-        self.0[usize::from(vector / 32)] & (1 << (vector % 32)) != 0
+        self.0[usize::from(vector / 64)] & (1 << (vector % 64)) != 0
     }
 
-    fn word(&self, word: u8) -> u32 {
-        self.0[usize::from(word & 7)]
+    /// As one of the registers has it, 0 to 7.
+    fn register(&self, number: u8) -> u32 {
+        half(self.0[usize::from(number / 2 & 3)], number)
     }
 
     fn highest(&self) -> Option<u8> {
         let word = self.0.iter().rposition(|&w| w != 0)?;
-        Some((word * 32) as u8 + (31 - self.0[word].leading_zeros()) as u8)
+        Some((word * 64) as u8 + (63 - self.0[word].leading_zeros()) as u8)
     }
+}
+
+/// The half of a word of vectors that one of the eight registers shows.
+fn half(word: u64, register: u8) -> u32 {
+    (word >> (32 * u32::from(register % 2))) as u32
 }
 
 /// DFR model: flat. Any other value selects the cluster model (section 11.6.2.2).
@@ -401,7 +407,16 @@ impl LocalApic {
         Ok(())
     }
 
+    /// Takes over what was posted. Most often nothing was, and this is on the way of many exits.
+    #[inline]
     fn drain(&mut self) {
+        if self.inbox.has_pending() {
+            self.drain_posted();
+        }
+    }
+
+    #[inline(never)]
+    fn drain_posted(&mut self) {
         let taken = self.inbox.take();
         if taken.interrupts {
             for word in 0..self.irr.0.len() {
@@ -637,14 +652,14 @@ impl LocalApic {
             Register::Ldr => u32::from(self.logical) << 24,
             Register::Dfr => u32::from(self.model) << 28 | 0x0fff_ffff,
             Register::Svr => self.svr.into_bits(),
-            Register::Isr(word) => self.isr.word(word),
-            Register::Tmr(word) => {
-                let (irr, tmr) = self.inbox.peek_word(usize::from(word & 7));
-                (self.tmr.word(word) & !irr) | tmr
+            Register::Isr(number) => self.isr.register(number),
+            Register::Tmr(number) => {
+                let (irr, tmr) = self.inbox.peek_word(usize::from(number / 2 & 3));
+                (self.tmr.register(number) & !half(irr, number)) | half(tmr, number)
             }
-            Register::Irr(word) => {
-                let (irr, _) = self.inbox.peek_word(usize::from(word & 7));
-                self.irr.word(word) | irr
+            Register::Irr(number) => {
+                let (irr, _) = self.inbox.peek_word(usize::from(number / 2 & 3));
+                self.irr.register(number) | half(irr, number)
             }
             Register::Esr => self.esr.bits(),
             Register::IcrLow => self.icr.into_bits() as u32,
