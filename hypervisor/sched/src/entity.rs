@@ -268,8 +268,13 @@ impl Recent {
     const HALF_LIFE_BITS: u32 = 32;
 
     pub(crate) fn add(&mut self, ran: u64, now: u64) {
-        self.ticks = self.at(now) + ran;
-        self.epoch = now >> Self::HALF_LIFE_BITS;
+        let epoch = now >> Self::HALF_LIFE_BITS;
+        // Most often this is the same one.
+        if epoch != self.epoch {
+            self.ticks = self.at(now);
+            self.epoch = epoch;
+        }
+        self.ticks += ran;
     }
 
     /// Takes so much away again.
@@ -378,8 +383,19 @@ impl Entity {
 
     /// Whether it must wait for its next budget; tick at which that comes.
     pub(crate) fn throttled_until(&self) -> Option<u64> {
-        self.bandwidth
-            .filter(|bandwidth| bandwidth.left <= 0)
-            .map(|bandwidth| bandwidth.refill_at)
+        let bandwidth = self.bandwidth.as_ref()?;
+        (bandwidth.left <= 0).then_some(bandwidth.refill_at)
+    }
+
+    /// Counts the time since the last change of state of one that does not run.
+    pub(crate) fn settle(&mut self, now: u64) {
+        let passed = now.saturating_sub(self.since);
+        self.since = self.since.max(now);
+        match self.state {
+            State::Waiting => self.metrics.wait += passed,
+            State::Throttled { .. } => self.metrics.throttled += passed,
+            State::Blocked { .. } => self.metrics.blocked += passed,
+            State::Running { .. } | State::Held | State::Retired => {}
+        }
     }
 }

@@ -7,13 +7,19 @@ use alloc::vec::Vec;
 
 use crate::EntityId;
 
+/// It is not in the heap.
 const NOWHERE: u32 = u32::MAX;
+/// It is the least one.
+const FIRST: u32 = u32::MAX - 1;
 
 /// Entities in order of a key, least first. Entities of equal keys come in no particular order.
 #[derive(Debug)]
 pub(crate) struct KeyedHeap<K> {
-    items: Vec<(K, EntityId)>,
-    /// By entity: its place in `items`.
+    /// The least, kept apart: to put one in and take it out again is next to nothing where there is no other.
+    first: Option<(K, EntityId)>,
+    /// The others, a binary heap. Empty if there is no first.
+    others: Vec<(K, EntityId)>,
+    /// By entity: [`FIRST`], or its place in `others`.
     places: Vec<u32>,
 }
 
@@ -21,87 +27,121 @@ impl<K: Copy + Ord> KeyedHeap<K> {
     /// An empty heap with room for `capacity` entities.
     pub(crate) fn new(capacity: usize) -> Self {
         KeyedHeap {
-            items: Vec::with_capacity(capacity),
+            first: None,
+            others: Vec::with_capacity(capacity),
             places: alloc::vec![NOWHERE; capacity],
         }
     }
 
     /// The least key and its entity.
+    #[inline]
     pub(crate) fn peek(&self) -> Option<(K, EntityId)> {
-        self.items.first().copied()
+        self.first
     }
 
     /// Puts an entity in, in place of its earlier key if it is there.
+    #[inline]
     pub(crate) fn push(&mut self, id: EntityId, key: K) {
-        self.remove(id);
-        if self.places.len() <= id.index() {
-            self.places.resize(id.index() + 1, NOWHERE);
+        match self.places.get(id.index()) {
+            Some(&NOWHERE) => {}
+            Some(_) => {
+                self.remove(id);
+            }
+            None => self.places.resize(id.index() + 1, NOWHERE),
         }
-        let place = self.items.len();
-        self.items.push((key, id));
-        self.places[id.index()] = place as u32;
-        self.up(place);
+        match self.first {
+            None => self.set_first(id, key),
+            Some((least, _)) if least <= key => self.push_other(id, key),
+            Some((least, before)) => {
+                self.set_first(id, key);
+                self.push_other(before, least);
+            }
+        }
     }
 
     /// Takes the entity with the least key out.
+    #[inline]
     pub(crate) fn pop(&mut self) -> Option<(K, EntityId)> {
-        let first = *self.items.first()?;
-        self.take(0);
+        let first = self.first.take()?;
+        self.places[first.1.index()] = NOWHERE;
+        if !self.others.is_empty() {
+            let (key, id) = self.others[0];
+            self.take(0);
+            self.set_first(id, key);
+        }
         Some(first)
     }
 
     /// Takes an entity out; its key, if it was there.
     pub(crate) fn remove(&mut self, id: EntityId) -> Option<K> {
-        let place = *self.places.get(id.index())?;
-        if place == NOWHERE {
-            return None;
+        match *self.places.get(id.index())? {
+            NOWHERE => None,
+            FIRST => self.pop().map(|(key, _)| key),
+            place => {
+                let key = self.others[place as usize].0;
+                self.take(place as usize);
+                Some(key)
+            }
         }
-        let key = self.items[place as usize].0;
-        self.take(place as usize);
-        Some(key)
     }
 
+    fn set_first(&mut self, id: EntityId, key: K) {
+        self.first = Some((key, id));
+        self.places[id.index()] = FIRST;
+    }
+
+    #[inline(never)]
+    fn push_other(&mut self, id: EntityId, key: K) {
+        let place = self.others.len();
+        self.others.push((key, id));
+        self.up(place);
+    }
+
+    /// Takes one of the others out.
+    #[inline(never)]
     fn take(&mut self, place: usize) {
-        let (_, id) = self.items.swap_remove(place);
+        let (_, id) = self.others.swap_remove(place);
         self.places[id.index()] = NOWHERE;
-        if let Some(&(_, moved)) = self.items.get(place) {
-            self.places[moved.index()] = place as u32;
+        if place < self.others.len() {
             self.down(place);
             self.up(place);
         }
     }
 
-    fn swap(&mut self, a: usize, b: usize) {
-        self.items.swap(a, b);
-        self.places[self.items[a].1.index()] = a as u32;
-        self.places[self.items[b].1.index()] = b as u32;
+    fn set(&mut self, place: usize, item: (K, EntityId)) {
+        self.others[place] = item;
+        self.places[item.1.index()] = place as u32;
     }
 
+    /// Moves the one in this place towards the front as far as it has to go.
     fn up(&mut self, mut place: usize) {
+        let item = self.others[place];
         while place > 0 {
             let parent = (place - 1) / 2;
-            if self.items[parent].0 <= self.items[place].0 {
-                return;
+            if self.others[parent].0 <= item.0 {
+                break;
             }
-            self.swap(parent, place);
+            self.set(place, self.others[parent]);
             place = parent;
         }
+        self.set(place, item);
     }
 
+    /// Moves the one in this place towards the end as far as it has to go.
     fn down(&mut self, mut place: usize) {
+        let item = self.others[place];
         loop {
-            let mut least = place;
-            for child in [2 * place + 1, 2 * place + 2] {
-                if child < self.items.len() && self.items[child].0 < self.items[least].0 {
-                    least = child;
-                }
+            let mut child = 2 * place + 1;
+            if child + 1 < self.others.len() && self.others[child + 1].0 < self.others[child].0 {
+                child += 1;
             }
-            if least == place {
-                return;
+            if child >= self.others.len() || item.0 <= self.others[child].0 {
+                break;
             }
-            self.swap(least, place);
-            place = least;
+            self.set(place, self.others[child]);
+            place = child;
         }
+        self.set(place, item);
     }
 }
 
@@ -135,7 +175,7 @@ mod tests {
                         }
                     }
                 }
-                prop_assert_eq!(heap.items.len(), model.len());
+                prop_assert_eq!(usize::from(heap.first.is_some()) + heap.others.len(), model.len());
                 let least = model.iter().map(|(&id, &key)| (key, id)).min();
                 prop_assert_eq!(heap.peek().map(|(key, _)| key), least);
             }

@@ -17,12 +17,7 @@ use std::{
 use anyhow::{Context, bail, ensure};
 
 use super::{Guest, Guests, LIMIT, figures::Place, machine};
-use crate::{
-    emulator::Regex,
-    image::Builder,
-    paths,
-    progress::Step,
-};
+use crate::{emulator::Regex, image::Builder, paths, progress::Step};
 
 /// Samples that are taken; few, since each instruction is a line in the log, and no operation takes fewer.
 const ITERATIONS: u64 = 97;
@@ -54,9 +49,8 @@ pub fn run(builder: &Builder, guests: &Guests, operation: &str) -> anyhow::Resul
     } else {
         Guest::Stub
     };
-    let command_line = format!(
-        "mode=bench facts=off start=key only={operation} iterations={ITERATIONS} end=halt"
-    );
+    let command_line =
+        format!("mode=bench facts=off start=key only={operation} iterations={ITERATIONS} end=halt");
     let image = paths::target().join("bench-profile.img");
     let configuration = guest.configuration_with(guests, &command_line);
     builder.write_unchecked(&configuration, &image)?;

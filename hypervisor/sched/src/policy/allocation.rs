@@ -73,10 +73,6 @@ impl Policy for ByAllocation {
         allocation(entity) / 1000
     }
 
-    fn slice(&self, _entity: &Entity) -> u64 {
-        self.slice
-    }
-
     fn gives_way(&self, running: &Entity, waiting: &Entity) -> Option<u64> {
         let behind = waiting.paid.saturating_add(price(waiting, self.slice));
         (behind < running.paid).then_some(self.slice / 8)

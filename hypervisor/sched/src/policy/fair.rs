@@ -107,13 +107,14 @@ impl Fair {
     }
 
     fn detach(&mut self, entity: &Entity) {
-        self.now();
         let weight = i64::from(entity.params.weight);
         self.weight -= weight;
-        self.lag -= weight * (entity.virt.time - self.base);
         if self.weight == 0 {
-            // What is left is what the division left over.
+            // The last one's time is the queue's.
+            self.base = entity.virt.time;
             self.lag = 0;
+        } else {
+            self.lag -= weight * (entity.virt.time - self.base);
         }
     }
 
@@ -175,12 +176,14 @@ impl Policy for Fair {
     }
 
     fn take(&mut self, _now: u64) -> Option<EntityId> {
-        let now = self.now();
-        while let Some(((time, _), id)) = self.ahead.peek()
-            && time <= now
-        {
-            self.ahead.pop();
-            self.eligible.push(id, key(self.deadlines[id.index()]));
+        if self.ahead.peek().is_some() {
+            let now = self.now();
+            while let Some(((time, _), id)) = self.ahead.peek()
+                && time <= now
+            {
+                self.ahead.pop();
+                self.eligible.push(id, key(self.deadlines[id.index()]));
+            }
         }
         // Rounding, or those who are attached and run, may leave nobody behind the mean.
         self.eligible
@@ -226,10 +229,6 @@ impl Policy for Fair {
 
     fn share(&self, entity: &Entity) -> u64 {
         u64::from(entity.params.weight)
-    }
-
-    fn slice(&self, _entity: &Entity) -> u64 {
-        self.slice
     }
 
     fn gives_way(&self, running: &Entity, waiting: &Entity) -> Option<u64> {

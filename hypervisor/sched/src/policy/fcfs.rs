@@ -10,14 +10,12 @@ use crate::entity::Entity;
 #[derive(Debug)]
 pub(crate) struct Fcfs {
     waiting: Ordered,
-    slice: u64,
 }
 
 impl Fcfs {
-    pub(crate) fn new(slice: u64, capacity: usize) -> Self {
+    pub(crate) fn new(capacity: usize) -> Self {
         Fcfs {
             waiting: Ordered::new(capacity),
-            slice,
         }
     }
 }
@@ -47,10 +45,6 @@ impl Policy for Fcfs {
 
     fn divides_time(&self) -> bool {
         false
-    }
-
-    fn slice(&self, _entity: &Entity) -> u64 {
-        self.slice
     }
 
     fn gives_way(&self, _running: &Entity, _waiting: &Entity) -> Option<u64> {

@@ -87,10 +87,10 @@ impl PolicyKind {
     pub(crate) fn make(self, slice: u64, capacity: usize) -> Box<dyn Policy> {
         match self {
             Self::Fair => Box::new(fair::Fair::new(slice, capacity)),
-            Self::RoundRobin => Box::new(round_robin::RoundRobin::new(slice, capacity)),
+            Self::RoundRobin => Box::new(round_robin::RoundRobin::new(capacity)),
             Self::Priority => Box::new(priority::Priority::new(slice, capacity)),
-            Self::Fcfs => Box::new(fcfs::Fcfs::new(slice, capacity)),
-            Self::Sjf => Box::new(sjf::Sjf::new(slice, capacity)),
+            Self::Fcfs => Box::new(fcfs::Fcfs::new(capacity)),
+            Self::Sjf => Box::new(sjf::Sjf::new(capacity)),
             Self::Reservation => Box::new(reservation::EarliestDeadline::new(slice, capacity)),
             Self::Allocation => Box::new(allocation::ByAllocation::new(slice, capacity)),
             Self::Requirement => Box::new(requirement::ByRequirement::new(slice, capacity)),
@@ -207,9 +207,6 @@ pub(crate) trait Policy: fmt::Debug + Send {
     fn divides_time(&self) -> bool {
         true
     }
-
-    /// For how long it may run.
-    fn slice(&self, entity: &Entity) -> u64;
 
     /// Whether the one that runs, which has been charged up to now, should give way to one that began to wait: `Some` is
     /// how long it may go on, counted from the beginning of its run; that keeps switches rare.

@@ -46,10 +46,6 @@ impl Policy for Priority {
         self.waiting.push(entity.id, entity.rank);
     }
 
-    fn slice(&self, _entity: &Entity) -> u64 {
-        self.slice
-    }
-
     fn gives_way(&self, running: &Entity, waiting: &Entity) -> Option<u64> {
         let urgent = waiting.params.priority > running.params.priority;
         (urgent && waiting.rank < running.rank).then_some(0)

@@ -56,10 +56,6 @@ impl Policy for ByRequirement {
         u64::from(entity.params.weight)
     }
 
-    fn slice(&self, _entity: &Entity) -> u64 {
-        self.slice
-    }
-
     fn gives_way(&self, running: &Entity, waiting: &Entity) -> Option<u64> {
         (waiting.rank < running.rank).then_some(self.slice / 8)
     }

@@ -95,10 +95,6 @@ impl Policy for EarliestDeadline {
         }
     }
 
-    fn slice(&self, entity: &Entity) -> u64 {
-        self.rest.slice(entity)
-    }
-
     fn gives_way(&self, running: &Entity, waiting: &Entity) -> Option<u64> {
         match (deadline(waiting), deadline(running)) {
             (Some(waiting), Some(running)) => (waiting < running).then_some(0),

@@ -9,16 +9,14 @@ use crate::entity::Entity;
 #[derive(Debug)]
 pub(crate) struct RoundRobin {
     waiting: Ordered,
-    slice: u64,
     /// Grows with each one that comes to the end, so that those interrupted stand before all.
     turns: u64,
 }
 
 impl RoundRobin {
-    pub(crate) fn new(slice: u64, capacity: usize) -> Self {
+    pub(crate) fn new(capacity: usize) -> Self {
         RoundRobin {
             waiting: Ordered::new(capacity),
-            slice,
             turns: 0,
         }
     }
@@ -42,10 +40,6 @@ impl Policy for RoundRobin {
             }
         };
         self.waiting.push(entity.id, entity.rank);
-    }
-
-    fn slice(&self, _entity: &Entity) -> u64 {
-        self.slice
     }
 
     fn gives_way(&self, _running: &Entity, _waiting: &Entity) -> Option<u64> {

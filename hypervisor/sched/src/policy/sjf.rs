@@ -11,14 +11,12 @@ use crate::entity::Entity;
 #[derive(Debug)]
 pub(crate) struct Sjf {
     waiting: Ordered,
-    slice: u64,
 }
 
 impl Sjf {
-    pub(crate) fn new(slice: u64, capacity: usize) -> Self {
+    pub(crate) fn new(capacity: usize) -> Self {
         Sjf {
             waiting: Ordered::new(capacity),
-            slice,
         }
     }
 }
@@ -35,10 +33,6 @@ impl Policy for Sjf {
     fn enqueue(&mut self, entity: &mut Entity, _why: Ready, _now: u64) {
         entity.rank = entity.expected_burst.max(entity.burst);
         self.waiting.push(entity.id, entity.rank);
-    }
-
-    fn slice(&self, _entity: &Entity) -> u64 {
-        self.slice
     }
 
     fn gives_way(&self, _running: &Entity, _waiting: &Entity) -> Option<u64> {

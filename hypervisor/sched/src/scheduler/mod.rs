@@ -8,9 +8,8 @@
 //! *No work waits while a pCPU idles.* A pCPU that finds nothing sets its idle bit under its queue's lock, then looks at the
 //! other queues of its pool, then may halt. Who makes an entity ready puts it into its home's queue first and then
 //! looks at the idle bits. So one of the two sees the other, whichever comes first.
-//!
-//! *Balance.* Every few slices a busy pCPU looks whether one that waits elsewhere in its pool had better be here
-//! ([`crate::crowd`]), and takes it over.
+
+mod balance;
 
 use alloc::{boxed::Box, vec::Vec};
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -22,13 +21,11 @@ use crate::{
     entity::{CAPS, Entity, EntityId, PRIORITIES, Params, PoolId, Refusal, State, WEIGHTS},
     metrics::{Metrics, PcpuMetrics},
     policy::PolicyKind,
-    queue::{Dispatch, Queue, Stop, Woken, utilization},
+    queue::{Dispatch, Left, Neighbours, Queue, Stop, Woken, utilization},
 };
 
 /// The part of a pCPU that can be reserved, in millionths: the rest is for those who reserved nothing.
 pub const RESERVABLE: u64 = 950_000;
-/// Slices between two comparisons of a pCPU's load.
-const BALANCE_SLICES: u64 = 4;
 
 /// No home: the entity does not exist.
 const NOWHERE: u32 = u32::MAX;
@@ -153,7 +150,16 @@ impl Scheduler {
             let index = index.unwrap_or(0);
             let pool = list[index];
             Pcpu {
-                queue: Mutex::new(Queue::new(number, pool.policy, pool.slice, capacity)),
+                queue: Mutex::new(Queue::new(
+                    number,
+                    pool.policy,
+                    pool.slice,
+                    capacity,
+                    match pool.cpus.len() {
+                        1 => Neighbours::None,
+                        _ => Neighbours::Some,
+                    },
+                )),
                 run_until: AtomicU64::new(u64::MAX),
                 load: AtomicU64::new(0),
                 movable: AtomicU32::new(0),
@@ -469,6 +475,15 @@ impl Scheduler {
         let queue = &locked.queue;
         let stays = queue.is_idle();
         let earlier = queue.run_until() < before;
+        if !locked.pcpu.shared {
+            drop(locked);
+            let kicked = match stays {
+                // Else it is about to pick, or will when it comes back.
+                true => self.idle().contains(pcpu),
+                false => earlier,
+            };
+            return kicked.then_some(pcpu);
+        }
         let movable = queue
             .get(id)
             .filter(|entity| entity.params.reservation.is_none())
@@ -551,129 +566,24 @@ impl Scheduler {
         Pick { run, kick }
     }
 
-    /// A pCPU of a pool that idles although somebody waits in the pool whom it may run: several wake-ups in a row may have
-    /// named the same pCPU, and it has taken but one.
-    fn idle_for_waiting(&self, pool: PoolId) -> Option<usize> {
-        let cpus = self.pools[usize::from(pool.0)].cpus;
-        let idle = || CpuSet::from_bits(self.idle.load(Ordering::SeqCst)).and(cpus);
-        if idle().is_empty() {
-            return None;
-        }
-        let crowded = |pcpu: &usize| self.pcpus[*pcpu].movable.load(Ordering::SeqCst) > 0;
-        cpus.iter()
-            .filter(crowded)
-            .find_map(|pcpu| self.lock(pcpu)?.queue.place_among(idle()))
-    }
-
-    /// Takes one over from a busy pCPU of the pool, and runs it.
-    fn steal(&self, pcpu: usize, now: u64) -> Option<Dispatch> {
-        let mut victims = self.pools[usize::from(self.pcpus[pcpu].pool.0)]
-            .cpus
-            .without(CpuSet::of(pcpu));
-        loop {
-            let crowded = |victim: &usize| {
-                let victim = &self.pcpus[*victim];
-                let movable = victim.movable.load(Ordering::SeqCst);
-                (movable > 0, victim.load.load(Ordering::Relaxed))
-            };
-            let victim = victims.iter().max_by_key(crowded)?;
-            if !crowded(&victim).0 {
-                return None;
-            }
-            victims = victims.without(CpuSet::of(victim));
-            let stolen = self.lock(victim).and_then(|mut locked| {
-                let id = locked.queue.stealable(pcpu)?;
-                self.take_out(&mut locked, id, now)
-            });
-            let Some(entity) = stolen else { continue };
-            let id = entity.id;
-            let mut locked = self.lock(pcpu)?;
-            self.put_in(pcpu, &mut locked, entity, now);
-            locked.queue.note_migration(id, true);
-            let run = locked.queue.pick(now);
-            let bit = CpuSet::of(pcpu).bits();
-            self.idle.fetch_and(!bit, Ordering::SeqCst);
-            return run;
-        }
-    }
-
-    /// Takes one over from another pCPU of the pool, if that makes the two a better place: see [`crate::crowd`].
-    fn balance(&self, pcpu: usize, now: u64) {
-        let this = &self.pcpus[pcpu];
-        let Some(own) = self.lock(pcpu) else { return };
-        let ahead = BALANCE_SLICES * own.queue.slice();
-        let (crowd, reserved) = (own.queue.crowd(), own.queue.reserved());
-        drop(own);
-        let unrest = crowd.unrest(reserved, ahead, now);
-        this.balance_at
-            .store(now.saturating_add(ahead), Ordering::Relaxed);
-        let mut best: Option<(u128, usize, EntityId)> = None;
-        for other in self.pools[usize::from(this.pool.0)].cpus.iter() {
-            if other == pcpu || self.pcpus[other].movable.load(Ordering::Relaxed) == 0 {
-                continue;
-            }
-            let Some(mut locked) = self.lock(other) else {
-                continue;
-            };
-            locked.queue.settle_running(now);
-            let (theirs, reserved_there) = (locked.queue.crowd(), locked.queue.reserved());
-            let before = unrest + theirs.unrest(reserved_there, ahead, now);
-            for (id, share, had) in locked.queue.candidates(pcpu) {
-                let (mut here, mut there) = (crowd, theirs);
-                here.join(share, had, now);
-                there.leave(share, had, now);
-                if there.share() == 0 {
-                    // It has a pCPU for itself; that would have nothing to do.
-                    continue;
-                }
-                let after =
-                    here.unrest(reserved, ahead, now) + there.unrest(reserved_there, ahead, now);
-                let gain = before.saturating_sub(after);
-                if gain > best.map_or(0, |(gain, _, _)| gain) {
-                    best = Some((gain, other, id));
-                }
-            }
-        }
-        let Some((_, other, id)) = best else { return };
-        let Some(mut locked) = self.lock(other) else {
-            return;
-        };
-        if locked.queue.promise(id, pcpu) {
-            // It comes when it stops there.
-            return;
-        }
-        // It may have gone since.
-        if locked.queue.get(id).map(|entity| entity.state) != Some(State::Waiting) {
-            return;
-        }
-        let Some(entity) = self.take_out(&mut locked, id, now) else {
-            return;
-        };
-        drop(locked);
-        if let Some(mut locked) = self.lock(pcpu) {
-            self.put_in(pcpu, &mut locked, entity, now);
-            locked.queue.note_migration(id, false);
-        }
-    }
-
     /// The entity that runs on `pcpu` leaves it. Whom to interrupt, if anyone. Nothing happens if none runs.
     pub fn stop(&self, pcpu: usize, why: Stop, now: u64) -> Option<usize> {
         let mut locked = self.lock(pcpu)?;
-        let id = locked.queue.stop(why, now)?;
-        if let Some(to) = locked.queue.keep_promise(id) {
-            let entity = self.take_out(&mut locked, id, now)?;
-            drop(locked);
-            let mut locked = self.lock(to)?;
-            self.put_in(to, &mut locked, entity, now);
-            locked.queue.note_migration(id, false);
-            drop(locked);
-            let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
-            return idle.contains(to).then_some(to);
-        }
+        let id = match locked.queue.stop(why, now)? {
+            Left::Stays => return None,
+            Left::GoesTo(to, id) => {
+                let entity = self.take_out(&mut locked, id, now)?;
+                drop(locked);
+                let mut locked = self.lock(to)?;
+                self.put_in(to, &mut locked, entity, now);
+                locked.queue.note_migration(id, false);
+                drop(locked);
+                let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
+                return idle.contains(to).then_some(to);
+            }
+            Left::HasToGo(id) => id,
+        };
         let allowed = locked.queue.get(id)?.allowed;
-        if allowed.contains(pcpu) {
-            return None;
-        }
         // It has been given other places while it ran.
         let entity = self.take_out(&mut locked, id, now)?;
         drop(locked);
