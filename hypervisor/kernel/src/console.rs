@@ -127,15 +127,15 @@ pub fn wake_up_at() -> Option<u64> {
     Some(next).filter(|&at| at != u64::MAX)
 }
 
-/// Does what is due without an interrupt. Whether there is input to [`read`], or a guest to resume.
-/// The first processor's business.
-pub fn attend() -> bool {
-    let now = time::now_tsc();
+/// Does what is due without an interrupt at this host TSC, which is now. Whether there is input to [`read`], or a
+/// guest to resume. The first processor's business.
+pub fn attend(now: u64) -> bool {
     if BY_CLOCK.look(now) || NEXT_LOOK.load(Ordering::Relaxed) <= now {
         CONSOLE.lock().pump();
     }
-    operator::attend();
-    WORK.swap(false, Ordering::Relaxed)
+    operator::attend(now);
+    // Most often there is nothing, and the look is cheaper than the exchange.
+    WORK.load(Ordering::Relaxed) && WORK.swap(false, Ordering::Relaxed)
 }
 
 impl Console {

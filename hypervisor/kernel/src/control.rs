@@ -116,17 +116,13 @@ pub fn wake_up_at() -> Option<u64> {
     Some(next.min(look.unwrap_or(u64::MAX))).filter(|&at| at != u64::MAX)
 }
 
-/// Does what is due without an interrupt. The first processor's business.
-pub fn attend() {
-    if BY_CLOCK.look(time::now_tsc()) {
+/// Does what is due without an interrupt at this host TSC, which is now. The first processor's business.
+pub fn attend(now: u64) {
+    if BY_CLOCK.look(now) {
         PORT.lock().pump_and_note();
     }
-    let due = NEXT_SERVE.load(Ordering::Relaxed);
-    if due != u64::MAX {
-        let now = time::now_tsc();
-        if due <= now && RING_FROM.load(Ordering::Relaxed) <= now {
-            doors::ring();
-        }
+    if NEXT_SERVE.load(Ordering::Relaxed) <= now && RING_FROM.load(Ordering::Relaxed) <= now {
+        doors::ring();
     }
 }
 

@@ -75,11 +75,9 @@ pub fn begin() {
     NEXT.store(0, Ordering::Relaxed);
 }
 
-/// Whether a step is due.
-pub fn is_due() -> bool {
-    // The usual answer needs no look at the clock.
-    let next = NEXT.load(Ordering::Relaxed);
-    next != u64::MAX && next <= time::now_tsc()
+/// Whether a step is due at this host TSC, which is now.
+pub fn is_due(now: u64) -> bool {
+    NEXT.load(Ordering::Relaxed) <= now
 }
 
 /// Host TSC at which the first processor, when it has nothing to do, has to come here.

@@ -30,7 +30,7 @@ pub struct PerCpu {
     pub apic_id: u32,
     /// Descriptor tables.
     pub tables: &'static gdt::Tables,
-    /// A kick has arrived since this was last cleared.
+    /// A kick has arrived since this was last cleared, or this processor would have sent one to itself.
     pub kicked: AtomicBool,
     /// The host timer has come due since this was last cleared.
     pub timer_due: AtomicBool,

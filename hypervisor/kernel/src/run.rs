@@ -380,12 +380,14 @@ impl<B: Backend> World<B> {
         self.kick(kick);
     }
 
-    /// Interrupts a pCPU, if it is another than this.
+    /// Has a pCPU look up: interrupts it, or notes it if it is this one, which looks before it halts or enters a guest.
+    #[inline]
     fn kick(&self, pcpu: Option<usize>) {
-        if let Some(pcpu) = pcpu
-            && pcpu != percpu::current().number
-            && let Some(cpu) = percpu::get(pcpu)
-        {
+        let Some(pcpu) = pcpu else { return };
+        let this = percpu::current();
+        if pcpu == this.number {
+            this.kicked.store(true, Ordering::Relaxed);
+        } else if let Some(cpu) = percpu::get(pcpu) {
             interrupts::kick(cpu);
         }
     }
@@ -399,12 +401,9 @@ impl<B: Backend> World<B> {
         Some(act(&slot.plan, &slot.live.as_ref()?.vm))
     }
 
-    /// Shows a piece of the display of the VM whose console the terminal shows, if it is time. The first processor's
-    /// business.
+    /// Shows a piece of the display of the VM whose console the terminal shows. The first processor's business.
+    #[inline(never)]
     fn show_display(&self) {
-        if !display::is_due() {
-            return;
-        }
         let console = console::focus();
         // Held meanwhile, so that the VM is not taken down here.
         let slots = self.slots.lock();
@@ -461,16 +460,25 @@ impl<B: Backend> World<B> {
     }
 
     /// Host work between vCPUs and after each host interrupt.
+    #[inline(always)]
     fn host_work(&self, cpu: &PerCpu) {
         interrupts::window();
-        if cpu.number == 0 {
-            control::attend();
+        if cpu.number != 0 {
+            return;
         }
-        if cpu.number == 0 && console::attend() {
-            self.take_input();
-            while let Some(console) = console::pop_resumable() {
-                self.with_vm_of(console, |_, vm| vm.resume_output());
-            }
+        let now = time::now_tsc();
+        control::attend(now);
+        if console::attend(now) {
+            self.serve_console();
+        }
+    }
+
+    /// Input has come, or a guest can go on writing.
+    #[inline(never)]
+    fn serve_console(&self) {
+        self.take_input();
+        while let Some(console) = console::pop_resumable() {
+            self.with_vm_of(console, |_, vm| vm.resume_output());
         }
     }
 
@@ -505,7 +513,6 @@ impl<B: Backend> World<B> {
 impl<B: Backend> Runner for World<B> {
     fn wake(&self, entity: EntityId) -> Outcome {
         let wake = self.sched.wake(entity, time::now_tsc());
-        // This pCPU looks before it halts or enters a guest the next time.
         self.kick(wake.kick);
         wake.outcome
     }
@@ -536,8 +543,11 @@ impl<B: Backend> Runner for World<B> {
                     control::flush();
                     power::off();
                 }
-                self.look_at_clock();
-                self.show_display();
+                let now = time::now_tsc();
+                self.look_at_clock(now);
+                if display::is_due(now) {
+                    self.show_display();
+                }
             }
             self.do_jobs(cpu);
             let pick = self.sched.pick(cpu.number, time::now_tsc());
@@ -591,7 +601,12 @@ impl<B: Backend, const TRACED: bool> Host for HostCpu<B, TRACED> {
     }
 
     fn run_until(&self) -> u64 {
+        self.cpu.kicked.store(false, Ordering::Relaxed);
         self.world.sched.run_until(self.cpu.number)
+    }
+
+    fn has_less_time(&self) -> bool {
+        self.cpu.kicked.load(Ordering::Relaxed)
     }
 
     fn stolen_ns(&self) -> u64 {
@@ -604,11 +619,9 @@ impl<B: Backend, const TRACED: bool> Host for HostCpu<B, TRACED> {
 
     fn interrupts_wait_until(&self) -> u64 {
         match self.cpu.number {
-            0 => [console::look_again_at(), control::look_again_at()]
-                .into_iter()
-                .flatten()
-                .min()
-                .unwrap_or(u64::MAX),
+            0 => console::look_again_at()
+                .unwrap_or(u64::MAX)
+                .min(control::look_again_at().unwrap_or(u64::MAX)),
             _ => u64::MAX,
         }
     }

@@ -15,6 +15,7 @@ static INVARIANT: AtomicBool = AtomicBool::new(false);
 static SKEWED: AtomicBool = AtomicBool::new(false);
 
 /// The time-stamp counter now.
+#[inline(always)]
 pub fn now_tsc() -> u64 {
     // SAFETY: RDTSC has no effect other than its result.
     unsafe { core::arch::x86_64::_rdtsc() }

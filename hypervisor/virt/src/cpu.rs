@@ -289,15 +289,18 @@ impl GuestFpu {
     pub unsafe fn load(&self) {
         let area = self.area.as_ptr();
         if self.features.xsave {
-            // All components, also those off in the guest's XCR0 now: it may turn them on again.
-            self.features.write_xcr0(self.features.mask);
+            // All components, also those off in the guest's XCR0 now: it may turn them on again. `prepare` and `save`
+            // have left them all on.
             // SAFETY: the area is 64-byte aligned, as long as the components of `mask` need,
             // and holds what `save` or `new` wrote, so nothing in it is reserved.
             unsafe {
                 asm!("xrstor64 [{}]", in(reg) area, in("eax") self.features.mask as u32,
                      in("edx") (self.features.mask >> 32) as u32, options(readonly, nostack, preserves_flags));
             }
-            self.features.write_xcr0(self.xcr0);
+            // XSETBV serializes.
+            if self.xcr0 != self.features.mask {
+                self.features.write_xcr0(self.xcr0);
+            }
         } else {
             // SAFETY: the area has 512 bytes, aligned, written by FXSAVE or `new`.
             unsafe {
@@ -314,7 +317,9 @@ impl GuestFpu {
         let area = self.area.as_mut_ptr();
         if self.features.xsave {
             self.xcr0 = self.features.read_xcr0();
-            self.features.write_xcr0(self.features.mask);
+            if self.xcr0 != self.features.mask {
+                self.features.write_xcr0(self.features.mask);
+            }
             // SAFETY: the area is 64-byte aligned and as long as the components of `mask` need.
             unsafe {
                 asm!("xsave64 [{}]", in(reg) area, in("eax") self.features.mask as u32,

@@ -52,6 +52,8 @@ pub trait Host {
     fn now(&self) -> u64;
     /// Host TSC at which the vCPU's time on this pCPU is over. It may become earlier at any time.
     fn run_until(&self) -> u64;
+    /// Whether [`Host::run_until`] may be earlier than when it was last asked for. Asked before each entry.
+    fn has_less_time(&self) -> bool;
     /// Time in which the vCPU was ready and did not run, since it was made and up to the beginning of this run, in nanoseconds.
     fn stolen_ns(&self) -> u64;
     /// Has the pCPU interrupted no later than this host TSC.

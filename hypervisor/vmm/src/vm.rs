@@ -726,11 +726,17 @@ impl Vm {
     }
 
     /// Delivers what is due of the devices' timers at tick `now`. They are vCPU 0's business.
+    #[inline]
     pub(crate) fn poll_timers(&self, by: VcpuId, now: u64) {
         if by == TIMER_VCPU && now >= self.timer_deadline.load(Ordering::Relaxed) {
-            self.timers.poll(now);
-            self.timers_changed(by);
+            self.deliver_timers(by, now);
         }
+    }
+
+    #[inline(never)]
+    fn deliver_timers(&self, by: VcpuId, now: u64) {
+        self.timers.poll(now);
+        self.timers_changed(by);
     }
 
     /// The earliest deadline of the devices' timers, in ticks of the VM's clock, if vCPU `by` looks after them.

@@ -324,6 +324,13 @@ impl LocalApic {
 
     // --- interrupts to the processor -------------------------------------------------------
 
+    /// Whether [`LocalApic::take_signals`] has something. Vectored interrupts are drained on the way.
+    #[inline]
+    pub fn has_signals(&mut self) -> bool {
+        self.drain();
+        !self.signals.is_empty()
+    }
+
     /// Takes the signals posted since the last call. Vectored interrupts are drained on the way.
     pub fn take_signals(&mut self) -> Signals {
         self.drain();
@@ -928,7 +935,16 @@ impl LocalApic {
     }
 
     /// Brings the timer to tick `now` and requests its interrupt if it expired. Missed periods coalesce.
+    #[inline]
     pub fn poll(&mut self, now: u64) {
+        let timer = &self.timer;
+        if timer.due.is_some_and(|due| now >= due) || timer.owed && now >= timer.not_before {
+            self.expire(now);
+        }
+    }
+
+    #[inline(never)]
+    fn expire(&mut self, now: u64) {
         if self.timer.due.is_some_and(|due| now >= due) {
             match self.timer_mode() {
                 TimerMode::TscDeadline | TimerMode::OneShot => {

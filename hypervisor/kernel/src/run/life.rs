@@ -253,12 +253,17 @@ impl<B: Backend> World<B> {
         }
     }
 
-    /// Looks whose wait, or time to shut down, is over. The first processor's business.
-    pub(super) fn look_at_clock(&self) {
-        let now = time::now_tsc();
-        if now < self.next_due.load(Ordering::Relaxed) {
-            return;
+    /// Looks whose wait, or time to shut down, is over at this host TSC, which is now. The first processor's business.
+    #[inline]
+    pub(super) fn look_at_clock(&self, now: u64) {
+        if now >= self.next_due.load(Ordering::Relaxed) {
+            self.is_due(now);
         }
+    }
+
+    /// Somebody's wait, or time to shut down, is over, or a watchdog was not fed.
+    #[inline(never)]
+    fn is_due(&self, now: u64) {
         let mut next = u64::MAX;
         let mut any_job = false;
         let mut forced = Vec::new();

@@ -229,7 +229,7 @@ impl Queue {
     }
 
     /// Readies those whose deadline or budget has come. Whether any waits now that did not.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn expire(&mut self, now: u64) -> bool {
         let mut any = false;
         while let Some((at, id)) = self.rest.timers.peek()
@@ -253,7 +253,7 @@ impl Queue {
     }
 
     /// Takes the next one to run out of those that wait, and runs it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn pick(&mut self, now: u64) -> Option<Dispatch> {
         let Queue { entities, rest, .. } = self;
         if rest.running.is_some() {
@@ -267,7 +267,7 @@ impl Queue {
     }
 
     /// The running entity leaves the pCPU.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn stop(&mut self, why: Stop, now: u64) -> Option<Left> {
         let Queue { entities, rest, .. } = self;
         let id = rest.running?;

@@ -112,7 +112,7 @@ impl Rest {
     }
 
     /// One begins to wait: attaches it, unless it was.
-    #[inline]
+    #[inline(always)]
     pub(super) fn enqueue(&mut self, entity: &mut Entity, why: Ready, now: u64) {
         entity.state = State::Waiting;
         if !matches!(why, Ready::Preempted | Ready::Arrived) {
@@ -135,7 +135,7 @@ impl Rest {
     }
 
     /// One that is not attached may run: it waits, for the pCPU or for what hinders it.
-    #[inline]
+    #[inline(always)]
     pub(super) fn make_ready(&mut self, entity: &mut Entity, why: Ready, now: u64) -> Woken {
         entity.settle(now);
         if entity.paused {
@@ -155,7 +155,7 @@ impl Rest {
     }
 
     /// One that was blocked becomes ready. It has no timer any more.
-    #[inline]
+    #[inline(always)]
     pub(super) fn unblock(&mut self, entity: &mut Entity, now: u64) -> Woken {
         entity.metrics.wakes += 1;
         entity.woken_at = Some(now);
@@ -165,6 +165,7 @@ impl Rest {
     }
 
     /// Has the running one pay for what it ran.
+    #[inline(always)]
     pub(super) fn charge(&mut self, entity: &mut Entity, now: u64) {
         let ran = now.saturating_sub(entity.since);
         if ran == 0 {
@@ -196,7 +197,7 @@ impl Rest {
     }
 
     /// Runs one that was taken out of those that wait.
-    #[inline]
+    #[inline(always)]
     pub(super) fn dispatch(&mut self, entity: &mut Entity, now: u64) -> Dispatch {
         let id = entity.id;
         entity.settle(now);
@@ -235,7 +236,7 @@ impl Rest {
     }
 
     /// The running one leaves the pCPU.
-    #[inline]
+    #[inline(always)]
     pub(super) fn stop(&mut self, entity: &mut Entity, why: Stop, now: u64) {
         self.charge(entity, now);
         self.running = None;

@@ -617,9 +617,7 @@ impl VirtualCpu for SvmVcpu {
 
     fn load(&mut self, cpu: usize) {
         assert!(!self.loaded, "vCPU loaded twice");
-        let shared = self.shared.clone();
-        let pcpu = &shared.pcpus[cpu];
-        let host_vmcb = pcpu.host_vmcb.load(Ordering::Relaxed);
+        let host_vmcb = self.shared.pcpus[cpu].host_vmcb.load(Ordering::Relaxed);
         assert!(host_vmcb != 0, "AMD-V is not enabled on pCPU {cpu}");
         self.frame.host_vmcb = host_vmcb;
         // Another pCPU may still hold translations and VMCB parts of an earlier visit.
@@ -629,13 +627,16 @@ impl VirtualCpu for SvmVcpu {
             self.flush_guest_tlb();
         }
         if self.asid_is_shared
-            && pcpu.shared_asid_user.swap(self.serial, Ordering::Relaxed) != self.serial
+            && self.shared.pcpus[cpu]
+                .shared_asid_user
+                .swap(self.serial, Ordering::Relaxed)
+                != self.serial
         {
             self.flush_guest_tlb();
         }
-        let other_vm =
-            pcpu.last_vm.swap(u32::from(self.vm), Ordering::Relaxed) != u32::from(self.vm);
-        if other_vm && shared.capabilities.ibpb {
+        let vm = u32::from(self.vm);
+        let other_vm = self.shared.pcpus[cpu].last_vm.swap(vm, Ordering::Relaxed) != vm;
+        if other_vm && self.shared.capabilities.ibpb {
             // SAFETY: CPUID reports the register; bit 0 is the barrier, all others are 0.
             unsafe { wrmsr(msr::PRED_CMD, 1) };
         }

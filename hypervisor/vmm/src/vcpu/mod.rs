@@ -251,7 +251,9 @@ impl<V: VirtualCpu> Vcpu<V> {
                     _ => Pause::Yielded,
                 };
             }
-            if (next == Next::Check || self.rest.apic.inbox().has_pending())
+            // A device that the guest has reached may have readied one that comes first.
+            let look = next == Next::Check || self.rest.apic.inbox().has_pending();
+            if (look || host.has_less_time())
                 && let Some(pause) = self.check(host)
             {
                 return pause;
@@ -320,7 +322,9 @@ impl<V: VirtualCpu> Vcpu<V> {
         self.rest.fetch_task_priority(&self.hw);
         self.rest.apic.poll(now);
         self.rest.vm.poll_timers(self.rest.id, now);
-        self.take_signals();
+        if self.rest.apic.has_signals() {
+            self.take_signals();
+        }
         if self.activity != Activity::WaitForStartup {
             self.deliver(host);
         }
@@ -352,6 +356,7 @@ impl<V: VirtualCpu> Vcpu<V> {
     }
 
     /// Acts on NMI, INIT and start-up IPIs (SDM vol. 3A, section 9.4).
+    #[inline(never)]
     fn take_signals(&mut self) {
         let signals = self.rest.apic.take_signals();
         if signals.init {

@@ -61,10 +61,20 @@ struct FakeHost {
     patience: Option<u64>,
     /// Host TSC at which the vCPU's time is over; 0: never.
     until: u64,
+    /// From this look on, of those before entries, somebody else is to run; 0: nobody.
+    cut_at: u32,
+    /// Looks before entries.
+    looks: Cell<u32>,
     stolen_ns: u64,
     /// The pCPU is needed for something else.
     busy: bool,
     notes: Vec<String>,
+}
+
+impl FakeHost {
+    fn is_cut(&self) -> bool {
+        self.cut_at != 0 && self.looks.get() >= self.cut_at
+    }
 }
 
 impl Host for FakeHost {
@@ -73,9 +83,14 @@ impl Host for FakeHost {
     }
     fn run_until(&self) -> u64 {
         match self.until {
+            _ if self.is_cut() => 0,
             0 => u64::MAX,
             until => until,
         }
+    }
+    fn has_less_time(&self) -> bool {
+        self.looks.set(self.looks.get() + 1);
+        self.is_cut()
     }
     fn stolen_ns(&self) -> u64 {
         self.stolen_ns
@@ -115,6 +130,9 @@ impl Host for Watching<'_> {
     }
     fn run_until(&self) -> u64 {
         self.0.run_until()
+    }
+    fn has_less_time(&self) -> bool {
+        self.0.has_less_time()
     }
     fn stolen_ns(&self) -> u64 {
         self.0.stolen_ns()

@@ -134,3 +134,14 @@ fn a_halted_guest_does_not_outlive_its_watchdog() {
     b.run([]);
     assert!(b.vcpu.vm().is_paused());
 }
+
+#[test]
+fn one_that_comes_first_waits_for_no_slice_to_end() {
+    let mut b = Bench::new();
+    // Exits after which nothing is looked at but this.
+    b.vcpu.hw.exits = (0..10).map(|_| Exit::Cpuid).collect();
+    b.host.cut_at = 4;
+    assert_eq!(b.vcpu.run(&mut b.host), Pause::SliceOver);
+    // Before the first entry everything is looked at.
+    assert_eq!(b.vcpu.hw.exits.len(), 10 - 4);
+}
