@@ -133,18 +133,22 @@ pub fn init_timer() {
 /// Arms the calling processor's timer for `tsc`: soon after, `timer_due` is set. It may come early when
 /// the moment is further away than the timer can count. Arming again replaces the earlier deadline.
 pub fn arm_timer(tsc: u64) {
-    let cpu = percpu::current();
+    /// In TSC ticks, minutes: no timer counts further, and a product of it stays small.
+    const FURTHEST: u64 = 1 << 40;
+    let armed = &percpu::current().timer_armed;
     let tsc = tsc.max(1);
-    if cpu.timer_armed.swap(tsc, Ordering::Relaxed) == tsc {
+    // Nobody else writes to it, but for this processor's interrupt, and interrupts are off.
+    if armed.load(Ordering::Relaxed) == tsc {
         return;
     }
+    armed.store(tsc, Ordering::Relaxed);
     match TIMER_RATIO.load(Ordering::Relaxed) {
         // SAFETY: a ratio of 0 means that the processors have deadline mode, and `init_timer` chose it.
         0 => unsafe { apic().set_deadline(tsc) },
         ratio => {
-            let delta = tsc.saturating_sub(time::now_tsc());
-            let ticks = (u128::from(delta) * u128::from(ratio)) >> 32;
-            apic().start_timer(ticks.clamp(1, u128::from(u32::MAX)) as u32);
+            let delta = tsc.saturating_sub(time::now_tsc()).min(FURTHEST);
+            let ticks = ((u128::from(delta) * u128::from(ratio)) >> 32) as u64;
+            apic().start_timer(ticks.clamp(1, u64::from(u32::MAX)) as u32);
         }
     }
 }

@@ -34,13 +34,13 @@ impl<K: Copy + Ord> KeyedHeap<K> {
     }
 
     /// The least key and its entity.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn peek(&self) -> Option<(K, EntityId)> {
         self.first
     }
 
     /// Puts an entity in, in place of its earlier key if it is there.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn push(&mut self, id: EntityId, key: K) {
         match self.places.get(id.index()) {
             Some(&NOWHERE) => {}
@@ -60,7 +60,7 @@ impl<K: Copy + Ord> KeyedHeap<K> {
     }
 
     /// Takes the entity with the least key out.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn pop(&mut self) -> Option<(K, EntityId)> {
         let first = self.first.take()?;
         self.places[first.1.index()] = NOWHERE;

@@ -136,6 +136,7 @@ impl Ordered {
         }
     }
 
+    #[inline(always)]
     pub(crate) fn push(&mut self, id: EntityId, key: u64) {
         self.arrivals += 1;
         self.heap.push(id, (key, self.arrivals));
@@ -150,6 +151,7 @@ impl Ordered {
         self.heap.peek().map(|((key, _), id)| (key, id))
     }
 
+    #[inline(always)]
     pub(crate) fn pop(&mut self) -> Option<EntityId> {
         self.heap.pop().map(|(_, id)| id)
     }

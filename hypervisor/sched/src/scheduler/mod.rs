@@ -88,6 +88,8 @@ pub struct Pick {
 #[repr(align(64))]
 struct Pcpu {
     queue: Mutex<Queue>,
+    /// Its bit in sets of pCPUs.
+    bit: u64,
     /// What follows are copies, for those who do not have the lock.
     run_until: AtomicU64,
     load: AtomicU64,
@@ -160,6 +162,7 @@ impl Scheduler {
                         _ => Neighbours::Some,
                     },
                 )),
+                bit: CpuSet::of(number).bits(),
                 run_until: AtomicU64::new(u64::MAX),
                 load: AtomicU64::new(0),
                 movable: AtomicU32::new(0),
@@ -534,7 +537,7 @@ impl Scheduler {
         if this.shared && now >= this.balance_at.load(Ordering::Relaxed) {
             self.balance(pcpu, now);
         }
-        let bit = CpuSet::of(pcpu).bits();
+        let bit = this.bit;
         if self.away.load(Ordering::Relaxed) & bit != 0 {
             self.away.fetch_and(!bit, Ordering::SeqCst);
         }
