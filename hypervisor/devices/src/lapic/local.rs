@@ -78,7 +78,7 @@ impl VectorSet {
 
     /// As one of the registers has it, 0 to 7.
     fn register(&self, number: u8) -> u32 {
-        half(self.0[usize::from(number / 2 & 3)], number)
+        half(self.0[usize::from((number / 2) & 3)], number)
     }
 
     fn highest(&self) -> Option<u8> {
@@ -661,11 +661,11 @@ impl LocalApic {
             Register::Svr => self.svr.into_bits(),
             Register::Isr(number) => self.isr.register(number),
             Register::Tmr(number) => {
-                let (irr, tmr) = self.inbox.peek_word(usize::from(number / 2 & 3));
+                let (irr, tmr) = self.inbox.peek_word(usize::from((number / 2) & 3));
                 (self.tmr.register(number) & !half(irr, number)) | half(tmr, number)
             }
             Register::Irr(number) => {
-                let (irr, _) = self.inbox.peek_word(usize::from(number / 2 & 3));
+                let (irr, _) = self.inbox.peek_word(usize::from((number / 2) & 3));
                 self.irr.register(number) | half(irr, number)
             }
             Register::Esr => self.esr.bits(),
