@@ -228,24 +228,9 @@ impl ApicInbox {
 
     /// Takes all flags; for the owner.
     pub(super) fn take(&self) -> Taken {
-        if self.pending.load(Ordering::Acquire) == 0 {
-            return Taken::default();
-        }
-        let pending = Pending::from_bits_retain(self.pending.swap(0, Ordering::AcqRel));
-        Taken {
-            signals: Signals {
-                nmis: u8::from(pending.contains(Pending::NMI))
-                    + u8::from(pending.contains(Pending::NMI_AGAIN)),
-                init: pending.contains(Pending::INIT),
-                startup: pending
-                    .contains(Pending::STARTUP)
-                    .then(|| (pending.bits() >> 8) as u8),
-            },
-            interrupts: pending.contains(Pending::INTERRUPT),
-            illegal_vector: pending.contains(Pending::ILLEGAL_VECTOR),
-            intr: pending.contains(Pending::INTR),
-            extint: pending.contains(Pending::EXTINT),
-        }
+        Taken(Pending::from_bits_retain(
+            self.pending.swap(0, Ordering::AcqRel),
+        ))
     }
 
     /// Takes word `word` of the posted interrupts: request bits, and their trigger modes.
@@ -277,11 +262,44 @@ impl ApicInbox {
 }
 
 /// Flags taken from an inbox.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Taken {
-    pub signals: Signals,
-    pub interrupts: bool,
-    pub illegal_vector: bool,
-    pub intr: bool,
-    pub extint: bool,
+#[derive(Clone, Copy)]
+pub(super) struct Taken(Pending);
+
+impl Taken {
+    /// There are posted interrupts.
+    pub(super) fn has_interrupts(self) -> bool {
+        self.0.contains(Pending::INTERRUPT)
+    }
+
+    /// There is something else, too.
+    pub(super) fn has_more(self) -> bool {
+        !(self.0 - Pending::INTERRUPT).is_empty()
+    }
+
+    pub(super) fn signals(self) -> Signals {
+        Signals {
+            nmis: u8::from(self.0.contains(Pending::NMI))
+                + u8::from(self.0.contains(Pending::NMI_AGAIN)),
+            init: self.0.contains(Pending::INIT),
+            startup: self
+                .0
+                .contains(Pending::STARTUP)
+                .then(|| (self.0.bits() >> 8) as u8),
+        }
+    }
+
+    /// A message with a vector below 16 came in.
+    pub(super) fn has_illegal_vector(self) -> bool {
+        self.0.contains(Pending::ILLEGAL_VECTOR)
+    }
+
+    /// The 8259A's INTR output went high.
+    pub(super) fn has_intr(self) -> bool {
+        self.0.contains(Pending::INTR)
+    }
+
+    /// An ExtINT message came in.
+    pub(super) fn has_extint(self) -> bool {
+        self.0.contains(Pending::EXTINT)
+    }
 }

@@ -5,7 +5,7 @@ use alloc::sync::Arc;
 use mem::Width;
 
 use super::bus::ApicBus;
-use super::inbox::{ApicInbox, Identity, Signals, VECTOR_WORDS, x2apic_logical_id};
+use super::inbox::{ApicInbox, Identity, Signals, Taken, VECTOR_WORDS, x2apic_logical_id};
 use super::message::{DeliveryMode, Destination, Message, Trigger};
 use super::registers::{
     ApicBase, Errors, Icr, Lvt, LvtEntry, MSR_APIC_BASE, MSR_TSC_DEADLINE, Register, Shorthand,
@@ -425,7 +425,7 @@ impl LocalApic {
     #[inline(never)]
     fn drain_posted(&mut self) {
         let taken = self.inbox.take();
-        if taken.interrupts {
+        if taken.has_interrupts() {
             for word in 0..self.irr.0.len() {
                 let (irr, tmr) = self.inbox.take_word(word);
                 if irr != 0 {
@@ -434,19 +434,27 @@ impl LocalApic {
                 }
             }
         }
-        if taken.illegal_vector {
+        if taken.has_more() {
+            self.drain_signals(taken);
+        }
+    }
+
+    /// What was posted beside vectored interrupts.
+    #[inline(never)]
+    fn drain_signals(&mut self, taken: Taken) {
+        if taken.has_illegal_vector() {
             self.raise_error(Errors::RECEIVE_ILLEGAL_VECTOR);
         }
         // As ExtINT, LINT0 is a level, and the 8259A is asked for it.
-        if taken.intr && self.lvt[LvtEntry::Lint0 as usize].mode() != DeliveryMode::ExtInt {
+        if taken.has_intr() && self.lvt[LvtEntry::Lint0 as usize].mode() != DeliveryMode::ExtInt {
             self.local_event(LvtEntry::Lint0);
         }
-        self.extint |= taken.extint;
+        self.extint |= taken.has_extint();
         let Signals {
             nmis,
             init,
             startup,
-        } = taken.signals;
+        } = taken.signals();
         self.signals.add_nmis(nmis);
         if init {
             // A start-up IPI from before this INIT is void.
