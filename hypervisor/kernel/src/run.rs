@@ -313,7 +313,10 @@ impl<B: Backend> World<B> {
     /// Runs one vCPU until it pauses.
     fn run_vcpu(&'static self, cpu: &'static PerCpu, run: Dispatch) {
         let id = run.id;
-        let entity = self.entities.lock().get(id.0 as usize).cloned().flatten();
+        let entity = match self.entities.lock().get(id.0 as usize) {
+            Some(Some(entity)) => Some(Arc::clone(entity)),
+            _ => None,
+        };
         let Some(entity) = entity else {
             self.stop(cpu, Stop::Retired);
             return;

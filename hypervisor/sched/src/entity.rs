@@ -387,10 +387,16 @@ impl Entity {
         (bandwidth.left <= 0).then_some(bandwidth.refill_at)
     }
 
+    /// The time since the last change of its state, which is now.
+    pub(crate) fn lapse(&mut self, now: u64) -> u64 {
+        let passed = now.saturating_sub(self.since);
+        self.since += passed;
+        passed
+    }
+
     /// Counts the time since the last change of state of one that does not run.
     pub(crate) fn settle(&mut self, now: u64) {
-        let passed = now.saturating_sub(self.since);
-        self.since = self.since.max(now);
+        let passed = self.lapse(now);
         match self.state {
             State::Waiting => self.metrics.wait += passed,
             State::Throttled { .. } => self.metrics.throttled += passed,

@@ -236,11 +236,19 @@ impl FpuFeatures {
 
     /// Writes XCR0, if the processor has it and takes the value.
     fn write_xcr0(&self, value: u64) {
-        if !self.xsave || !self.accepts_xcr0(value) {
-            return;
+        if self.xsave && self.accepts_xcr0(value) {
+            // SAFETY: as is demanded.
+            unsafe { Self::put_xcr0(value) };
         }
-        // SAFETY: `prepare` set CR4.OSXSAVE, and the value was just checked, so XSETBV does
-        // not fault. The hypervisor uses none of the registers that XCR0 governs.
+    }
+
+    /// Writes XCR0 of this pCPU.
+    ///
+    /// # Safety
+    /// The processor has XSAVE and takes the value; `prepare` ran on this pCPU, or is running.
+    unsafe fn put_xcr0(value: u64) {
+        // SAFETY: `prepare` set CR4.OSXSAVE, and the value is one that XSETBV takes (the caller's promise), so that it
+        // does not fault. The hypervisor uses none of the registers that XCR0 governs.
         unsafe {
             asm!("xsetbv", in("ecx") 0, in("eax") value as u32, in("edx") (value >> 32) as u32,
                  options(nomem, nostack, preserves_flags));
@@ -299,7 +307,8 @@ impl GuestFpu {
             }
             // XSETBV serializes.
             if self.xcr0 != self.features.mask {
-                self.features.write_xcr0(self.xcr0);
+                // SAFETY: `prepare` ran; `set_xcr0` has checked the value, or it was read from the register.
+                unsafe { FpuFeatures::put_xcr0(self.xcr0) };
             }
         } else {
             // SAFETY: the area has 512 bytes, aligned, written by FXSAVE or `new`.
@@ -318,7 +327,8 @@ impl GuestFpu {
         if self.features.xsave {
             self.xcr0 = self.features.read_xcr0();
             if self.xcr0 != self.features.mask {
-                self.features.write_xcr0(self.features.mask);
+                // SAFETY: `prepare` ran, and has written this value.
+                unsafe { FpuFeatures::put_xcr0(self.features.mask) };
             }
             // SAFETY: the area is 64-byte aligned and as long as the components of `mask` need.
             unsafe {

@@ -131,6 +131,7 @@ impl ApicBus {
     }
 
     /// Posts to one receiver. Returns whether it takes such a message.
+    #[inline(always)]
     fn post(&self, inbox: &ApicInbox, message: &Message, sender: Option<VcpuId>) -> bool {
         let kick = match message.mode {
             DeliveryMode::Fixed | DeliveryMode::LowestPriority => {

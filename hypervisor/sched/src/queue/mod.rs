@@ -189,6 +189,7 @@ impl Queue {
     }
 
     /// One has begun to wait: perhaps the one that runs should give way.
+    #[inline(always)]
     fn consider(&mut self, id: EntityId, now: u64) {
         let Queue { entities, rest, .. } = self;
         let Some(running) = rest.running else { return };

@@ -200,7 +200,7 @@ impl Rest {
     #[inline(always)]
     pub(super) fn dispatch(&mut self, entity: &mut Entity, now: u64) -> Dispatch {
         let id = entity.id;
-        entity.settle(now);
+        entity.metrics.wait += entity.lapse(now);
         if !self.movable.is_empty() {
             self.movable.remove(&(entity.allowed, entity.rank, id));
         }

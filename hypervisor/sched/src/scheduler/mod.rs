@@ -526,6 +526,7 @@ impl Scheduler {
     }
 
     /// What `pcpu` runs next; it must not run anything now. Readies those whose deadline has come before.
+    #[inline(always)]
     pub fn pick(&self, pcpu: usize, now: u64) -> Pick {
         let nothing = Pick {
             run: None,

@@ -450,7 +450,8 @@ impl<V: VirtualCpu> Vcpu<V> {
             host.trace(Traced::Interrupt(vector));
         }
         self.activity = Activity::Running;
-        if more || rest.apic.wants_extint(|| rest.vm.pic.pending()) {
+        // The 8259A may have another one; where it had none, it has none.
+        if more || external && rest.apic.wants_extint(|| rest.vm.pic.pending()) {
             self.hw.request_interrupt_window(true);
         }
     }
