@@ -39,7 +39,6 @@ pub mod number {
     pub const TSC_DEADLINE: u32 = 0x6e0;
     pub const XSS: u32 = 0xda0;
     pub const X2APIC_FIRST: u32 = 0x800;
-    pub const X2APIC_ICR: u32 = 0x830;
     pub const X2APIC_LAST: u32 = 0x8ff;
     pub const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
     pub const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;

@@ -128,12 +128,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             rest.fetch_task_priority(hw);
             let effect = rest.apic.write_msr(msr, value).map_err(|_| GP)?;
             rest.apic_effect(effect);
-            let unchanged = match msr {
-                number::APIC_BASE => effect == ApicEffect::None,
-                // What it sends to itself is in its inbox.
-                number::X2APIC_ICR => !rest.apic.has_new_errors(),
-                _ => false,
-            };
+            let unchanged = msr == number::APIC_BASE && effect == ApicEffect::None;
             return Ok(if unchanged { Next::Enter } else { Next::Check });
         }
         match msr {
