@@ -33,7 +33,7 @@ use manage::{
     config::{self, AfterLastVm, Config, ConsoleKind, Pools},
     console::{ConsoleId, Input},
     lifecycle::Life,
-    trace::{INJECTED_NMI, Kind, Why},
+    trace::{INJECTED_NMI, Kind, OWN_TIMER, Why},
 };
 use sched::{Dispatch, EntityId, Outcome, Scheduler, Stop};
 use spin::Once;
@@ -331,7 +331,12 @@ impl<B: Backend> World<B> {
             let pause = match trace::is_on() {
                 false => vcpu.run(&mut HostCpu::<B, false>::new(self, cpu, run.stolen, whose)),
                 true => {
-                    trace::record(Kind::SwitchIn, whose, 0, 0);
+                    let (detail, extra) = match run.timer {
+                        Some(ticks) => (OWN_TIMER, time::ticks_to_ns(ticks) / 1000),
+                        None => (0, 0),
+                    };
+                    let extra = u16::try_from(extra).unwrap_or(u16::MAX);
+                    trace::record(Kind::SwitchIn, whose, detail, extra);
                     let pause =
                         vcpu.run(&mut HostCpu::<B, true>::new(self, cpu, run.stolen, whose));
                     let why = match pause {

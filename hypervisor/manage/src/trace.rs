@@ -23,17 +23,21 @@ pub enum Kind {
     Exit = 2,
     /// An interrupt is injected; the detail is the vector, or [`INJECTED_NMI`].
     Inject = 3,
-    /// A vCPU comes to run on this processor.
+    /// A vCPU comes to run on this processor; the detail is [`OWN_TIMER`] if its own timer has readied it since it ran
+    /// last, and the extra so many microseconds ago, 65,535 if it is more.
     SwitchIn = 4,
     /// It no longer does; the detail is a [`Why`].
     SwitchOut = 5,
-    /// A vCPU is woken by this processor.
+    /// A vCPU is woken by this processor, other than by its own timer.
     Wake = 6,
     /// A device of the VM does work that it had put off.
     Device = 7,
     /// This processor's timer has expired.
     Timer = 8,
 }
+
+/// Detail of [`Kind::SwitchIn`] of one that its own timer has woken.
+pub const OWN_TIMER: u16 = 1;
 
 /// Detail of [`Kind::Inject`] for an NMI.
 pub const INJECTED_NMI: u16 = 0x100;

@@ -315,6 +315,8 @@ pub(crate) struct Entity {
     pub(crate) since: u64,
     /// Tick of the wake-up after which it has not run yet.
     pub(crate) woken_at: Option<u64>,
+    /// That was its own deadline, and no event.
+    pub(crate) by_timer: bool,
     /// Tick at which it last became ready.
     pub(crate) ready_at: u64,
     /// Tick at which it began to wait for its present turn; a move to another queue changes nothing in that.
@@ -347,6 +349,7 @@ impl Entity {
             bandwidth: None,
             since: now,
             woken_at: None,
+            by_timer: false,
             ready_at: now,
             waits_since: now,
             burst: 0,

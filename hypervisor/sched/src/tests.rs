@@ -875,3 +875,29 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn who_is_readied_by_its_own_deadline_is_told_from_who_is_woken() {
+    let s = scheduler(1, PolicyKind::Fair);
+    let a = s.add(Params::default(), 0).unwrap();
+    s.wake(a, 5);
+    assert_eq!(s.pick(0, 9).run.unwrap().timer, None);
+    s.stop(0, Stop::Blocked { until: Some(100) }, 20);
+    // It is readied by the look that finds the deadline passed, and runs at once.
+    assert_eq!(s.pick(0, 130).run.unwrap().timer, Some(0));
+    // Interrupted, it has only gone on waiting.
+    s.stop(0, Stop::Interrupted, 140);
+    assert_eq!(s.pick(0, 141).run.unwrap().timer, None);
+    s.stop(0, Stop::Blocked { until: Some(500) }, 150);
+    // An event comes before its deadline.
+    s.wake(a, 160);
+    assert_eq!(s.pick(0, 161).run.unwrap().timer, None);
+    // Behind another, that its deadline readied it is still known.
+    let b = s.add(Params::default(), 161).unwrap();
+    s.stop(0, Stop::Blocked { until: Some(200) }, 170);
+    s.wake(b, 171);
+    s.pick(0, 172);
+    s.expire(0, 205);
+    s.stop(0, Stop::Blocked { until: None }, 225);
+    assert_eq!(s.pick(0, 225).run.unwrap().timer, Some(20));
+}

@@ -17,7 +17,7 @@ use alloc::{
 };
 use core::fmt::{self, Write};
 
-use super::{INJECTED_NMI, Kind, Record, Why};
+use super::{INJECTED_NMI, Kind, OWN_TIMER, Record, Why};
 use crate::command::TraceDetails;
 
 /// Process number of the host.
@@ -213,6 +213,12 @@ impl<W: Write> Writer<'_, W> {
         };
         match kind {
             Kind::SwitchIn => {
+                if r.detail == OWN_TIMER {
+                    let ago = u64::from(r.extra) * (self.details.tsc_hz / 1_000_000);
+                    let args = self.whose(vcpu, pcpu);
+                    let at = r.tsc.saturating_sub(ago);
+                    self.instant_with(track, "wake", at, "sched", &args)?;
+                }
                 self.leave(pcpu, running, r.tsc, "other")?;
                 self.enter(vcpu, r.tsc, running);
             }
@@ -501,6 +507,20 @@ mod tests {
             "VM a \"quoted\" one"
         );
         assert_eq!(find(&events, 1, "busy processors")["args"]["value"], 1);
+    }
+
+    #[test]
+    fn who_is_woken_by_its_own_timer_is_woken_before_it_runs() {
+        let mut begin = Record::new(9000, Kind::SwitchIn, (1, 0), OWN_TIMER);
+        begin.extra = 2;
+        let end = Record::new(9500, Kind::SwitchOut, (1, 0), Why::Idle as u16);
+        let events = file(&[Recorded {
+            pcpu: 0,
+            pieces: vec![(0, vec![begin, end])],
+        }]);
+        let (woken, ran) = (find(&events, 11, "wake"), find(&events, 11, "on pCPU 0"));
+        let time = |event: &Value| event["ts"].as_f64().unwrap();
+        assert_eq!(time(ran) - time(woken), 2.0);
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct Dispatch {
     pub until: u64,
     /// Time for which it was ready and did not run, since it was added, in ticks.
     pub stolen: u64,
+    /// Its own deadline has readied it since it ran last, so many ticks ago; `None`: an event did, or it went on waiting.
+    pub timer: Option<u64>,
 }
 
 /// Why a running entity leaves its pCPU.
@@ -243,7 +245,10 @@ impl Queue {
             };
             let woken = match entity.state {
                 State::Throttled { .. } => rest.make_ready(entity, Ready::Replenished, now),
-                _ => rest.unblock(entity, now),
+                _ => {
+                    entity.by_timer = true;
+                    rest.unblock(entity, now)
+                }
             };
             if woken == Woken::Waiting {
                 any = true;

@@ -4,6 +4,7 @@
 //! share their pool need is left out where there is no other.
 
 use alloc::{boxed::Box, collections::BTreeSet};
+use core::mem;
 
 use super::{Dispatch, Stop, Woken};
 use crate::{
@@ -208,8 +209,13 @@ impl Rest {
         entity.state = State::Running { pcpu: self.pcpu };
         entity.woken = false;
         entity.metrics.dispatches += 1;
+        let mut timer = None;
         if let Some(at) = entity.woken_at.take() {
-            entity.metrics.respond(now.saturating_sub(at));
+            let latency = now.saturating_sub(at);
+            entity.metrics.respond(latency);
+            if mem::take(&mut entity.by_timer) {
+                timer = Some(latency);
+            }
         }
         if entity.slice_left == 0 {
             entity.slice_left = self.slice;
@@ -232,7 +238,12 @@ impl Rest {
         self.picked_at = now;
         self.run_until = until;
         let stolen = entity.metrics.steal();
-        Dispatch { id, until, stolen }
+        Dispatch {
+            id,
+            until,
+            stolen,
+            timer,
+        }
     }
 
     /// The running one leaves the pCPU.
