@@ -20,10 +20,11 @@ const GAP_US: u64 = 100;
 const BEGIN_US: u64 = 2_000_000;
 /// How long it looks.
 const WINDOW_US: u64 = 1_500_000;
-/// How often the periodic guest works, how long each time, and how many times.
+/// How often the periodic guest works, how long each time, and how many times: until all windows are over, which begin
+/// one after the other as the guests are made, or who looks last would have more.
 const PERIOD_US: u64 = 10_000;
 const WORK_US: u64 = 1_000;
-const JOBS: u64 = 250;
+const JOBS: u64 = 400;
 
 const VECTOR: u8 = 0x72;
 
