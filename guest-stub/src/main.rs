@@ -12,7 +12,7 @@
 //! | `mode=share`, `mode=periodic` | tell how much of the processor it gets, or whether periodic work is in time |
 //! | `iterations=N`, `mmio=ADDRESS`, `only=NAME`, `start=key` | for the measurements |
 //! | `abuse=NAME` | misbehave in one way after the checks; `abuse=list` names them |
-//! | `end=poweroff`, `halt`, `reset`, `triple-fault`, `spin`, `shell`, `button`, `unfed` | how to end; `halt` when absent; `button`: power off when the power button is pressed; `unfed`: feed the watchdog no more |
+//! | `end=poweroff`, `halt`, `reset`, `triple-fault`, `spin`, `shell`, `button`, `unfed`, `watched`, `watched-by-nmi` | how to end; `halt` when absent; `button`: power off when the power button is pressed; `unfed`: feed the watchdog no more; `watched`, `watched-by-nmi`: the same, and power off when it has fired without and with an NMI |
 //! | `exit=VALUE` | end by writing the value to the exit port of test kernels |
 //!
 //! `boot` enters, `interrupts` catches, `checks` holds the checks by group; the other modules
@@ -87,7 +87,9 @@ fn end(machine: &Machine, end: End) -> ! {
         End::TripleFault => power::triple_fault(),
         End::Spin => power::spin(),
         End::Button => power::wait_for_button(machine),
-        End::Unfed => watchdog::stop_feeding(machine),
+        End::Unfed => watchdog::stop_feeding(machine, watchdog::After::Halt),
+        End::Watched => watchdog::stop_feeding(machine, watchdog::After::Look { nmis: 0 }),
+        End::WatchedByNmi => watchdog::stop_feeding(machine, watchdog::After::Look { nmis: 1 }),
         End::Shell => shell::run(machine),
         End::TestExit(value) => power::test_exit(value),
         End::Halt => {

@@ -20,13 +20,17 @@ pub enum End {
     Button,
     /// By the watchdog.
     Unfed,
+    /// Power off, when the watchdog has fired and done nothing.
+    Watched,
+    /// Power off, when the watchdog has fired and sent an NMI.
+    WatchedByNmi,
     /// By the exit port of test kernels, with this value.
     TestExit(u32),
 }
 
 impl End {
     /// Those that have a name.
-    pub const NAMES: [(&'static str, Self); 8] = [
+    pub const NAMES: [(&'static str, Self); 10] = [
         ("poweroff", Self::PowerOff),
         ("halt", Self::Halt),
         ("reset", Self::Reset),
@@ -35,6 +39,8 @@ impl End {
         ("shell", Self::Shell),
         ("button", Self::Button),
         ("unfed", Self::Unfed),
+        ("watched", Self::Watched),
+        ("watched-by-nmi", Self::WatchedByNmi),
     ];
 
     /// The end of that name.

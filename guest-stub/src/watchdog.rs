@@ -1,6 +1,7 @@
 //! The watchdog of Intel's 6300ESB: fed for a while, and then no more.
 
 use crate::cpu;
+use crate::interrupts::{self, hook, only_count, vector};
 use crate::machine::Machine;
 use crate::memory::{read16, write8, write16, write32};
 use crate::pci::{COMMAND, Function, MEMORY};
@@ -41,8 +42,20 @@ fn feed(registers: u64) {
     write16(registers + RELOAD, FEED);
 }
 
-/// Turns the watchdog on, feeds it for a while, and halts for good. If it has fired before: says so, and powers off.
-pub fn stop_feeding(machine: &Machine) -> ! {
+/// What is done once it is fed no more.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    /// Halt for good, with interrupts off.
+    Halt,
+    /// Wait until it has fired, and power off if so many NMIs came; else triple-fault.
+    Look { nmis: u32 },
+}
+
+/// How long an NMI may take after the watchdog has fired.
+const NMI_MS: u64 = 200;
+
+/// Turns the watchdog on, and feeds it for a while. If it has fired before: says so, and powers off.
+pub fn stop_feeding(machine: &Machine, after: After) -> ! {
     let Some(function) = Function::find(WATCHDOG) else {
         println!("stub: no watchdog here; halting");
         cpu::halt_forever()
@@ -56,6 +69,8 @@ pub fn stop_feeding(machine: &Machine) -> ! {
         println!("stub: the watchdog had fired; still says so: {kept}");
         power::power_off(machine.acpi.as_ref())
     }
+    hook(vector::NMI, only_count);
+    let before = interrupts::count(vector::NMI);
     function.write16(CONFIG, NO_INTERRUPT);
     for stage in [PRELOAD_1, PRELOAD_2] {
         unlock(registers);
@@ -69,5 +84,19 @@ pub fn stop_feeding(machine: &Machine) -> ! {
     }
     println!("stub: fed the watchdog {FEEDS} times, and feeds it no more");
     console::drain();
-    cpu::halt_forever()
+    let After::Look { nmis } = after else {
+        cpu::halt_forever()
+    };
+    while read16(registers + RELOAD) & FIRED == 0 {
+        wait_ms(machine.tsc_hz, 1, || false);
+    }
+    // One more would come soon.
+    wait_ms(machine.tsc_hz, NMI_MS, || false);
+    let came = interrupts::count(vector::NMI) - before;
+    println!("stub: the watchdog has fired, and {came} NMIs came");
+    if came != nmis {
+        console::drain();
+        power::triple_fault()
+    }
+    power::power_off(machine.acpi.as_ref())
 }

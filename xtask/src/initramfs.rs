@@ -251,6 +251,12 @@ pub const DISK_MODULES: [&str; 6] = [
     "virtio_blk.ko",
 ];
 
+/// Modules of `linux-6.1-cloud` with which it tells programs of its power button.
+pub const BUTTON_MODULES: [&str; 2] = ["button.ko", "evdev.ko"];
+
+/// Modules of `linux-6.1` with which it has a watchdog, in the order in which they are to be loaded.
+pub const WATCHDOG_MODULES: [&str; 2] = ["watchdog.ko", "i6300esb.ko"];
+
 /// The guests' initramfs with files added in `/lib`: the kernel unpacks one archive after the other.
 ///
 /// # Errors

@@ -158,6 +158,8 @@ static PACKAGES: [Package; 20] = [
             ),
             module("virtio_pci.ko", "*/drivers/virtio/virtio_pci.ko"),
             module("virtio_blk.ko", "*/drivers/block/virtio_blk.ko"),
+            module("button.ko", "*/drivers/acpi/button.ko"),
+            module("evdev.ko", "*/drivers/input/evdev.ko"),
         ],
     },
     Package {
@@ -177,12 +179,16 @@ static PACKAGES: [Package; 20] = [
         description: "Debian 12's kernel 6.1 for PCs",
         choice: Choice::Kernel("linux-image-amd64"),
         suites: &[security("bookworm-security"), main("bookworm")],
-        members: &[Member {
-            name: "linux-6.1",
-            file: "vmlinuz",
-            wildcard: KERNEL,
-            looks: Looks::BzImage,
-        }],
+        members: &[
+            Member {
+                name: "linux-6.1",
+                file: "vmlinuz",
+                wildcard: KERNEL,
+                looks: Looks::BzImage,
+            },
+            module("watchdog.ko", "*/drivers/watchdog/watchdog.ko"),
+            module("i6300esb.ko", "*/drivers/watchdog/i6300esb.ko"),
+        ],
     },
     Package {
         name: "linux-6.1-rt",

@@ -146,6 +146,27 @@ memory = "32M"
 autostart = false
 watchdog = "pause"
 boot = { kernel = "stub", cmdline = "checks=none facts=off end=unfed" }
+
+[[vm]]
+name = "cut"
+memory = "32M"
+autostart = false
+watchdog = "power-off"
+boot = { kernel = "stub", cmdline = "checks=none facts=off end=unfed" }
+
+[[vm]]
+name = "shocked"
+memory = "32M"
+autostart = false
+watchdog = "nmi"
+boot = { kernel = "stub", cmdline = "checks=none facts=off end=watched-by-nmi" }
+
+[[vm]]
+name = "noted"
+memory = "32M"
+autostart = false
+watchdog = "log"
+boot = { kernel = "stub", cmdline = "checks=none facts=off end=watched" }
 "#;
 
 /// Every verb for VMs, what must be refused, and a thousand VMs that come and go and leave nothing behind.
@@ -167,6 +188,11 @@ pub fn lifecycle(rig: &Rig, start: &Start) -> Result<String> {
         "unfed: its watchdog was not fed: reset",
         "unfed: powered off",
         "held: its watchdog was not fed: paused",
+        "cut: its watchdog was not fed: powered off",
+        "shocked: its watchdog was not fed: NMI sent",
+        "shocked: powered off",
+        "noted: its watchdog was not fed: nothing is done",
+        "noted: powered off",
     ] {
         ensure!(text.contains(said), "{said:?} was not said");
     }

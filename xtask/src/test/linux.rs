@@ -173,6 +173,30 @@ impl<'t> Shell<'t> {
     }
 }
 
+/// What a guest says on its console when its power button is pressed, once it listens to it.
+pub const BUTTON_PRESSED: &str = "shutting down by the power button";
+
+/// Has the guest power itself off when its power button is pressed. It needs [`initramfs::BUTTON_MODULES`].
+///
+/// # Errors
+/// Linux has no power button.
+pub fn listen_to_button(shell: &mut Shell) -> Result<()> {
+    for module in initramfs::BUTTON_MODULES {
+        shell.ask(&format!("insmod /lib/{module}"))?;
+    }
+    shell.ask("grep 'Power Button' /proc/bus/input/devices")?;
+    // Where busybox' acpid looks for what to do.
+    shell.ask("mkdir -p /etc/acpi/PWRF")?;
+    let script = "/etc/acpi/PWRF/00000080";
+    shell.ask("echo '#!/bin/sh' >/tmp/off")?;
+    shell.ask(&format!(
+        "echo 'echo {BUTTON_PRESSED} >/dev/console; poweroff' >>/tmp/off"
+    ))?;
+    shell.ask(&format!("chmod +x /tmp/off && mv /tmp/off {script}"))?;
+    shell.ask("acpid -p /run/acpid.pid -l /tmp/acpid.log")?;
+    Ok(())
+}
+
 /// Holds the whole conversation; the shell is at its prompt before and after.
 ///
 /// # Errors

@@ -29,7 +29,7 @@ const KERNELS: [&str; 2] = ["linux-6.1-cloud", "linux-5.10-cloud"];
 /// the stub's checks of a disk know it.
 pub const DISK_IMAGE: &str = "pattern.img";
 
-/// An initramfs with the modules for a disk and a copy of [`DISK_IMAGE`], in [`Rig::files`].
+/// An initramfs with the modules for a disk and a power button, and a copy of [`DISK_IMAGE`], in [`Rig::files`].
 pub const DISK_INITRAMFS: &str = "initramfs-disk";
 
 /// The content of [`DISK_IMAGE`].
@@ -41,12 +41,19 @@ fn disk_image() -> Vec<u8> {
 /// The content of [`DISK_INITRAMFS`].
 fn disk_initramfs(cache: &Path) -> Result<Vec<u8>> {
     let mut files = vec![(DISK_IMAGE, disk_image())];
-    for name in initramfs::DISK_MODULES {
-        let path = guests::file(cache, name)?.path;
-        let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        files.push((name, bytes));
+    for name in initramfs::DISK_MODULES
+        .iter()
+        .chain(&initramfs::BUTTON_MODULES)
+    {
+        files.push((name, content(cache, name)?));
     }
     initramfs::with_files(cache, &files)
+}
+
+/// A file of a package.
+fn content(cache: &Path, name: &str) -> Result<Vec<u8>> {
+    let path = guests::file(cache, name)?.path;
+    fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
 }
 
 /// What one run of a scenario uses.
@@ -208,6 +215,21 @@ impl Rig {
             obstacles,
             stub_facts: Mutex::default(),
         })
+    }
+
+    /// Puts a kernel among the files, and an initramfs for it with modules in `/lib`, called `initrd`.
+    ///
+    /// # Errors
+    /// One cannot be fetched, with what was tried.
+    pub fn provide(&self, kernel: &str, initrd: &str, modules: &[&str]) -> Result<()> {
+        let cache = paths::cache();
+        guests::write_whole(&self.files.join(kernel), &content(&cache, kernel)?)?;
+        let modules = modules
+            .iter()
+            .map(|&name| Ok((name, content(&cache, name)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let bytes = initramfs::with_files(&cache, &modules)?;
+        guests::write_whole(&self.files.join(initrd), &bytes)
     }
 
     /// Why a place cannot be used.

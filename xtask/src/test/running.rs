@@ -120,12 +120,72 @@ pub fn linux_disks(rig: &Rig, start: &Start) -> Result<String> {
     let interrupts = shell.ask("grep 'PCI-MSI.*virtio0-req' /proc/interrupts")?;
     let errors = shell.run("dmesg | grep -iE 'I/O error|vd[ab].*error|nobody cared'")?;
     ensure!(errors.text.is_empty(), "the log says: {}", errors.text);
-    shell.say("poweroff")?;
-    session.wait_for_power_off(limits.command)?;
+    linux::listen_to_button(&mut shell)?;
+    stop_by_button(&mut session, limits)?;
     Ok(format!(
         "{} interrupt sources of a disk",
         interrupts.lines().count()
     ))
+}
+
+/// The operator stops Linux, which shuts down in its own way when its power button is pressed. Then the host powers off.
+fn stop_by_button(session: &mut Session, limits: Limits) -> Result<()> {
+    session.send("\x1d0")?;
+    session.expect(&Regex::new("plinth> ")?, limits.command)?;
+    session.send("vm stop linux\r")?;
+    let ended = Regex::new(r"\[plinth\] linux: ([^\r\n]*)\r?\n")?;
+    let text = session.expect(&ended, limits.command)?;
+    let how = ended.captures(&text).map(|found| found[1].to_owned());
+    ensure!(how.as_deref() == Some("powered off"), "Linux: {how:?}");
+    // What it said meanwhile.
+    session.send("\x1d1")?;
+    let orderly = format!(r"{}\r?\n[\s\S]*reboot: Power down", linux::BUTTON_PRESSED);
+    session.expect(&Regex::new(&orderly)?, limits.command)?;
+    session.send("\x1dq")?;
+    session.wait_for_power_off(limits.command)
+}
+
+/// Linux feeds its watchdog, and stops: it is reset, and sees why when it is up again.
+pub fn linux_watchdog(rig: &Rig, start: &Start) -> Result<String> {
+    const KERNEL: &str = "linux-6.1";
+    const INITRD: &str = "initramfs-watchdog";
+    /// WDIOF_CARDRESET (Linux, Documentation/watchdog/watchdog-api.rst).
+    const RESET_BY_WATCHDOG: &str = "32";
+    rig.provide(KERNEL, INITRD, &initramfs::WATCHDOG_MODULES)?;
+    let limits = start.place.limits();
+    let vm = Vm {
+        name: "linux",
+        vcpus: 1,
+        memory_mib: 256,
+        kernel: KERNEL,
+        initrd: Some(INITRD),
+        command_line: "console=ttyS0",
+        disks: &[],
+        more: "watchdog = \"reset\"\n",
+    };
+    let mut session = rig.boot_text(start, &vm.section(), |machine| machine.cpus = 1)?;
+    for cause in ["0", RESET_BY_WATCHDOG] {
+        let (mut shell, _) = Shell::wait_for(&mut session, limits)?;
+        for module in initramfs::WATCHDOG_MODULES {
+            shell.ask(&format!("insmod /lib/{module}"))?;
+        }
+        let found = shell.ask("cat /sys/class/watchdog/watchdog0/bootstatus")?;
+        ensure!(
+            found == cause,
+            "the watchdog says {found} instead of {cause}"
+        );
+        // Fed for longer than it waits; then nobody is left to feed it.
+        shell.ask("watchdog -t 1 -T 4 /dev/watchdog && sleep 10")?;
+        if cause == RESET_BY_WATCHDOG {
+            shell.say("poweroff")?;
+            break;
+        }
+        shell.say("killall -9 watchdog")?;
+        let reset = Regex::new(r"\[plinth\] linux: its watchdog was not fed: reset\r?\n")?;
+        session.expect(&reset, limits.command)?;
+    }
+    session.wait_for_power_off(limits.command)?;
+    Ok(String::new())
 }
 
 /// The stub's checks, each `ok` or skipped.

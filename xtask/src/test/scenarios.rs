@@ -266,6 +266,8 @@ pub fn all() -> Vec<Scenario> {
         let tests = Scenario::new(place, "qemu-tests", 40, qemu_tests::qemu_tests);
         all.push(slow(tests));
     }
+    let body = running::linux_watchdog;
+    all.push(Scenario::new(place, "linux-watchdog", 30, body));
     all.push(Scenario::new(place, "eight-linux", 80, sched::eight_linux));
     all.push(Scenario::new(place, "restarts", 15, consoles::restarts));
     all.push(Scenario::new(place, "host-keys", 8, consoles::host_keys));
