@@ -16,17 +16,13 @@ mod check;
 mod cpu;
 mod disks;
 mod display;
+mod host;
 mod sched;
+mod values;
 
-use alloc::{
-    borrow::ToOwned,
-    format,
-    string::{String, ToString},
-    vec::Vec,
-};
+use alloc::{borrow::ToOwned, format, string::String, vec::Vec};
 use core::fmt;
 
-use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 pub use self::sched::{
@@ -38,8 +34,9 @@ pub use check::{Environment, FileFacts, FileKind, check, has_multiboot_header};
 pub use cpu::{CPU_FEATURES, CpuBase, CpuConfig};
 pub use disks::{DEFAULT_CHANGES, DiskConfig, MAX_DISKS, MIN_CHANGES};
 pub use display::{ConsoleKind, DisplayKind};
-
-use crate::console::DEFAULT_ESCAPE;
+pub use host::{AfterLastVm, HostConfig, HostFile, LogLevel, OnFault};
+pub(crate) use values::distance;
+use values::{find, kind, memory_size, quote, shown};
 
 /// Largest configuration file, in bytes.
 pub const MAX_FILE_BYTES: usize = 64 * 1024;
@@ -59,94 +56,10 @@ pub const MAX_NAME: usize = 32;
 pub const MAX_CMDLINE: usize = 2047;
 /// Most modules of a multiboot kernel.
 pub const MAX_MODULES: usize = 32;
-/// Most files of `[host]`.
-const MAX_FILES: usize = 64;
 /// Longest path of a file, in bytes.
 pub const MAX_PATH: usize = 180;
-/// Length of the word that marks a console's frame: hard to guess.
-const FRAME_WORD: core::ops::RangeInclusive<usize> = 16..=64;
 /// Problems kept; further ones are only counted.
 const MAX_PROBLEMS: usize = 64;
-
-/// What the host does after a fault of its own.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum OnFault {
-    /// Stops, with the report on the screen.
-    #[default]
-    Halt,
-    /// Restarts the machine.
-    Reset,
-}
-
-/// What the host does when the last VM has ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum AfterLastVm {
-    /// Powers the machine off.
-    #[default]
-    PowerOff,
-    /// Stops and leaves the screen as it is.
-    Halt,
-    /// Stays up, for the operator to start others.
-    Stay,
-}
-
-/// Least important messages that are logged.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-#[expect(missing_docs, reason = "the names are the levels'")]
-pub enum LogLevel {
-    Error,
-    Warn,
-    #[default]
-    Info,
-    Debug,
-}
-
-/// `[host]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostConfig {
-    /// `on-fault`.
-    pub on_fault: OnFault,
-    /// `after-last-vm`.
-    pub after_last_vm: AfterLastVm,
-    /// `log-level`.
-    pub log_level: LogLevel,
-    /// `console-escape`: the byte that the escape key sends.
-    pub console_escape: u8,
-    /// `figures`: says at each VM's end what its start took, what memory it used and its exits by kind.
-    pub figures: bool,
-    /// `console-frame`: the word between two lines with which the serial port shows guests' output alone.
-    pub console_frame: Option<String>,
-    /// `scheduler`, `slice` and the `[[pool]]` sections.
-    pub pools: Pools,
-    /// `control`: the second serial port is a channel for programs that operate the host.
-    pub control: bool,
-    /// `files`: what the image carries for VMs that are created while the host runs.
-    pub files: Vec<HostFile>,
-}
-
-/// A file of `[host]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostFile {
-    /// As written, relative to the configuration file.
-    pub path: String,
-    place: Location,
-}
-
-impl Default for HostConfig {
-    fn default() -> Self {
-        Self {
-            on_fault: OnFault::default(),
-            after_last_vm: AfterLastVm::default(),
-            log_level: LogLevel::default(),
-            console_escape: DEFAULT_ESCAPE,
-            figures: false,
-            console_frame: None,
-            pools: Pools::default(),
-            files: Vec::new(),
-            control: true,
-        }
-    }
-}
 
 /// Whether a VM starts again after it has ended. A guest that resets its machine always does;
 /// this is for the other ends.
@@ -444,136 +357,6 @@ impl<'t> Parser<'t> {
         self.config.note(Severity::Error, at, None, "", text);
     }
 
-    fn host(&mut self, s: &Section<'_>) {
-        self.check_keys(
-            s,
-            &[
-                "on-fault",
-                "after-last-vm",
-                "log-level",
-                "console-escape",
-                "figures",
-                "console-frame",
-                "files",
-                "scheduler",
-                "slice",
-                "control",
-            ],
-        );
-        let default = HostConfig::default();
-        self.config.host = HostConfig {
-            on_fault: self
-                .choice(
-                    s,
-                    "on-fault",
-                    &[("halt", OnFault::Halt), ("reset", OnFault::Reset)],
-                )
-                .unwrap_or(default.on_fault),
-            after_last_vm: self
-                .choice(
-                    s,
-                    "after-last-vm",
-                    &[
-                        ("power-off", AfterLastVm::PowerOff),
-                        ("halt", AfterLastVm::Halt),
-                        ("stay", AfterLastVm::Stay),
-                    ],
-                )
-                .unwrap_or(default.after_last_vm),
-            log_level: self
-                .choice(
-                    s,
-                    "log-level",
-                    &[
-                        ("error", LogLevel::Error),
-                        ("warn", LogLevel::Warn),
-                        ("info", LogLevel::Info),
-                        ("debug", LogLevel::Debug),
-                    ],
-                )
-                .unwrap_or(default.log_level),
-            console_escape: self.escape(s).unwrap_or(default.console_escape),
-            figures: self
-                .boolean(s, "figures")
-                .map_or(default.figures, |(value, _)| value),
-            console_frame: self.console_frame(s),
-            files: self.host_files(s),
-            pools: Pools::default(),
-            control: self
-                .boolean(s, "control")
-                .map_or(default.control, |(value, _)| value),
-        };
-        self.default_pool(s);
-    }
-
-    fn host_files(&mut self, s: &Section<'_>) -> Vec<HostFile> {
-        let (list, at) = match self.value(s, "files") {
-            None => return Vec::new(),
-            Some((DeValue::Array(list), at)) => (list, at),
-            Some((other, at)) => {
-                self.wrong_type(s, at, "files", "a list of paths", other);
-                return Vec::new();
-            }
-        };
-        if list.len() > MAX_FILES {
-            let text = format!("there are {} files; allowed: up to {MAX_FILES}", list.len());
-            self.bad(s, at, "files", text);
-            return Vec::new();
-        }
-        list.iter()
-            .filter_map(|value| {
-                let at = self.location(value.span().start);
-                match value.get_ref() {
-                    DeValue::String(text) => {
-                        let (path, place) = self.path(s, "files", text, at)?;
-                        Some(HostFile { path, place })
-                    }
-                    other => {
-                        self.wrong_type(s, at, "files", "a list of paths", other);
-                        None
-                    }
-                }
-            })
-            .collect()
-    }
-
-    fn console_frame(&mut self, s: &Section<'_>) -> Option<String> {
-        let (text, at) = self.string(s, "console-frame")?;
-        let plain = text.bytes().all(|b| b.is_ascii_alphanumeric());
-        if !plain || !FRAME_WORD.contains(&text.len()) {
-            let message = format!(
-                "{} can't mark a frame; allowed: {} to {} letters and digits",
-                quote(text),
-                FRAME_WORD.start(),
-                FRAME_WORD.end()
-            );
-            self.bad(s, at, "console-frame", message);
-            return None;
-        }
-        Some(text.to_owned())
-    }
-
-    fn escape(&mut self, s: &Section<'_>) -> Option<u8> {
-        let (text, at) = self.string(s, "console-escape")?;
-        let key = match text.strip_prefix("ctrl-").map(str::as_bytes) {
-            // Ctrl-I, -J and -M are Tab and Enter; Ctrl-[ is Esc.
-            Some([key @ (b'a'..=b'z' | b'\\' | b']' | b'^' | b'_')]) => {
-                (!matches!(key, b'i' | b'j' | b'm')).then_some(*key)
-            }
-            _ => None,
-        };
-        let Some(key) = key else {
-            let message = format!(
-                "{} is not a key that can be used; allowed: \"ctrl-a\" to \"ctrl-z\" but i, j and m, \"ctrl-\\\", \
-                 \"ctrl-]\", \"ctrl-^\", \"ctrl-_\"",
-                quote(text)
-            );
-            self.bad(s, at, "console-escape", message);
-            return None;
-        };
-        Some(key.to_ascii_uppercase() & 0x1f)
-    }
-
     fn vms(&mut self, root: &Section<'_>) {
         let list = match find(root.table, "vm") {
             Some((_, value)) => match value.get_ref() {
@@ -832,212 +615,12 @@ impl<'t> Parser<'t> {
         }
         Some((text.to_owned(), at))
     }
-
-    /// Line and column of a byte of the text.
-    fn location(&self, offset: usize) -> Location {
-        let before = self.text.get(..offset).unwrap_or(self.text);
-        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-        Location {
-            line: before.bytes().filter(|b| *b == b'\n').count() + 1,
-            column: before[line_start..].chars().count() + 1,
-        }
-    }
-
-    /// An error at a key of a section.
-    fn bad(&mut self, s: &Section<'_>, at: Location, key: &str, text: String) {
-        let separator = if s.path.is_empty() { "" } else { "." };
-        let key = format!("{}{separator}{key}", s.path);
-        self.config
-            .note(Severity::Error, at, s.vm.as_deref(), &key, text);
-    }
-
-    fn wrong_type(
-        &mut self,
-        s: &Section<'_>,
-        at: Location,
-        key: &str,
-        want: &str,
-        found: &DeValue<'_>,
-    ) {
-        self.bad(s, at, key, format!("must be {want}; found {}", kind(found)));
-    }
-
-    /// Notes every key that is not among the allowed ones.
-    fn check_keys(&mut self, s: &Section<'_>, allowed: &[&str]) {
-        for (key, _) in s.table {
-            let name = key.get_ref();
-            if allowed.contains(&name.as_ref()) {
-                continue;
-            }
-            let near = allowed
-                .iter()
-                .map(|candidate| (distance(name, candidate), candidate))
-                .filter(|(d, _)| *d <= 1 + name.len() / 4)
-                // Of two that are as near, the one that the word is the beginning of.
-                .min_by_key(|(d, candidate)| (*d, !candidate.starts_with(&**name)));
-            let text = match near {
-                Some((_, near)) => format!("unknown key; did you mean {near}?"),
-                None => format!("unknown key; allowed: {}", allowed.join(", ")),
-            };
-            let at = self.location(key.span().start);
-            self.bad(s, at, &printable(name), text);
-        }
-    }
-
-    fn value<'s>(&self, s: &Section<'s>, key: &str) -> Option<(&'s DeValue<'s>, Location)> {
-        let (_, value) = find(s.table, key)?;
-        Some((value.get_ref(), self.location(value.span().start)))
-    }
-
-    fn string<'s>(&mut self, s: &Section<'s>, key: &'static str) -> Option<(&'s str, Location)> {
-        match self.value(s, key)? {
-            (DeValue::String(text), at) => Some((text, at)),
-            (other, at) => {
-                self.wrong_type(s, at, key, "a string", other);
-                None
-            }
-        }
-    }
-
-    fn required<'s>(&mut self, s: &Section<'s>, key: &'static str) -> Option<(&'s str, Location)> {
-        if find(s.table, key).is_none() {
-            self.bad(s, s.at, key, "missing".to_owned());
-        }
-        self.string(s, key)
-    }
-
-    fn boolean(&mut self, s: &Section<'_>, key: &'static str) -> Option<(bool, Location)> {
-        match self.value(s, key)? {
-            (DeValue::Boolean(value), at) => Some((*value, at)),
-            (other, at) => {
-                self.wrong_type(s, at, key, "true or false", other);
-                None
-            }
-        }
-    }
-
-    fn table<'s>(
-        &mut self,
-        s: &Section<'s>,
-        key: &'static str,
-    ) -> Option<(&'s DeTable<'s>, Location)> {
-        match self.value(s, key)? {
-            (DeValue::Table(table), at) => Some((table, at)),
-            (other, at) => {
-                self.wrong_type(s, at, key, "a table", other);
-                None
-            }
-        }
-    }
-
-    fn choice<T: Copy>(
-        &mut self,
-        s: &Section<'_>,
-        key: &'static str,
-        allowed: &[(&str, T)],
-    ) -> Option<T> {
-        let (text, at) = self.string(s, key)?;
-        let found = allowed.iter().find(|(name, _)| *name == text);
-        if found.is_none() {
-            let names: Vec<_> = allowed.iter().map(|(name, _)| quote(name)).collect();
-            let message = format!("{} is unknown; allowed: {}", quote(text), names.join(", "));
-            self.bad(s, at, key, message);
-        }
-        found.map(|(_, value)| *value)
-    }
-}
-
-fn find<'s>(
-    table: &'s DeTable<'s>,
-    key: &str,
-) -> Option<(
-    &'s Spanned<toml::de::DeString<'s>>,
-    &'s Spanned<DeValue<'s>>,
-)> {
-    table.iter().find(|(k, _)| k.get_ref() == key)
-}
-
-/// The type of a value, in words.
-fn kind(value: &DeValue<'_>) -> &'static str {
-    match value {
-        DeValue::String(_) => "a string",
-        DeValue::Integer(_) => "a whole number",
-        DeValue::Float(_) => "a number with a point",
-        DeValue::Boolean(_) => "true or false",
-        DeValue::Datetime(_) => "a date or time",
-        DeValue::Array(_) => "a list",
-        DeValue::Table(_) => "a table",
-    }
-}
-
-/// A string or number as written.
-fn shown(value: &DeValue<'_>) -> String {
-    match value {
-        DeValue::String(text) => quote(text),
-        DeValue::Integer(n) => printable(&n.to_string()),
-        other => kind(other).to_owned(),
-    }
-}
-
-/// Text of the file, fit for one line of a terminal.
-fn printable(text: &str) -> String {
-    const SHOWN: usize = 40;
-    let mut out: String = text
-        .chars()
-        .take(SHOWN)
-        .flat_map(char::escape_debug)
-        .collect();
-    if text.chars().nth(SHOWN).is_some() {
-        out += "..";
-    }
-    out
-}
-
-fn quote(text: &str) -> String {
-    format!("\"{}\"", printable(text))
-}
-
-/// "256M", "1G", "2T": bytes, saturating. `None`: not of this form.
-fn memory_size(text: &str) -> Option<u64> {
-    let unit: u64 = match text.bytes().last()?.to_ascii_uppercase() {
-        b'M' => 1 << 20,
-        b'G' => 1 << 30,
-        b'T' => 1 << 40,
-        _ => return None,
-    };
-    let digits = &text[..text.len() - 1];
-    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
-        return None;
-    }
-    // All digits, so the only failure is too large a number.
-    Some(digits.parse().unwrap_or(u64::MAX).saturating_mul(unit))
 }
 
 /// Whether this can be the name of a VM: 1 to [`MAX_NAME`] of a to z, 0 to 9 and `-`.
 pub fn is_vm_name(text: &str) -> bool {
     let fits = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
     (1..=MAX_NAME).contains(&text.len()) && text.bytes().all(fits)
-}
-
-/// Letters to insert, delete or replace to get from one word to the other (Levenshtein).
-/// Long words are not looked at: they are far from every key.
-pub(crate) fn distance(from: &str, to: &str) -> usize {
-    const LONGEST: usize = 32;
-    if from.len() > LONGEST {
-        return from.len();
-    }
-    let to: Vec<char> = to.chars().collect();
-    let mut row: Vec<usize> = (0..=to.len()).collect();
-    for (i, a) in from.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, b) in to.iter().enumerate() {
-            let replaced = diagonal + usize::from(a != *b);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[to.len()]
 }
 
 #[cfg(test)]

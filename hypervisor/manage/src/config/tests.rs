@@ -1,4 +1,5 @@
 use super::*;
+use crate::console::DEFAULT_ESCAPE;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
