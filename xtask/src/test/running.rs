@@ -164,6 +164,7 @@ pub fn linux_watchdog(rig: &Rig, start: &Start) -> Result<String> {
         more: "watchdog = \"reset\"\n",
     };
     let mut session = rig.boot_text(start, &vm.section(), |machine| machine.cpus = 1)?;
+    let reset = Regex::new(r"\[plinth\] linux: its watchdog was not fed: reset\r?\n")?;
     for cause in ["0", RESET_BY_WATCHDOG] {
         let (mut shell, _) = Shell::wait_for(&mut session, limits)?;
         for module in initramfs::WATCHDOG_MODULES {
@@ -181,7 +182,6 @@ pub fn linux_watchdog(rig: &Rig, start: &Start) -> Result<String> {
             break;
         }
         shell.say("killall -9 watchdog")?;
-        let reset = Regex::new(r"\[plinth\] linux: its watchdog was not fed: reset\r?\n")?;
         session.expect(&reset, limits.command)?;
     }
     session.wait_for_power_off(limits.command)?;
