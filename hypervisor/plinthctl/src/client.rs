@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use manage::{
-    command::{Answer, Failure, Request, VERSION},
+    command::{Answer, Failure, FailureCode, Request, VERSION},
     wire::{Hello, MAX_ANSWER, Outcome, Outgoing, Reply},
 };
 
@@ -11,6 +11,12 @@ use crate::{Error, Exit, address::Address, link::Link};
 
 /// How long to wait for the answer to a hello before it is said again: a serial line may damage the first.
 const HELLO_AGAIN: Duration = Duration::from_secs(2);
+
+/// How long a request may go unanswered before its line is ended again: the newline may have been lost.
+const END_AGAIN: Duration = Duration::from_secs(2);
+
+/// How often a request is made again that came damaged.
+const MOST_AGAIN: u32 = 8;
 
 /// A host that has said who it is.
 pub struct Client {
@@ -76,24 +82,31 @@ impl Client {
 
     /// Asks the host for something. The outer error: there was no answer; the inner one: it refused.
     ///
+    /// A line that loses bytes on its way is refused without a number, and nothing of it is done: then it is said again.
+    ///
     /// # Errors
     /// The connection ended, or the time passed.
     pub fn ask(&mut self, request: &Request) -> Result<Result<Answer, Failure>, Error> {
         let deadline = Instant::now() + self.timeout;
-        let id = self.take_id();
-        let line = match Outgoing::request(id, request).line() {
-            Ok(line) => line,
-            Err(failure) => return Ok(Err(failure)),
-        };
-        self.link.send(line.as_bytes(), deadline)?;
+        let mut damaged = 0;
         loop {
-            let reply = self.reply(deadline)?;
-            // Nothing else is under way: what has no number is about this request.
-            if reply.id.is_some_and(|other| other != id) {
-                continue;
-            }
+            let id = self.take_id();
+            let line = match Outgoing::request(id, request).line() {
+                Ok(line) => line,
+                Err(failure) => return Ok(Err(failure)),
+            };
+            self.link.send(line.as_bytes(), deadline)?;
+            let reply = self.reply_to(id, deadline)?;
             return match reply.outcome {
                 Outcome::Ok(answer) => Ok(Ok(*answer)),
+                Outcome::Failure(failure)
+                    if reply.id.is_none()
+                        && failure.code == FailureCode::BadRequest
+                        && damaged < MOST_AGAIN =>
+                {
+                    damaged += 1;
+                    continue;
+                }
                 Outcome::Failure(failure) => Ok(Err(failure)),
                 Outcome::Hello(_) if reply.id.is_none() => {
                     let text = "the host was started anew";
@@ -104,6 +117,21 @@ impl Client {
                     Err(Error::new(Exit::Protocol, text))
                 }
             };
+        }
+    }
+
+    /// What comes back for request `id`. Nothing else is under way: what has no number is about it.
+    fn reply_to(&mut self, id: u64, deadline: Instant) -> Result<Reply, Error> {
+        loop {
+            let again = deadline.min(Instant::now() + END_AGAIN);
+            match self.reply(again) {
+                Ok(reply) if reply.id.is_some_and(|other| other != id) => {}
+                // A blank line means nothing, should the host only be slow.
+                Err(error) if error.exit == Exit::Timeout && again < deadline => {
+                    self.link.send(b"\n", deadline)?;
+                }
+                result => return result,
+            }
         }
     }
 
@@ -152,7 +180,6 @@ pub fn refused(failure: Failure) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use manage::command::FailureCode;
     use std::{
         io::{BufRead, BufReader, Write},
         os::unix::net::{UnixListener, UnixStream},
@@ -233,6 +260,29 @@ mod tests {
         let (mut client, _) = Client::connect(&address, SOON).unwrap();
         let failure = client.ask(&Request::VmList {}).unwrap().unwrap_err();
         assert_eq!(failure.code, FailureCode::BadRequest);
+    }
+
+    #[test]
+    fn a_request_that_came_damaged_is_made_again() {
+        let mut requests = 0;
+        let address = host("again", move |line, stream| {
+            if line.contains("hello") {
+                send(stream, Some(id_of(line)), Outcome::Hello(Hello::new("9")));
+                return;
+            }
+            requests += 1;
+            let done = Answer::Done {
+                text: requests.to_string(),
+            };
+            let failure = Failure::new(FailureCode::BadRequest, "bytes were lost");
+            match requests {
+                1 | 2 => send(stream, None, Outcome::Failure(failure)),
+                _ => send(stream, Some(id_of(line)), Outcome::Ok(Box::new(done))),
+            }
+        });
+        let (mut client, _) = Client::connect(&address, SOON).unwrap();
+        let answer = client.ask(&Request::VmList {}).unwrap().unwrap();
+        assert_eq!(answer, Answer::Done { text: "3".into() });
     }
 
     #[test]
