@@ -272,12 +272,15 @@ impl Rig {
                 bail!("{name} is missing: {why}");
             }
         }
+        let vms = u32::try_from(configuration.matches("[[vm]]").count())?;
         let image = self.images.join(format!("{}.img", start.name));
         let configuration = Configuration::new("plinth.toml", configuration, self.files.clone());
         builder.write_unchecked(&configuration, &image)?;
         let mut machine = start.place.machine(&image);
         change(&mut machine);
-        Session::start(&machine, &start.log, start.place.patience())
+        // Guests wait for each other.
+        let patience = start.place.patience() * vms.div_ceil(4).max(1);
+        Session::start(&machine, &start.log, patience)
     }
 
     /// Boots a guest of the catalogue under Plinth, as `cargo xtask run --guest` does, with so many

@@ -269,6 +269,8 @@ pub fn all() -> Vec<Scenario> {
     let body = running::linux_watchdog;
     all.push(Scenario::new(place, "linux-watchdog", 30, body));
     all.push(Scenario::new(place, "eight-linux", 80, sched::eight_linux));
+    let on_bochs = Scenario::new(Place::Bochs, "eight-linux", 80, sched::eight_linux);
+    all.push(slow(on_bochs));
     all.push(Scenario::new(place, "restarts", 15, consoles::restarts));
     all.push(Scenario::new(place, "host-keys", 8, consoles::host_keys));
     all.push(Scenario::new(place, "host-absent-processor", 3, host::absent_processor).selftest());
