@@ -297,8 +297,8 @@ impl GuestFpu {
     pub unsafe fn load(&self) {
         let area = self.area.as_ptr();
         if self.features.xsave {
-            // All components, also those off in the guest's XCR0 now: it may turn them on again. `prepare` and `save`
-            // have left them all on.
+            // All components, also those off in the guest's XCR0 now: it may turn them on again.
+            self.features.write_xcr0(self.features.mask);
             // SAFETY: the area is 64-byte aligned, as long as the components of `mask` need,
             // and holds what `save` or `new` wrote, so nothing in it is reserved.
             unsafe {
@@ -407,11 +407,12 @@ impl GuestFpu {
         }
     }
 
-    /// The save area is made to hold what the registers hold.
+    /// The save area is made to hold what the registers hold. XCR0 stays the guest's.
     fn refresh(&mut self, loaded: bool) {
         if loaded {
             // SAFETY: the guest's state is in the registers (`loaded`).
             unsafe { self.save() };
+            self.features.write_xcr0(self.xcr0);
         }
     }
 
