@@ -297,7 +297,8 @@ impl GuestFpu {
     pub unsafe fn load(&self) {
         let area = self.area.as_ptr();
         if self.features.xsave {
-            // All components, also those off in the guest's XCR0 now: it may turn them on again.
+            // All components, also those off in the guest's XCR0 now: it may turn them on again. XCR0 may be the guest's
+            // already, if its vCPU was set up just now; what XRSTOR then left alone would be another guest's.
             self.features.write_xcr0(self.features.mask);
             // SAFETY: the area is 64-byte aligned, as long as the components of `mask` need,
             // and holds what `save` or `new` wrote, so nothing in it is reserved.
