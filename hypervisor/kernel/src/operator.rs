@@ -78,9 +78,8 @@ impl Session {
         self.taken == self.output.len() && self.shell.is_ready()
     }
 
-    /// Takes what was typed, as much as is due at a time, and what is due by the clock. What the door has to do.
+    /// Takes what was typed, as much as is due at a time. What the door has to do.
     fn serve(&mut self, terminal: &mut impl Terminal, operate: &dyn Operate) -> Option<Action> {
-        self.shell.tick(time::ns(), operate);
         for _ in 0..BYTES_AT_ONCE {
             if !self.flush(terminal) {
                 return None;
@@ -159,12 +158,18 @@ fn serve_serial(operate: &dyn Operate) -> u64 {
         None if idle && !disturbed => return u64::MAX,
         None => Box::new(Session::new()),
     };
+    let shown = console::focus() == ConsoleId::SHELL;
+    if shown && disturbed || !session.greeted {
+        session.show();
+    }
+    if shown {
+        session.shell.tick(time::ns(), operate);
+    }
+    // What was typed before the terminal went on to another console is the shell's still, and done now.
+    let action = session.serve(&mut SerialTerminal, operate);
     let mut next = u64::MAX;
     if console::focus() == ConsoleId::SHELL {
-        if disturbed {
-            session.show();
-        }
-        match session.serve(&mut SerialTerminal, operate) {
+        match action {
             None => next = session.wake_up_at(),
             Some(Action::Leave) => console::leave_shell(),
             Some(Action::Console(name)) => {

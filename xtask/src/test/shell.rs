@@ -241,6 +241,12 @@ pub fn bad_input(rig: &Rig, start: &Start) -> Result<String> {
     // Whatever it was taken for, this throws it away.
     operator.switches("\x1b[\x03\x03", r"\^C\r\n")?;
     operator.asks("vm list", &["one", "two"])?;
+    // A line is done though the terminal goes on to a guest at once.
+    operator.switches(
+        "vm reset two\r\x1d1",
+        r"(?s)two: reset.*console 1: one|console 1: one.*two: reset",
+    )?;
+    operator.switches(key::SHELL, PROMPT)?;
     // Half a line waits where it is.
     operator.session.send("vm li")?;
     operator.switches("\x1d1", "console 1: one")?;

@@ -255,6 +255,7 @@ impl Local {
             byte: &mut self.byte,
             changed: false,
         };
+        self.session.shell.tick(time::ns(), operate);
         let action = self.session.serve(&mut terminal, operate);
         if terminal.changed {
             self.steps = STEPS;
