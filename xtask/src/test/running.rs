@@ -1,6 +1,12 @@
 //! Scenarios in which guests run, and what they and Plinth have to do.
 
-use std::{fs, sync::PoisonError, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    sync::PoisonError,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use regex::Regex;
@@ -19,6 +25,9 @@ use crate::{
     guests::{self, Display, Guest},
     initramfs, paths,
 };
+
+/// Seconds that the workstation has for a run by default.
+const RUN_LIMIT_S: u64 = 420;
 
 /// The stub's first line.
 pub const STUB_GREETING: &str = "plinth guest-stub: hello";
@@ -483,6 +492,25 @@ pub fn abuse(rig: &Rig, start: &Start) -> Result<String> {
     }
     ensure!(!text.contains("HOST FAULT"), "the host failed");
     Ok(format!("{} misbehave", ABUSES.len()))
+}
+
+/// `cargo xtask run` as the README tells it, by UEFI, with the guests of `plinth.toml`: in the workstation's time, where
+/// the processors run as they come, not by counted instructions.
+pub fn by_default(_rig: &Rig, log: &Path) -> Result<String> {
+    let banner = regex::escape(initramfs::BANNER);
+    let output = Command::new(std::env::current_exe()?)
+        .args(["run", "--headless", "--accel", "tcg"])
+        .args(["--until", &format!(r"{banner}\S+ ready")])
+        .args(["--timeout", &RUN_LIMIT_S.to_string()])
+        .stderr(Stdio::null())
+        .output()?;
+    fs::write(log, &output.stdout)?;
+    ensure!(
+        output.status.success(),
+        "the shell was not there in {RUN_LIMIT_S} s: {}",
+        output.status
+    );
+    Ok(String::new())
 }
 
 #[cfg(test)]

@@ -300,6 +300,13 @@ pub fn all() -> Vec<Scenario> {
             body: Body::Workstation(refusals::check_config),
         },
         Scenario {
+            name: "workstation/run".to_owned(),
+            cost_s: 20,
+            quick: false,
+            slow: false,
+            body: Body::Workstation(running::by_default),
+        },
+        Scenario {
             name: "workstation/exit-codes".to_owned(),
             cost_s: 8,
             quick: false,
