@@ -54,6 +54,18 @@ mod index {
     pub(super) const EXTRA_PROCESSORS: u8 = 0x5f;
 }
 
+/// The bytes that tell the time of day.
+const TIME: [u8; 8] = [
+    index::SECONDS,
+    index::MINUTES,
+    index::HOURS,
+    index::WEEKDAY,
+    index::DAY,
+    index::MONTH,
+    index::YEAR,
+    CENTURY_INDEX,
+];
+
 /// Register A.
 #[bitfield(u8)]
 struct RegisterA {
@@ -327,16 +339,7 @@ impl Rtc {
 
     fn read_register(&self, state: &mut State, at: u8) -> u8 {
         match at {
-            index::SECONDS
-            | index::MINUTES
-            | index::HOURS
-            | index::WEEKDAY
-            | index::DAY
-            | index::MONTH
-            | index::YEAR
-            | CENTURY_INDEX
-                if !state.held() =>
-            {
+            _ if TIME.contains(&at) && !state.held() => {
                 let calendar = state.calendar();
                 state.encoded(at, &calendar)
             }
@@ -358,16 +361,7 @@ impl Rtc {
 
     fn write_register(&self, state: &mut State, at: u8, value: u8) {
         match at {
-            index::SECONDS
-            | index::MINUTES
-            | index::HOURS
-            | index::WEEKDAY
-            | index::DAY
-            | index::MONTH
-            | index::YEAR
-            | CENTURY_INDEX
-                if !state.held() =>
-            {
+            _ if TIME.contains(&at) && !state.held() => {
                 // Set on the fly: the other fields and the fraction of the second stay.
                 state.store_time();
                 state.cmos[usize::from(at)] = value;
@@ -470,16 +464,7 @@ impl State {
     /// The running time into the registers.
     fn store_time(&mut self) {
         let calendar = self.calendar();
-        for at in [
-            index::SECONDS,
-            index::MINUTES,
-            index::HOURS,
-            index::WEEKDAY,
-            index::DAY,
-            index::MONTH,
-            index::YEAR,
-            CENTURY_INDEX,
-        ] {
+        for at in TIME {
             self.cmos[usize::from(at)] = self.encoded(at, &calendar);
         }
     }

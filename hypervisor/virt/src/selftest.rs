@@ -670,22 +670,6 @@ impl<B: Backend> Guest<B> {
     }
 }
 
-/// A flat segment of GDT index `selector`.
-fn flat(selector: u16, kind: u8, long: bool) -> Segment {
-    Segment {
-        selector,
-        base: 0,
-        limit: u32::MAX,
-        rights: AccessRights::new()
-            .with_kind(kind)
-            .with_code_or_data(true)
-            .with_present(true)
-            .with_long(long)
-            .with_default_big(!long)
-            .with_granularity(true),
-    }
-}
-
 fn real_state() -> CpuState {
     let mut state = CpuState::reset();
     let cs = &mut state.segments[SegmentName::Cs as usize];
@@ -706,9 +690,9 @@ fn protected_state() -> CpuState {
         SegmentName::Fs,
         SegmentName::Gs,
     ] {
-        state.segments[name as usize] = flat(DATA32, 3, false);
+        state.segments[name as usize] = Segment::flat(DATA32, 3, false);
     }
-    state.segments[SegmentName::Cs as usize] = flat(CODE32, 11, false);
+    state.segments[SegmentName::Cs as usize] = Segment::flat(CODE32, 11, false);
     state.gdtr = DescriptorTable {
         base: GDT,
         limit: 31,
@@ -724,7 +708,7 @@ fn long_state() -> CpuState {
     state.cr3 = PML4;
     state.cr4 = CR4_PAE | CR4_OSFXSR;
     state.efer = EFER_LME | EFER_LMA;
-    state.segments[SegmentName::Cs as usize] = flat(CODE64, 11, true);
+    state.segments[SegmentName::Cs as usize] = Segment::flat(CODE64, 11, true);
     state.idtr = DescriptorTable {
         base: IDT,
         limit: 0xfff,

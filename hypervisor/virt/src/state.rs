@@ -119,6 +119,24 @@ pub struct Segment {
     pub rights: AccessRights,
 }
 
+impl Segment {
+    /// A code or data segment from 0 to 4 GiB with this type field; `long`: for 64-bit code.
+    pub fn flat(selector: u16, kind: u8, long: bool) -> Self {
+        Segment {
+            selector,
+            base: 0,
+            limit: u32::MAX,
+            rights: AccessRights::new()
+                .with_kind(kind)
+                .with_code_or_data(true)
+                .with_present(true)
+                .with_long(long)
+                .with_default_big(!long)
+                .with_granularity(true),
+        }
+    }
+}
+
 /// GDTR or IDTR.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DescriptorTable {

@@ -362,8 +362,8 @@ impl Job<'_> {
     /// A state with flat segments, and a descriptor table in guest memory that agrees with it.
     fn flat_state(&mut self, mode: Mode) -> Result<CpuState, LoadError> {
         let (code_selector, data_selector) = mode.selectors();
-        let code = flat_segment(code_selector, CODE_KIND, mode == Mode::Long64);
-        let data = flat_segment(data_selector, DATA_KIND, false);
+        let code = Segment::flat(code_selector, CODE_KIND, mode == Mode::Long64);
+        let data = Segment::flat(data_selector, DATA_KIND, false);
         let mut table = [0; 4];
         for segment in [code, data] {
             table[usize::from(segment.selector >> 3)] = descriptor(segment.rights);
@@ -416,22 +416,6 @@ impl Mode {
 const CODE_KIND: u8 = 0xb;
 /// Descriptor type: data, writable, accessed.
 const DATA_KIND: u8 = 0x3;
-
-/// A segment from 0 to 4 GiB.
-fn flat_segment(selector: u16, kind: u8, long: bool) -> Segment {
-    Segment {
-        selector,
-        base: 0,
-        limit: u32::MAX,
-        rights: AccessRights::new()
-            .with_kind(kind)
-            .with_code_or_data(true)
-            .with_present(true)
-            .with_long(long)
-            .with_default_big(!long)
-            .with_granularity(true),
-    }
-}
 
 /// The descriptor of a flat segment (SDM vol. 3A, figure 3-8).
 fn descriptor(rights: AccessRights) -> u64 {
