@@ -15,7 +15,7 @@ use mem::{Direction, Gpa, HostMemory, Hpa, OutOfFrames, Owner, PAGE_SIZE, PAGE_S
 use x86_64::instructions::interrupts;
 
 use crate::cpu::{msr, rdmsr, rdtsc};
-use crate::state::{AccessRights, CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName};
+use crate::state::{CpuState, DescriptorTable, Event, Gpr, Segment, SegmentName};
 use crate::{Backend, CpuMode, CrAccess, Exit, PortIo, VcpuSetup, VirtualCpu};
 
 /// VM number of the test guests: no other VM runs beside them.
