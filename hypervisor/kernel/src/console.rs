@@ -2,7 +2,8 @@
 //!
 //! Everything here takes as long as a few register accesses; nobody waits for the line once the VMs run.
 //! Input waits in a queue of fixed size, filled by the port's interrupt, by whoever writes, and by
-//! [`attend`]. Output waits in the queues of the [`ConsoleMux`], one per guest; the port's interrupt takes
+//! [`attend`]. What was typed takes effect in its order: a byte for the shell stays until the shell takes it
+//! ([`read_for_shell`]), and what was typed behind it waits, the escape key as well. Output waits in the queues of the [`ConsoleMux`], one per guest; the port's interrupt takes
 //! from them what the line takes. A guest in focus whose queue is full is told so, and told to go on when
 //! there is room again ([`pop_resumable`]): it is slowed down to the line's speed, and nobody else is.
 //!
@@ -52,6 +53,8 @@ struct Console {
     mux: ConsoleMux,
     /// A fault report has begun: nothing else is sent any more.
     reporting: bool,
+    /// The shell's door rang for the oldest byte of input, and the shell has not come for it.
+    rang_for_shell: bool,
 }
 
 /// How long a guest may run before it must be made to exit for the port's sake.
@@ -67,6 +70,7 @@ static CONSOLE: Lock<Console> = Lock::new(Console {
     line: Line::new(WhenFull::Drop),
     mux: ConsoleMux::new(DEFAULT_ESCAPE),
     reporting: false,
+    rang_for_shell: false,
 });
 
 /// Finds the serial port. Returns whether there is one.
@@ -170,9 +174,10 @@ impl Console {
             false => u64::MAX,
         };
         let before = NEXT_LOOK.swap(next, Ordering::Relaxed);
-        if !self.line.input.is_empty() || self.mux.can_resume() {
+        if self.mux.can_resume() {
             WORK.store(true, Ordering::Relaxed);
         }
+        self.announce_input();
         if self.mux.is_shell_disturbed() {
             doors::ring();
         }
@@ -184,6 +189,24 @@ impl Console {
             && let Some(first) = percpu::get(0)
         {
             interrupts::kick(first);
+        }
+    }
+
+    /// Whether the oldest byte of input is the shell's.
+    fn is_for_shell(&self) -> bool {
+        let oldest = self.line.input.front().first();
+        oldest.is_some_and(|&byte| self.mux.is_for_shell(byte))
+    }
+
+    /// Tells whoever has to read the oldest byte of input, if there is one. The shell is told once: while it waits for
+    /// the terminal to take its output it does not read.
+    fn announce_input(&mut self) {
+        if self.is_for_shell() {
+            if !core::mem::replace(&mut self.rang_for_shell, true) {
+                doors::ring();
+            }
+        } else if !self.line.input.is_empty() {
+            WORK.store(true, Ordering::Relaxed);
         }
     }
 
@@ -250,6 +273,7 @@ pub fn attach(name: &str, shown: bool) -> Option<ConsoleId> {
 pub fn detach(id: ConsoleId) {
     let mut console = CONSOLE.lock();
     let prepared = console.mux.detach(id);
+    console.announce_input();
     console.pump_unless_draining();
     drop(console);
     // Memory is given back outside the lock.
@@ -272,6 +296,7 @@ pub fn show(name: &str) -> bool {
     let found = console.mux.find(name);
     if let Some(id) = found {
         console.mux.switch(id);
+        console.announce_input();
         console.pump_unless_draining();
     }
     found.is_some()
@@ -291,6 +316,7 @@ pub fn neighbour(of: ConsoleId, next: bool) -> Option<ConsoleId> {
 pub fn leave_shell() {
     let mut console = CONSOLE.lock();
     console.mux.leave_shell();
+    console.announce_input();
     console.pump_unless_draining();
 }
 
@@ -314,18 +340,48 @@ pub fn look_at_input() {
     WORK.store(true, Ordering::Relaxed);
 }
 
-/// What was typed, if anything: the oldest key.
+/// Whether there is something to [`attend`] to at once: input to [`read`], or a guest to resume.
+pub fn has_work() -> bool {
+    WORK.load(Ordering::Relaxed)
+}
+
+/// What was typed, if anything: the oldest key, unless it is the shell's, which is left to it.
 pub fn read() -> Option<Input> {
     if let Some(input) = operator::read_local() {
         return Some(input);
     }
     let mut console = CONSOLE.lock();
+    if console.is_for_shell() {
+        console.announce_input();
+        return None;
+    }
     let byte = console.line.input.pop()?;
     let input = console.mux.input(byte);
     if input == Input::Handled {
         console.pump_unless_draining();
     }
     Some(input)
+}
+
+/// Whether there is something to [`read_for_shell`].
+pub fn has_shell_input() -> bool {
+    CONSOLE.lock().is_for_shell()
+}
+
+/// What was typed for the shell on the serial terminal, if that is the oldest key.
+pub fn read_for_shell() -> Option<u8> {
+    let mut console = CONSOLE.lock();
+    console.rang_for_shell = false;
+    if !console.is_for_shell() {
+        // What stands behind what the shell has read.
+        console.announce_input();
+        return None;
+    }
+    let byte = console.line.input.pop()?;
+    match console.mux.input(byte) {
+        Input::Shell(byte) => Some(byte),
+        _ => None,
+    }
 }
 
 /// A guest's output. Returns how many bytes were taken; never waits for the line.

@@ -2,7 +2,8 @@
 //!
 //! What is typed is collected in queues of fixed size, at any time; [`serve`], a door (see [`doors`]), hands it to
 //! the shells from the first processor's loop, with no lock held. What a shell shows waits in it until the terminal
-//! takes it, and no further input is taken meanwhile.
+//! takes it, and no further input is taken meanwhile. What was typed on one terminal takes effect in its order,
+//! whether it was for the shell, for a guest, or a command of the escape key.
 
 mod keyboard;
 mod on_screen;
@@ -10,7 +11,6 @@ mod on_screen;
 use alloc::{boxed::Box, format, string::String};
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use drivers::queue::ByteQueue;
 use manage::{
     command::Operate,
     console::ConsoleId,
@@ -22,12 +22,9 @@ pub use on_screen::{owns as owns_screen, read as read_local};
 
 use crate::{console, doors, sync::Lock, time};
 
-/// Bytes typed for the shell on the serial terminal that wait; more are dropped.
-const INPUT_BYTES: usize = 1024;
 /// Bytes that a shell is given at a time, so that guests run in between.
 const BYTES_AT_ONCE: usize = 64;
 
-static INPUT: Lock<ByteQueue<INPUT_BYTES>> = Lock::new(ByteQueue::new());
 /// The shell of the serial terminal, once it was used. It is taken out while it is served.
 static SERIAL: Lock<Option<Box<Session>>> = Lock::new(None);
 /// Host TSC at which a shell wants to show something though nobody types.
@@ -111,7 +108,7 @@ struct SerialTerminal;
 
 impl Terminal for SerialTerminal {
     fn read(&mut self) -> Option<u8> {
-        INPUT.lock().pop()
+        console::read_for_shell()
     }
 
     fn write(&mut self, bytes: &[u8]) -> usize {
@@ -120,13 +117,6 @@ impl Terminal for SerialTerminal {
             false => console::guest_output(ConsoleId::SHELL, bytes),
         }
     }
-}
-
-/// A byte was typed for the shell of the serial terminal.
-pub fn typed(byte: u8) {
-    // A person does not type so much, and a program that does is told by what is missing.
-    let _ = INPUT.lock().push(byte);
-    doors::ring();
 }
 
 /// Rings when something is due without an interrupt at this host TSC, which is now. The first processor's business.
@@ -151,7 +141,7 @@ pub fn serve(operate: &dyn Operate) {
 
 fn serve_serial(operate: &dyn Operate) -> u64 {
     let disturbed = console::take_shell_disturbed();
-    let idle = INPUT.lock().is_empty();
+    let idle = !console::has_shell_input();
     let kept = SERIAL.lock().take();
     let mut session = match kept {
         Some(session) => session,
@@ -165,18 +155,16 @@ fn serve_serial(operate: &dyn Operate) -> u64 {
     if shown {
         session.shell.tick(time::ns(), operate);
     }
-    // What was typed before the terminal went on to another console is the shell's still, and done now.
-    let action = session.serve(&mut SerialTerminal, operate);
     let mut next = u64::MAX;
-    if console::focus() == ConsoleId::SHELL {
-        match action {
-            None => next = session.wake_up_at(),
-            Some(Action::Leave) => console::leave_shell(),
-            Some(Action::Console(name)) => {
-                if !console::show(&name) {
-                    session.shell.complain(&no_console(&name));
-                    session.flush(&mut SerialTerminal);
-                }
+    match session.serve(&mut SerialTerminal, operate) {
+        None if shown => next = session.wake_up_at(),
+        None => {}
+        // What was typed behind the command is for what it shows.
+        Some(Action::Leave) => console::leave_shell(),
+        Some(Action::Console(name)) => {
+            if !console::show(&name) {
+                session.shell.complain(&no_console(&name));
+                session.flush(&mut SerialTerminal);
             }
         }
     }

@@ -50,7 +50,6 @@ use verbs::Published;
 use crate::{
     boot::Machine,
     console, control, cpu, display, doors, error, fault, frame, info, interrupts, log, memory,
-    operator,
     percpu::{self, PerCpu},
     power,
     preflight::Vendor,
@@ -429,8 +428,8 @@ impl<B: Backend> World<B> {
     fn take_input(&self) {
         while let Some(input) = console::read() {
             match input {
-                Input::Handled => {}
-                Input::Shell(byte) => operator::typed(byte),
+                // The shell reads its own.
+                Input::Handled | Input::Shell(_) => {}
                 Input::ToggleDisplay => display::toggle(),
                 Input::Guest(to, byte) => {
                     let lost = self.with_vm_of(to, |plan, vm| {
@@ -550,6 +549,10 @@ impl<B: Backend> Runner for World<B> {
                 if self.power_off.load(Ordering::Relaxed) {
                     control::flush();
                     power::off();
+                }
+                // Behind what a door has taken there may be more, for others.
+                if console::has_work() {
+                    continue;
                 }
                 let now = time::now_tsc();
                 self.look_at_clock(now);

@@ -700,6 +700,11 @@ impl ConsoleMux {
         now_us.saturating_sub(since) >= LINE_PATIENCE_US
     }
 
+    /// Whether this byte is the shell's if it is the next that was typed.
+    pub fn is_for_shell(&self, byte: u8) -> bool {
+        self.focus == ConsoleId::SHELL && self.escaped == (byte == self.escape)
+    }
+
     /// One byte that was typed.
     pub fn input(&mut self, byte: u8) -> Input {
         if !core::mem::take(&mut self.escaped) {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use regex::Regex;
 
-use super::terminal::{Terminal, plain};
+use super::terminal::{Terminal, plain, without_host_lines};
 use crate::initramfs;
 
 /// What the guest was given, and so has to find.
@@ -59,7 +59,7 @@ pub struct Shell<'t> {
 /// What a command printed, and its exit status.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// Without control sequences and carriage returns.
+    /// Without control sequences, carriage returns, and lines of the host.
     pub text: String,
     /// As in `$?`.
     pub status: u32,
@@ -128,7 +128,7 @@ impl<'t> Shell<'t> {
             .with_context(|| format!("an exit status in {text:?}"))?;
         let printed = found.get(0).map_or("", |mark| &text[..mark.start()]);
         let answer = Answer {
-            text: plain(printed),
+            text: without_host_lines(&plain(printed)),
             status,
         };
         self.prompt().with_context(waiting)?;
@@ -194,6 +194,10 @@ pub fn listen_to_button(shell: &mut Shell) -> Result<()> {
     ))?;
     shell.ask(&format!("chmod +x /tmp/off && mv /tmp/off {script}"))?;
     shell.ask("acpid -p /run/acpid.pid -l /tmp/acpid.log")?;
+    // It goes to the background at once, and hears only what comes when it has opened its devices.
+    shell.ask(
+        "until ls -l /proc/$(pidof acpid)/fd | grep -q /dev/input/event; do sleep 0.1; done",
+    )?;
     Ok(())
 }
 

@@ -241,6 +241,7 @@ pub fn bad_input(rig: &Rig, start: &Start) -> Result<String> {
     // Whatever it was taken for, this throws it away.
     operator.switches("\x1b[\x03\x03", r"\^C\r\n")?;
     operator.asks("vm list", &["one", "two"])?;
+    at_once(&mut operator)?;
     // A line is done though the terminal goes on to a guest at once.
     operator.switches(
         "vm reset two\r\x1d1",
@@ -262,6 +263,20 @@ pub fn bad_input(rig: &Rig, start: &Start) -> Result<String> {
     session.send("\x1dq")?;
     session.wait_for_power_off(limits.command)?;
     Ok(String::new())
+}
+
+/// What is typed for the shell, for guests and for the escape key, all at once, comes to each in its turn.
+fn at_once(operator: &mut Operator<'_>) -> Result<()> {
+    operator.switches("\x1d2", r"(?s)console 2: two.*stub> ")?;
+    operator.switches(key::SHELL, PROMPT)?;
+    let keys = "vm console two\recho ahead\r\x1d0vm show two\r\x1d1echo behind\r";
+    operator.switches(keys, r"\nbehind\r")?;
+    operator.switches("\x1d2", "console 2: two")?;
+    operator.switches("echo done\r", r"\ndone\r")?;
+    // The terminal may have gone on in the midst of a line: each whole, once more.
+    operator.switches("\x1dr", r"(?s)once more: two.*\nahead\r.*\ndone\r")?;
+    operator.switches(key::SHELL, PROMPT)?;
+    operator.switches("\x1dr", r"(?s)once more: shell.*\nmemory +32 MiB")
 }
 
 /// All consoles line by line: each line has its guest's name, and what is typed goes to the one named.

@@ -53,6 +53,14 @@ pub fn plain(text: &str) -> String {
     plain
 }
 
+/// Lines without those that Plinth itself said among them.
+pub fn without_host_lines(lines: &str) -> String {
+    let others = lines.split_inclusive('\n');
+    others
+        .filter(|line| !line.starts_with("[plinth] "))
+        .collect()
+}
+
 #[cfg(test)]
 pub mod fake {
     //! A terminal that plays a script.
@@ -101,6 +109,12 @@ pub mod fake {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_of_the_host_go_away() {
+        let said = "1\n[plinth] a: powered off\n2 [plinth] \n[plinth] b";
+        assert_eq!(without_host_lines(said), "1\n2 [plinth] \n");
+    }
 
     #[test]
     fn control_sequences_and_carriage_returns_go_away() {

@@ -96,6 +96,11 @@ pub(super) fn wake_up_at() -> u64 {
     }
 }
 
+/// Whether no scan code waits.
+pub(super) fn is_idle() -> bool {
+    KEYS.lock().codes.is_empty()
+}
+
 /// The oldest scan code.
 pub(super) fn pop() -> Option<u8> {
     KEYS.lock().codes.pop()

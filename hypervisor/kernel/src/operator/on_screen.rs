@@ -18,7 +18,7 @@ use manage::{
 };
 
 use super::{Session, Terminal, keyboard, no_console};
-use crate::{console, display, screen, sync::Lock, time};
+use crate::{console, display, doors, screen, sync::Lock, time};
 
 /// Columns and rows of a console on the screen.
 const COLUMNS: usize = 80;
@@ -103,7 +103,13 @@ pub fn owns() -> bool {
 
 /// The oldest input that was typed here for others than the shell.
 pub fn read() -> Option<Input> {
-    TYPED.lock().pop_front()
+    let mut typed = TYPED.lock();
+    let input = typed.pop_front()?;
+    if typed.is_empty() {
+        // What was typed behind it waits for that.
+        doors::ring();
+    }
+    Some(input)
 }
 
 /// The screen as the shell's terminal.
@@ -127,15 +133,16 @@ impl Terminal for ScreenTerminal<'_> {
 
 /// Takes what was typed, and draws a step. Host TSC at which it has more to do; `u64::MAX`: nothing.
 pub(super) fn serve(operate: &dyn Operate) -> u64 {
-    let code = keyboard::pop();
     let kept = LOCAL.lock().take();
-    let mut local = match (kept, code) {
-        (Some(local), _) => local,
-        (None, None) => return u64::MAX,
-        (None, Some(_)) => Box::new(Local::new()),
+    let mut local = match kept {
+        Some(local) => local,
+        None if keyboard::is_idle() => return u64::MAX,
+        None => Box::new(Local::new()),
     };
-    let more = core::iter::from_fn(keyboard::pop);
-    for code in code.into_iter().chain(more) {
+    // What was typed for others comes to them before what stands behind it has an effect.
+    while TYPED.lock().is_empty()
+        && let Some(code) = keyboard::pop()
+    {
         for &byte in local.decoder.feed(code).as_bytes() {
             local.key(byte, operate);
         }

@@ -219,6 +219,24 @@ fn the_shell_is_a_console_among_the_guests() {
 }
 
 #[test]
+fn whose_the_next_byte_is_is_known_before_it_is_read() {
+    let mut m = mux();
+    let keys = b"a\x1d0b\x1d\x1d\x1d1c\x1dad\x1dse\x1d";
+    let mut told = Vec::new();
+    for &key in keys {
+        let for_shell = m.is_for_shell(key);
+        assert_eq!(
+            for_shell,
+            matches!(m.input(key), Input::Shell(byte) if byte == key)
+        );
+        if for_shell {
+            told.push(key);
+        }
+    }
+    assert_eq!(told, b"b\x1de");
+}
+
+#[test]
 fn the_next_console_is_a_guests() {
     let mut m = mux();
     for (key, wanted) in [
