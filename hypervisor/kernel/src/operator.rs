@@ -162,7 +162,8 @@ fn serve_serial(operate: &dyn Operate) -> u64 {
         // What was typed behind the command is for what it shows.
         Some(Action::Leave) => console::leave_shell(),
         Some(Action::Console(name)) => {
-            if !console::show(&name) {
+            let found = console::show(&name);
+            if !found {
                 session.shell.complain(&no_console(&name));
                 session.flush(&mut SerialTerminal);
             }
