@@ -8,7 +8,7 @@ use core::cell::UnsafeCell;
 use bitflags::bitflags;
 
 use crate::cpu;
-use crate::memory::{LARGE_PAGE, PAGE};
+use crate::memory::{self, LARGE_PAGE, PAGE};
 
 bitflags! {
     /// Bits of a page-table entry.
@@ -148,6 +148,8 @@ pub fn unmap(page: usize) -> u64 {
 
 /// An entry of the uppermost table that this program does not use.
 const SPARE: usize = 0x1f0;
+/// The entry of the uppermost table for the last addresses below those that are not canonical.
+const LAST_OF_LOWER_HALF: usize = 255;
 
 /// Sets the uppermost table's spare entry; returns the first address below it.
 pub fn set_spare(entry: u64) -> u64 {
@@ -157,6 +159,36 @@ pub fn set_spare(entry: u64) -> u64 {
         cpu::set_cr3(cpu::cr3());
     }
     !0 << 48 | (SPARE as u64) << 39
+}
+
+/// Maps `page` as the last one of the lower half, by tables in the three pages behind it; returns its address.
+/// [`unmap_last_of_lower_half`] takes it away.
+///
+/// # Safety
+/// The four pages are free RAM, and stay that until then.
+pub unsafe fn map_last_of_lower_half(page: u64) -> u64 {
+    const LAST: u64 = 511;
+    let flags = (Entry::PRESENT | Entry::WRITABLE).bits();
+    for level in 1..=3 {
+        let table = page + level * PAGE;
+        memory::write_bytes(table, &[0; PAGE as usize]);
+        memory::write64(table + 8 * LAST, (table - PAGE) | flags);
+    }
+    // SAFETY: nothing of this program is mapped there.
+    unsafe {
+        BOOT_PML4.set(LAST_OF_LOWER_HALF, (page + 3 * PAGE) | flags);
+        cpu::set_cr3(cpu::cr3());
+    }
+    (1 << 47) - PAGE
+}
+
+/// Takes that page away.
+pub fn unmap_last_of_lower_half() {
+    // SAFETY: as for mapping it.
+    unsafe {
+        BOOT_PML4.set(LAST_OF_LOWER_HALF, 0);
+        cpu::set_cr3(cpu::cr3());
+    }
 }
 
 /// The flags of a page of the window.

@@ -32,6 +32,7 @@ checks![
     platform_info,
     sleep_and_wake,
     resume_flag,
+    last_canonical_bytes,
 ];
 
 /// The processor's checks of a selector, with the register as it was after a fault.
@@ -539,5 +540,48 @@ fn resume_flag(machine: &Machine) -> Verdict {
         let flags = Rflags::from_bits_truncate(trapped(trap, what)?.rflags);
         ensure!(flags.contains(Rflags::RF), "{what} pushes {flags:?}");
     }
+    Ok(())
+}
+
+/// What exits in the last bytes of the lower half is executed, and the next instruction faults where it would be.
+fn last_canonical_bytes(machine: &Machine) -> Verdict {
+    const BEHIND: u64 = 1 << 47;
+    let page = scratch(machine)?;
+    // SAFETY: the scratch pages are free RAM.
+    let last = unsafe { paging::map_last_of_lower_half(page) };
+    let mut verdict = Ok(());
+    for (what, code) in [
+        ("VMCALL", &[0x0f, 0x01, 0xc1][..]),
+        ("VMMCALL", &[0x0f, 0x01, 0xd9]),
+        ("WBINVD", &[0x0f, 0x09]),
+        ("RDMSR", &[0x0f, 0x32]),
+        ("OUT", &[0xe6, 0x80]),
+        ("MOV from a device", &[0x8b, 0x02]),
+    ] {
+        if machine.host != Host::Plinth && what.ends_with("CALL") {
+            continue;
+        }
+        let start = PAGE - code.len() as u64;
+        memory::write_bytes(page + start, code);
+        // SAFETY: the code changes RAX and RDX at most, and faults behind its instruction.
+        let trap = unsafe {
+            probe!("call {at}"; at = in(reg) last + start, in("rcx") 0x1b_u64,
+                inout("rax") u64::from(u32::MAX) => _, inout("rdx") 0xfec0_0000_u64 => _)
+        };
+        verdict = behind(trap, what, BEHIND);
+        if verdict.is_err() {
+            break;
+        }
+    }
+    paging::unmap_last_of_lower_half();
+    verdict
+}
+
+fn behind(trap: Option<crate::interrupts::Trap>, what: &str, rip: u64) -> Verdict {
+    let trap = trapped(trap, what)?;
+    ensure!(
+        (trap.vector, trap.error, trap.rip) == (vector::GENERAL_PROTECTION, 0, rip),
+        "{what}: {trap}"
+    );
     Ok(())
 }

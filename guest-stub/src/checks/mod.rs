@@ -23,6 +23,7 @@ mod msr;
 mod processor;
 mod smp;
 mod test_devices;
+mod twins;
 
 use core::cell::UnsafeCell;
 use core::fmt;
@@ -162,6 +163,7 @@ const GROUPS: &[(&str, &[Check])] = &[
     ("smp", smp::CHECKS),
     ("conform", conform::CHECKS),
     ("emulator", emulator::CHECKS),
+    ("twins", twins::CHECKS),
     ("test", test_devices::CHECKS),
     ("disk", disk::CHECKS),
     ("display", display::CHECKS),

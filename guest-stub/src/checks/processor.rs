@@ -255,8 +255,11 @@ fn steps_on_device(machine: &Machine) -> Verdict {
         );
     }
     ensure_eq!(count, 0, "RCX");
-    // Three iterations, PUSHFQ, AND, POPFQ.
-    ensure_eq!(stops().0, 6, "single steps");
+    // Three iterations, PUSHFQ, AND, POPFQ (SDM vol. 3B, section 18.3.1.4). With -icount, QEMU (7.2, 10.0) itself steps
+    // once more, over finding that RCX is 0.
+    let steps = stops().0;
+    let extra = machine.host == Host::Tcg && steps == 7;
+    ensure!(steps == 6 || extra, "{steps} single steps");
     watch();
     // SAFETY: the handler only notes.
     unsafe {

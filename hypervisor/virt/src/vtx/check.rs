@@ -607,7 +607,11 @@ impl Report<'_> {
     fn guest_rip_and_rflags(&mut self) {
         let (rip, rflags) = (self.get(Field::GuestRip), self.get(Field::GuestRflags));
         if self.ia32e() && self.rights(SegmentName::Cs).long() {
-            require!(self, is_canonical(rip), "guest RIP {rip:#x}: not canonical");
+            require!(
+                self,
+                matches!(rip >> 48, 0 | 0xffff),
+                "guest RIP {rip:#x}: bits 63:48 differ"
+            );
         } else {
             require!(
                 self,

@@ -69,6 +69,8 @@ bitflags! {
         const RDSEED = 1 << 18;
         const ADX = 1 << 19;
         const SMAP = 1 << 20;
+        /// Withdrawn before any processor had it, but emulated by QEMU.
+        const PCOMMIT = 1 << 22;
         const CLFLUSHOPT = 1 << 23;
         const CLWB = 1 << 24;
         const SHA = 1 << 29;

@@ -6,7 +6,7 @@ use virt::{Gpr, VirtualCpu};
 
 use super::{
     Exception, Platform,
-    alu::{ARITHMETIC, RFLAGS_CF, RFLAGS_OF, RFLAGS_ZF, Shift, result_flags, shift, shift_double},
+    alu::{RFLAGS_CF, RFLAGS_OF, RFLAGS_ZF, Shift, shift, shift_double},
     execute::{Run, Stop},
 };
 use crate::walk::Access;
@@ -212,15 +212,6 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             self.write_gpr(Gpr::Rdx, width, high);
         }
         self.set_flags(RFLAGS_ZF, if equal { RFLAGS_ZF } else { 0 });
-        Ok(())
-    }
-
-    /// A counted logic result's flags, for XLAT and its like have none: POPCNT.
-    pub(super) fn count_bits(&mut self) -> Result<(), Stop> {
-        let value = self.get(1)?;
-        self.set(0, value.count_ones().into())?;
-        let flags = result_flags(value, Width::Qword) & RFLAGS_ZF;
-        self.set_flags(ARITHMETIC, flags);
         Ok(())
     }
 

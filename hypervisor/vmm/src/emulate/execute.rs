@@ -168,7 +168,6 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
                 let cr0 = self.platform.control_read(self.cpu, 0);
                 self.set(0, cr0)?;
             }
-            Mnemonic::Popcnt => self.count_bits()?,
             Mnemonic::Xlatb => self.translate_byte()?,
             _ => return self.execute_rare(),
         }
@@ -177,7 +176,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
 
     /// What drivers hardly ever do to device memory.
     fn execute_rare(&mut self) -> Result<Step, Stop> {
-        if self.arithmetic()? || self.vector_move()? {
+        if self.arithmetic()? || self.bits()? || self.vector_move()? {
             return Ok(Step::Done);
         }
         if let Some(step) = self.stack_or_branch()? {

@@ -11,6 +11,7 @@
 
 mod alu;
 mod arithmetic;
+mod bits;
 mod cache;
 mod execute;
 mod far;
