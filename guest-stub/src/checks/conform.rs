@@ -151,6 +151,45 @@ global_asm!(
     ".byte 0x48, 0xff, 0x2c, 0x24", // jmp far m16:64 at [rsp]
     "ud2",
     "6: add rsp, 16",
+    "mov ecx, 0x1b",
+    "rdmsr",
+    "test eax, 0x100",
+    "jz 9f",
+    "wrmsr",
+    "rdtsc",
+    "shl rdx, 32",
+    "or rdx, rax",
+    "jz 9f",
+    "xor eax, eax",
+    "mov r8, rbx",
+    "cpuid",
+    "xchg r8, rbx",
+    "test eax, eax",
+    "jz 9f",
+    "mov rax, dr7",
+    "test eax, 0x400",
+    "jz 9f",
+    "mov rcx, dr3",
+    "mov eax, 0x7777",
+    "mov dr3, rax",
+    "xor eax, eax",
+    "mov rax, dr3",
+    "mov dr3, rcx",
+    "cmp eax, 0x7777",
+    "jne 9f",
+    "pause",
+    "mfence",
+    "wbinvd",
+    "invlpg [rsp]",
+    "mov eax, cs",
+    "verr ax",
+    "jnz 9f",
+    "verw ax",
+    "jz 9f",
+    "lsl ecx, eax",
+    "jnz 9f",
+    "lar ecx, eax",
+    "jnz 9f",
     "mov eax, 0x1234",
     "ret",
     "9: xor eax, eax",
@@ -164,7 +203,7 @@ unsafe extern "C" {
     static device_code_end: u8;
 }
 
-/// Far returns, flags, loops and ports in code that is in device memory.
+/// Far returns, flags, loops, ports, and what else exits or never would, in code that is in device memory.
 fn code_in_device(machine: &Machine) -> Verdict {
     skip_if!(no_device(machine), NO_DEVICE);
     copy_device_code();
@@ -183,7 +222,7 @@ fn run_device_code() -> Verdict {
     let result: u64;
     // SAFETY: the code keeps to its stack and changes only the registers named.
     let trap = unsafe {
-        probe!("call {at}"; at = in(reg) DEVICE + 0x1000, out("rax") result, out("rcx") _, out("rdx") _)
+        probe!("call {at}"; at = in(reg) DEVICE + 0x1000, out("rax") result, out("rcx") _, out("rdx") _, out("r8") _)
     };
     if let Some(trap) = trap {
         fail!("code in device memory: {trap}");

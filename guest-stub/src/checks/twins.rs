@@ -6,7 +6,7 @@
 use core::arch::global_asm;
 use core::mem::offset_of;
 
-use crate::cpu::{self, Leaf1Ecx, Leaf7Ebx};
+use crate::cpu;
 use crate::interrupts::guarded;
 use crate::machine::Machine;
 use crate::memory::{self, PAGE};
@@ -347,6 +347,142 @@ const REST: &[Form] = &[
     group(&[0x0f, 0xc7], 1, 0, LOCKED, ALL),
 ];
 
+const COUNTED: u64 = CF | ZF;
+const BMI: u64 = CF | ZF | SF | OF;
+/// A form with a VEX prefix, 32 and 64 bits wide; the second source is EDX.
+macro_rules! vex {
+    ($map:literal, $word:literal, $opcode:literal, $tail:expr, $immediate:literal, $flags:expr) => {
+        [
+            Form {
+                tail: $tail,
+                immediate: $immediate,
+                ..form(&[0xc4, $map, $word, $opcode], &[&[]], $flags)
+            },
+            Form {
+                tail: $tail,
+                immediate: $immediate,
+                ..form(&[0xc4, $map, $word | 0x80, $opcode], &[&[]], $flags)
+            },
+        ]
+    };
+}
+
+/// Instructions that not every processor has: the leaf of CPUID, its register (EBX, ECX) and bit, and the forms.
+struct Optional {
+    leaf: u32,
+    bit: u32,
+    ecx: bool,
+    /// QEMU 7.2 (TCG) itself is wrong in their flags: skipped on its processor, AMD's.
+    wrong_in_qemu: bool,
+    forms: &'static [[Form; 2]],
+}
+
+const OPTIONAL: &[Optional] = &[
+    Optional {
+        leaf: 1,
+        bit: 23,
+        ecx: true,
+        wrong_in_qemu: false,
+        forms: &[[
+            form(&[0x0f, 0xb8], &[&[0xf3], &[0xf3, 0x48]], ALL),
+            form(&[0x0f, 0xb8], &[&[0x66, 0xf3], &[0xf3, 0x44]], ALL),
+        ]],
+    },
+    Optional {
+        leaf: 1,
+        bit: 22,
+        ecx: true,
+        wrong_in_qemu: false,
+        forms: &[[
+            form(&[0x0f, 0x38, 0xf0], SIZES, ALL),
+            form(&[0x0f, 0x38, 0xf1], SIZES, ALL),
+        ]],
+    },
+    Optional {
+        leaf: 1,
+        bit: 20,
+        ecx: true,
+        wrong_in_qemu: false,
+        forms: &[[
+            form(&[0x0f, 0x38, 0xf0], &[&[0xf2], &[0xf2, 0x48]], ALL),
+            form(
+                &[0x0f, 0x38, 0xf1],
+                &[&[0xf2], &[0x66, 0xf2], &[0xf2, 0x48]],
+                ALL,
+            ),
+        ]],
+    },
+    Optional {
+        leaf: 0x8000_0001,
+        bit: 5,
+        ecx: true,
+        wrong_in_qemu: false,
+        forms: &[[
+            form(&[0x0f, 0xbd], &[&[0xf3], &[0xf3, 0x48]], COUNTED),
+            form(&[0x0f, 0xbd], &[&[0x66, 0xf3]], COUNTED),
+        ]],
+    },
+    Optional {
+        leaf: 7,
+        bit: 3,
+        ecx: false,
+        wrong_in_qemu: false,
+        forms: &[
+            [
+                form(&[0x0f, 0xbc], &[&[0xf3], &[0xf3, 0x48]], COUNTED),
+                form(&[0x0f, 0xbc], &[&[0x66, 0xf3]], COUNTED),
+            ],
+            vex!(0xe2, 0x68, 0xf2, Tail::Registers, 0, ZF | SF | OF | CF),
+            vex!(0xe2, 0x68, 0xf3, Tail::Group(1), 0, BMI),
+            vex!(0xe2, 0x68, 0xf3, Tail::Group(2), 0, BMI),
+            vex!(0xe2, 0x68, 0xf7, Tail::Registers, 0, CF | ZF | OF),
+        ],
+    },
+    Optional {
+        leaf: 7,
+        bit: 8,
+        ecx: false,
+        wrong_in_qemu: false,
+        forms: &[
+            vex!(0xe2, 0x68, 0xf5, Tail::Registers, 0, BMI),
+            vex!(0xe2, 0x6a, 0xf5, Tail::Registers, 0, ALL),
+            vex!(0xe2, 0x6b, 0xf5, Tail::Registers, 0, ALL),
+            vex!(0xe2, 0x6b, 0xf6, Tail::Registers, 0, ALL),
+            vex!(0xe2, 0x69, 0xf7, Tail::Registers, 0, ALL),
+            vex!(0xe2, 0x6a, 0xf7, Tail::Registers, 0, ALL),
+            vex!(0xe2, 0x6b, 0xf7, Tail::Registers, 0, ALL),
+            vex!(0xe3, 0x7b, 0xf0, Tail::Registers, 1, ALL),
+        ],
+    },
+    // BLSI, whose carry flag means the opposite.
+    Optional {
+        leaf: 7,
+        bit: 3,
+        ecx: false,
+        wrong_in_qemu: true,
+        forms: &[vex!(0xe2, 0x68, 0xf3, Tail::Group(3), 0, BMI)],
+    },
+    Optional {
+        leaf: 7,
+        bit: 19,
+        ecx: false,
+        wrong_in_qemu: true,
+        forms: &[[
+            form(&[0x0f, 0x38, 0xf6], &[&[0x66], &[0x66, 0x48]], ALL),
+            form(&[0x0f, 0x38, 0xf6], &[&[0xf3], &[0xf3, 0x48]], ALL),
+        ]],
+    },
+];
+
+impl Optional {
+    fn is_there(&self) -> bool {
+        let result = cpu::cpuid(self.leaf, 0);
+        let word = if self.ecx { result.ecx } else { result.ebx };
+        let runs = !self.wrong_in_qemu || cpu::vendor() == *b"GenuineIntel";
+        runs && word & 1 << self.bit != 0
+    }
+}
+
 /// A simple generator of values that repeat from run to run.
 struct Random(u64);
 
@@ -435,7 +571,8 @@ fn twins(machine: &Machine) -> Verdict {
     let mut random = Random(0x0123_4567_89ab_cdef);
     let mut wrong = 0;
     let all = ARITHMETIC.as_flattened().iter().chain(&SHIFTS).chain(REST);
-    for form in all {
+    let optional = OPTIONAL.iter().filter(|group| group.is_there());
+    for form in all.chain(optional.flat_map(|group| group.forms.as_flattened())) {
         for prefix in form.prefixes {
             for _ in 0..3 {
                 wrong += u32::from(!agree(machine, form, prefix, &mut random)?);

@@ -198,6 +198,8 @@ pub trait VirtualCpu: Send + 'static {
     fn set_dr7(&mut self, value: u64);
     /// DR0 to DR3: the breakpoints' addresses.
     fn breakpoints(&self) -> [u64; 4];
+    /// Sets DR0 to DR3.
+    fn set_breakpoints(&mut self, addresses: [u64; 4]);
     /// An XMM register, 0 to 15, and above it the upper half of its YMM register, or zeros where there is none.
     /// Slow: goes by way of memory.
     fn vector(&mut self, number: u8) -> [u8; 32];

@@ -162,6 +162,9 @@ impl VirtualCpu for FakeCpu {
     fn breakpoints(&self) -> [u64; 4] {
         self.state.dr
     }
+    fn set_breakpoints(&mut self, addresses: [u64; 4]) {
+        self.state.dr = addresses;
+    }
     fn gdtr(&self) -> DescriptorTable {
         self.state.gdtr
     }

@@ -44,6 +44,7 @@ pub mod number {
     pub const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
     pub const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
     pub const EFER: u32 = 0xc000_0080;
+    pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
     pub const TSC_AUX: u32 = 0xc000_0103;
     pub const SMI_COUNT: u32 = 0x34;
     pub const AMD_PERF_FIRST: u32 = 0xc001_0000;

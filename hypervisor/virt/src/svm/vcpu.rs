@@ -845,6 +845,16 @@ impl VirtualCpu for SvmVcpu {
         }
     }
 
+    fn set_breakpoints(&mut self, addresses: [u64; 4]) {
+        if self.loaded {
+            self.debug = GuestDebug::save();
+        }
+        self.debug.dr = addresses;
+        if self.loaded {
+            self.debug.load();
+        }
+    }
+
     fn gdtr(&self) -> DescriptorTable {
         DescriptorTable {
             base: self.save().gdtr.base,

@@ -1022,6 +1022,16 @@ impl VirtualCpu for VtxVcpu {
         }
     }
 
+    fn set_breakpoints(&mut self, addresses: [u64; 4]) {
+        if self.is_loaded() {
+            self.debug = GuestDebug::save();
+        }
+        self.debug.dr = addresses;
+        if self.is_loaded() {
+            self.debug.load();
+        }
+    }
+
     fn gdtr(&self) -> DescriptorTable {
         DescriptorTable {
             base: self.read(Field::GuestGdtrBase),

@@ -5,7 +5,7 @@ use mem::{Gva, guest::GuestMemory};
 use virt::{CpuMode, Gpr, TaskSwitch, VirtualCpu};
 
 use super::{
-    Aftermath, Exception, Platform, Target,
+    Aftermath, Exception, Platform, Service, Target,
     alu::{ARITHMETIC, Alu, RFLAGS_CF, RFLAGS_ZF, compute},
     load_msw,
 };
@@ -20,6 +20,8 @@ pub(super) enum Step {
     Again,
     /// Goes on at this offset in CS.
     Jump(u64),
+    /// Left to the vCPU.
+    Service(Service),
     /// Goes on in another task.
     Task(TaskSwitch),
 }
@@ -52,7 +54,7 @@ pub(super) struct Run<'a, V, P> {
 impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     pub(super) fn execute(&mut self) -> Result<Step, Stop> {
         match self.instruction.mnemonic() {
-            Mnemonic::Mov | Mnemonic::Movnti => self.mov()?,
+            Mnemonic::Mov | Mnemonic::Movnti if !self.reaches_debug_register() => self.mov()?,
             Mnemonic::Movbe => {
                 let value = self.get(1)?;
                 let width = self.width(0)?;
@@ -155,16 +157,19 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
                 return Err(Stop::Fault(Exception::UNDEFINED_OPCODE));
             }
             Mnemonic::Clts => {
+                self.check_privileged()?;
                 let cr0 = self.platform.control_read(self.cpu, 0);
                 self.platform.control_write(self.cpu, 0, cr0 & !(1 << 3))?;
             }
             Mnemonic::Lmsw => {
+                self.check_privileged()?;
                 let value = self.get(0)?;
                 let cr0 = self.platform.control_read(self.cpu, 0);
                 self.platform
                     .control_write(self.cpu, 0, load_msw(cr0, value as u16))?;
             }
             Mnemonic::Smsw => {
+                self.check_user_mode_prevention()?;
                 let cr0 = self.platform.control_read(self.cpu, 0);
                 self.set(0, cr0)?;
             }
@@ -188,10 +193,17 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         if let Some(step) = self.plain()? {
             return Ok(step);
         }
+        if let Some(step) = self.service()? {
+            return Ok(step);
+        }
         if self.load_far_pointer()? || self.system()? || self.fpu()? {
             return Ok(Step::Done);
         }
         Err(Stop::Unsupported)
+    }
+
+    fn reaches_debug_register(&self) -> bool {
+        self.instruction.op0_register().is_dr() || self.instruction.op1_register().is_dr()
     }
 
     fn mov(&mut self) -> Result<(), Stop> {
@@ -199,6 +211,9 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
             self.instruction.op0_register(),
             self.instruction.op1_register(),
         );
+        if to.is_cr() || from.is_cr() {
+            self.check_privileged()?;
+        }
         if to.is_cr() {
             let value = self.read_register(from)?;
             return Ok(self

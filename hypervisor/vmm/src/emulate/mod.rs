@@ -21,6 +21,7 @@ mod gate;
 mod operand;
 mod plain;
 mod segment;
+mod service;
 mod simple;
 mod stack;
 mod string;
@@ -34,6 +35,7 @@ use virt::{CpuMode, SegmentName, Shadow, TaskSwitch, VirtualCpu};
 pub use cache::DecodeCache;
 use execute::{Run, Step, Stop};
 use fetch::{fetch, linear};
+pub use service::Service;
 pub use simple::{SimpleMove, Target};
 
 use crate::{
@@ -113,6 +115,8 @@ pub enum Outcome {
     Jump(u64),
     /// Executed up to the switch to this task, which is the caller's to make.
     Task(TaskSwitch),
+    /// Checked: this is the caller's to do, and then to step over this many bytes.
+    Service(Service, u8),
     /// A REP instruction with iterations left: run the guest again at the same RIP.
     Again,
     /// The guest gets this exception, at the same RIP.
@@ -230,6 +234,7 @@ pub fn emulate<V: VirtualCpu, P: Platform<V>>(
         Ok(Step::Done) => Outcome::Done(instruction.len() as u8),
         Ok(Step::Jump(target)) => Outcome::Jump(target),
         Ok(Step::Task(request)) => Outcome::Task(request),
+        Ok(Step::Service(service)) => Outcome::Service(service, instruction.len() as u8),
         Ok(Step::Again) => Outcome::Again,
         Err(Stop::Fault(exception)) => Outcome::Fault(exception),
         Err(Stop::Unsupported) => Outcome::Unsupported(Bytes {

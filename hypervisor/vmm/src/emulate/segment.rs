@@ -30,12 +30,12 @@ pub(super) const fn is_conforming(rights: AccessRights) -> bool {
 }
 
 /// Data that may be written.
-const fn is_writable(rights: AccessRights) -> bool {
+pub(super) const fn is_writable(rights: AccessRights) -> bool {
     rights.code_or_data() && rights.kind() & 0b1010 == 0b0010
 }
 
 /// Data, or code that may be read.
-const fn is_readable(rights: AccessRights) -> bool {
+pub(super) const fn is_readable(rights: AccessRights) -> bool {
     rights.code_or_data() && (rights.kind() & 8 == 0 || rights.kind() & 2 != 0)
 }
 

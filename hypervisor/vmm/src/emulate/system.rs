@@ -59,20 +59,24 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     pub(super) fn system(&mut self) -> Result<bool, Stop> {
         match self.instruction.mnemonic() {
             Mnemonic::Lldt => {
+                self.check_privileged()?;
                 let selector = self.get(0)? as u16;
                 self.load_ldt(selector)?;
             }
             Mnemonic::Ltr => {
+                self.check_privileged()?;
                 let selector = self.get(0)? as u16;
                 self.load_task_register(selector)?;
             }
             Mnemonic::Sldt => self.store_selector(SegmentName::Ldtr)?,
             Mnemonic::Str => self.store_selector(SegmentName::Tr)?,
             Mnemonic::Lgdt => {
+                self.check_privileged()?;
                 let table = self.load_table()?;
                 self.cpu.set_gdtr(table);
             }
             Mnemonic::Lidt => {
+                self.check_privileged()?;
                 let table = self.load_table()?;
                 self.cpu.set_idtr(table);
             }
@@ -98,6 +102,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     fn store_selector(&mut self, name: SegmentName) -> Result<(), Stop> {
+        self.check_user_mode_prevention()?;
         let selector = self.cpu.segment(name).selector;
         self.set(0, selector.into())
     }
@@ -128,6 +133,7 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
     }
 
     fn store_table(&mut self, table: DescriptorTable) -> Result<(), Stop> {
+        self.check_user_mode_prevention()?;
         let at = self.operand_address_for(0, Access::Write)?;
         self.target = None;
         let width = self.base_width();

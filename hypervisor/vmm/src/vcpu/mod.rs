@@ -13,6 +13,7 @@ mod finish;
 mod hypercall;
 mod msrs;
 mod platform;
+mod service;
 mod steal;
 mod wake;
 
@@ -645,19 +646,22 @@ impl<V: VirtualCpu> Vcpu<V> {
     }
 
     fn xsetbv(&mut self) {
+        let result = self.write_xcr();
+        self.complete(result);
+    }
+
+    /// What XSETBV asks for.
+    fn write_xcr(&mut self) -> Result<(), Exception> {
         const CR4_OSXSAVE: u64 = 1 << 18;
         if self.hw.cr4() & CR4_OSXSAVE == 0 {
-            self.raise(Exception::UNDEFINED_OPCODE);
-            return;
+            return Err(Exception::UNDEFINED_OPCODE);
         }
         let index = self.hw.gpr(Gpr::Rcx) as u32;
         let value = self.edx_eax();
-        let result = if index == 0 && self.hw.cpl() == 0 {
-            control::write_xcr0(&mut self.hw, &self.rest.vm.cpuid, value)
-        } else {
-            Err(Exception::GENERAL_PROTECTION)
-        };
-        self.complete(result);
+        if index != 0 || self.hw.cpl() != 0 {
+            return Err(Exception::GENERAL_PROTECTION);
+        }
+        control::write_xcr0(&mut self.hw, &self.rest.vm.cpuid, value)
     }
 
     #[inline(always)]
@@ -747,6 +751,7 @@ impl<V: VirtualCpu> Vcpu<V> {
                 Next::Check
             }
             Outcome::Task(request) => self.task_switch(&request),
+            Outcome::Service(service, length) => self.serve(service, length),
             Outcome::Fault(exception) => {
                 self.raise(exception);
                 Next::Check

@@ -95,7 +95,7 @@ impl<V: VirtualCpu> Vcpu<V> {
     }
 
     #[inline(always)]
-    fn read_msr(&mut self, msr: u32) -> Option<u64> {
+    pub(super) fn read_msr(&mut self, msr: u32) -> Option<u64> {
         let Vcpu { hw, rest, .. } = self;
         if LocalApic::owns_msr(msr) {
             rest.fetch_task_priority(hw);
@@ -121,7 +121,7 @@ impl<V: VirtualCpu> Vcpu<V> {
     }
 
     #[inline(always)]
-    fn write_msr(&mut self, msr: u32, value: u64) -> Result<Next, Exception> {
+    pub(super) fn write_msr(&mut self, msr: u32, value: u64) -> Result<Next, Exception> {
         const GP: Exception = Exception::GENERAL_PROTECTION;
         let Vcpu { hw, rest, .. } = self;
         if LocalApic::owns_msr(msr) {
