@@ -15,7 +15,7 @@ use crate::{checks, fail, println, skip_if};
 use super::emulator::{DEVICE, NO_DEVICE, no_device};
 use super::{Verdict, scratch};
 
-checks![twins];
+checks![instructions];
 
 const CF: u64 = 1 << 0;
 const PF: u64 = 1 << 2;
@@ -566,7 +566,7 @@ fn run(state: &mut State, code: u64, base: u64) -> u64 {
     }
 }
 
-fn twins(machine: &Machine) -> Verdict {
+fn instructions(machine: &Machine) -> Verdict {
     skip_if!(no_device(machine), NO_DEVICE);
     let mut random = Random(0x0123_4567_89ab_cdef);
     let mut wrong = 0;

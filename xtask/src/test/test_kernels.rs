@@ -145,7 +145,7 @@ pub fn test_kernels(rig: &Rig, start: &Start) -> Result<String> {
     let fact = module_fact(&contents[0], &shown(&initrd));
     ensure!(console.contains(&fact), "by PVH there is no module{fact}");
 
-    let console = run.to_status(1, "checks=conform,emulator exit=0", &[])?;
+    let console = run.to_status(1, "checks=conform,emulator,twins exit=0", &[])?;
     ensure!(
         console.contains(" passed, 0 failed"),
         "the stub's checks on device memory failed"
