@@ -267,7 +267,8 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         // Also if it faults (SDM vol. 3A, section 6.7.1).
         self.aftermath.interrupt_return = true;
         let old = self.cpu.rflags();
-        if self.mode == CpuMode::Virtual8086 && old & RFLAGS_IOPL != RFLAGS_IOPL {
+        let is_virtual = width == Width::Word && self.has_virtual_interrupts();
+        if self.mode == CpuMode::Virtual8086 && old & RFLAGS_IOPL != RFLAGS_IOPL && !is_virtual {
             return Err(Stop::Fault(Exception::GENERAL_PROTECTION));
         }
         if self.has_tables() && old & RFLAGS_NT != 0 {
@@ -282,12 +283,17 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         let flags = self.stacked(2, width, 0)?;
         if !self.has_tables() {
             let cs = self.plain_segment(selector, offset)?;
-            self.release(3, width, 0);
-            self.cpu.set_segment(SegmentName::Cs, cs);
-            let kept = match self.mode {
+            let mut kept = match self.mode {
                 CpuMode::Virtual8086 => RFLAGS_IOPL | RFLAGS_VIF | RFLAGS_VIP,
                 _ => 0,
             };
+            if is_virtual {
+                self.check_virtual_flags(flags)?;
+                self.set_virtual_interrupt_flag(flags & RFLAGS_IF != 0)?;
+                kept |= RFLAGS_IF;
+            }
+            self.release(3, width, 0);
+            self.cpu.set_segment(SegmentName::Cs, cs);
             self.load_flags(flags, width, kept);
             return Ok(Step::Jump(offset));
         }

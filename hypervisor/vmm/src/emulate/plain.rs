@@ -9,7 +9,7 @@ use virt::{CpuMode, Gpr, SegmentName, Shadow, VirtualCpu};
 
 use super::{
     Exception, Platform,
-    alu::{RFLAGS_AF, RFLAGS_CF, RFLAGS_DF, RFLAGS_PF, RFLAGS_SF, RFLAGS_ZF},
+    alu::{RFLAGS_AF, RFLAGS_CF, RFLAGS_DF, RFLAGS_PF, RFLAGS_SF, RFLAGS_TF, RFLAGS_ZF},
     execute::{Run, Step, Stop},
 };
 
@@ -74,9 +74,32 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         ((self.cpu.rflags() & RFLAGS_IOPL) >> 12) as u8
     }
 
-    /// CLI and STI. Virtual interrupt flags (CR4.VME, CR4.PVI) are not kept for such code.
+    /// Whether VIF stands for IF: programs of virtual-8086 mode and, for CLI and STI, of ring 3 see it where IOPL keeps
+    /// them from the real one (SDM vol. 3A, sections 21.3.3.5 and 21.4).
+    pub(super) fn has_virtual_interrupts(&self) -> bool {
+        const CR4_VME: u64 = 1 << 0;
+        self.mode == CpuMode::Virtual8086 && self.iopl() < 3 && self.paging.cr4 & CR4_VME != 0
+    }
+
+    /// Sets VIF as IF would be. #GP(0) where an interrupt waits for that.
+    pub(super) fn set_virtual_interrupt_flag(&mut self, enable: bool) -> Result<(), Stop> {
+        if enable && self.cpu.rflags() & RFLAGS_VIP != 0 {
+            return Err(Stop::Fault(Exception::GENERAL_PROTECTION));
+        }
+        self.set_flags(RFLAGS_VIF, if enable { RFLAGS_VIF } else { 0 });
+        Ok(())
+    }
+
+    /// CLI and STI.
     fn set_interrupt_flag(&mut self, value: u64) -> Result<(), Stop> {
+        const CR4_PVI: u64 = 1 << 1;
         if self.paging.cpl > self.iopl() {
+            let by_program = self.mode != CpuMode::Virtual8086
+                && self.paging.cpl == 3
+                && self.paging.cr4 & CR4_PVI != 0;
+            if by_program || self.has_virtual_interrupts() {
+                return self.set_virtual_interrupt_flag(value != 0);
+            }
             return Err(Stop::Fault(Exception::GENERAL_PROTECTION));
         }
         if value & !self.cpu.rflags() & RFLAGS_IF != 0 {
@@ -86,24 +109,38 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         Ok(())
     }
 
-    /// In virtual-8086 mode, PUSHF and POPF need IOPL 3.
-    fn check_flags_access(&self) -> Result<(), Stop> {
-        if self.mode == CpuMode::Virtual8086 && self.iopl() != 3 {
+    /// In virtual-8086 mode, PUSHF and POPF need IOPL 3, or 16 bits and VIF.
+    fn check_flags_access(&self, width: Width) -> Result<(), Stop> {
+        let by_vif = width == Width::Word && self.has_virtual_interrupts();
+        if self.mode == CpuMode::Virtual8086 && self.iopl() != 3 && !by_vif {
             return Err(Stop::Fault(Exception::GENERAL_PROTECTION));
         }
         Ok(())
     }
 
     fn push_flags(&mut self) -> Result<(), Stop> {
-        self.check_flags_access()?;
-        let flags = self.cpu.rflags() & !(RFLAGS_RF | RFLAGS_VM);
+        self.check_flags_access(self.stack_item()?)?;
+        let mut flags = self.cpu.rflags() & !(RFLAGS_RF | RFLAGS_VM);
+        if self.has_virtual_interrupts() {
+            let enabled = if flags & RFLAGS_VIF != 0 {
+                RFLAGS_IF
+            } else {
+                0
+            };
+            flags = flags & !RFLAGS_IF | enabled | RFLAGS_IOPL;
+        }
         self.push(flags)
     }
 
     fn pop_flags(&mut self) -> Result<(), Stop> {
-        self.check_flags_access()?;
         let width = self.stack_item()?;
+        self.check_flags_access(width)?;
         let (flags, pointer) = self.popped(width)?;
+        let is_virtual = self.has_virtual_interrupts();
+        if is_virtual {
+            self.check_virtual_flags(flags)?;
+            self.set_virtual_interrupt_flag(flags & RFLAGS_IF != 0)?;
+        }
         self.set_stack_pointer(pointer);
         let mut loaded = RFLAGS_POPPED & width.mask();
         if self.paging.cpl != 0 {
@@ -119,6 +156,14 @@ impl<V: VirtualCpu, P: Platform<V>> Run<'_, V, P> {
         };
         let kept = self.cpu.rflags() & !loaded & !kept_clear;
         self.cpu.set_rflags(kept | flags & loaded);
+        Ok(())
+    }
+
+    /// POPF and IRET by VIF cannot turn single steps on.
+    pub(super) fn check_virtual_flags(&self, flags: u64) -> Result<(), Stop> {
+        if flags & RFLAGS_TF != 0 {
+            return Err(Stop::Fault(Exception::GENERAL_PROTECTION));
+        }
         Ok(())
     }
 

@@ -275,6 +275,89 @@ fn returns_of_32_bit_code_and_to_virtual_8086_mode() {
     assert_eq!(outcome, fault(13, 0));
 }
 
+/// VIF stands for IF where IOPL keeps a program from it.
+#[test]
+fn virtual_interrupt_flags() {
+    const IF: u64 = 1 << 9;
+    const IOPL: u64 = 3 << 12;
+    const VM: u64 = 1 << 17;
+    const VIF: u64 = 1 << 19;
+    const VIP: u64 = 1 << 20;
+    let no = fault(13, 0);
+    let in_8086 = |cr4: u64, flags: u64| {
+        let mut b = bench_32();
+        b.cpu.state.rip = 0x234;
+        (b.cpu.state.cr4, b.cpu.state.rflags) = (cr4, 2 | VM | flags);
+        for (name, selector) in [(SegmentName::Cs, 0x1000), (SegmentName::Ss, 0x2000)] {
+            let segment = super::segment::segment_8086(selector);
+            b.cpu.set_segment(name, segment);
+        }
+        b.cpu.set_gpr(Gpr::Rsp, 0x100);
+        b
+    };
+    let run = |b: &mut Bench, code: &[u8]| {
+        b.memory.write(Gpa(0x1_0234), code).expect("RAM");
+        emulate(&mut b.cpu, &b.memory, &mut b.device, &mut b.cache, None)
+    };
+    for (code, cr4, flags, outcome, after) in [
+        (&[0xfb][..], 1, 0, Outcome::Done(1), VIF), // sti
+        (&[0xfb], 1, VIP, no, VIP),
+        (&[0xfb], 0, 0, no, 0),
+        (&[0xfb], 0, IOPL, Outcome::Done(1), IOPL | IF),
+        (&[0xfa], 1, VIF | VIP | IF, Outcome::Done(1), VIP | IF), // cli
+        (&[0x9c], 1, 0, Outcome::Done(1), 0),                     // pushf
+        (&[0x66, 0x9c], 1, 0, no, 0),
+        (&[0x9c], 0, 0, no, 0),
+    ] {
+        let mut b = in_8086(cr4, flags);
+        assert_eq!(run(&mut b, code), outcome, "{code:02x?} {cr4} {flags:#x}");
+        assert_eq!(
+            b.cpu.rflags(),
+            2 | VM | after,
+            "{code:02x?} {cr4} {flags:#x}"
+        );
+    }
+    let mut b = in_8086(1, VIF);
+    assert_eq!(run(&mut b, &[0x9c]), Outcome::Done(1));
+    let pushed = b.memory.read_u64(Gpa(0x2_00fe)).expect("RAM") & 0xffff;
+    assert_eq!(pushed, 2 | IF | IOPL, "IF is VIF, IOPL is 3");
+    // popf, iret: what IF would become, VIF becomes; TF cannot be set, and an interrupt that waits comes first.
+    for (flags, waits, outcome) in [
+        (IF | 1, 0, true),
+        (1, VIP, true),
+        (IF | 1, VIP, false),
+        (1 << 8, 0, false),
+    ] {
+        for (code, done) in [(0x9d, Outcome::Done(1)), (0xcf, Outcome::Jump(0x55))] {
+            let mut b = in_8086(1, waits);
+            let items = if code == 0xcf {
+                0x55 | 0x1234 << 16 | flags << 32
+            } else {
+                flags
+            };
+            b.memory.write_u64(Gpa(0x2_0100), items).expect("RAM");
+            let outcome = if outcome { done } else { no };
+            assert_eq!(run(&mut b, &[code]), outcome, "{code:x} {flags:#x}");
+            let set = if flags & IF != 0 { VIF } else { 0 };
+            let after = if outcome == no { 0 } else { set | flags & 1 };
+            assert_eq!(
+                b.cpu.rflags(),
+                2 | VM | waits | after,
+                "{code:x} {flags:#x}"
+            );
+        }
+    }
+    // CR4.PVI: the same for CLI and STI in ring 3.
+    let mut b = bench();
+    b.cpu.state.segments[SegmentName::Ss as usize]
+        .rights
+        .set_dpl(3);
+    assert_eq!(b.run(&[0xfb]), no);
+    b.cpu.state.cr4 |= 2;
+    assert_eq!(b.run(&[0xfb]), Outcome::Done(1));
+    assert_eq!(b.cpu.rflags() & (VIF | IF), VIF);
+}
+
 #[test]
 fn flags_loops_and_extensions() {
     let mut b = bench();
