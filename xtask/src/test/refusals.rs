@@ -3,19 +3,18 @@
 use std::{
     fmt::Write,
     fs,
-    io::Read,
     path::Path,
     process::{Command, Stdio},
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sys::signal::Signal;
 use regex::Regex;
 
 use super::{
     rig::{Rig, Start, Vm},
     running::{STUB_GREETING, stub_to_power_off},
     terminal::Terminal,
+    test_kernels::interrupted,
 };
 use crate::guests;
 
@@ -237,22 +236,11 @@ pub fn exit_codes(rig: &Rig, log: &Path) -> Result<String> {
         "the time limit passed, and it ended with {}",
         late.status
     );
-    let mut child = run(["--until", "no such words", "--timeout", "300"])?.spawn()?;
-    let mut output = child.stdout.take().context("it is piped")?;
-    let mut said = Vec::new();
-    let mut buffer = [0; 4096];
-    // The machine runs once anything is on its serial line.
-    while !String::from_utf8_lossy(&said).contains("Plinth") {
-        match output.read(&mut buffer)? {
-            0 => break,
-            count => said.extend_from_slice(&buffer[..count]),
-        }
-    }
-    let id = i32::try_from(child.id()).context("a process number")?;
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), Signal::SIGINT)?;
-    // Its end closes the pipe only if the emulator has ended, too.
-    output.read_to_end(&mut said)?;
-    let status = child.wait()?;
+    // The machine runs once anything is on its serial line; its end closes the pipe only if the emulator has ended, too.
+    let (status, said) = interrupted(
+        run(["--until", "no such words", "--timeout", "300"])?,
+        |said| String::from_utf8_lossy(said).contains("Plinth"),
+    )?;
     fs::write(log, [late.stdout, said].concat())?;
     ensure!(
         status.code() == Some(130),

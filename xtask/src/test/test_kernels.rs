@@ -5,11 +5,13 @@
 
 use std::{
     fs,
+    io::Read,
     path::Path,
-    process::{Command, Output},
+    process::{Command, ExitStatus, Output, Stdio},
 };
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 
 use super::{
     place::Place,
@@ -32,22 +34,30 @@ pub struct Run<'r> {
 }
 
 impl Run<'_> {
-    /// Runs it with this command line and these further arguments.
-    ///
-    /// # Errors
-    /// The command did not start.
-    pub fn with(self, append: &str, limit_s: u64, arguments: &[&str]) -> Result<Output> {
+    /// The command that runs it with this command line and these further arguments.
+    fn command(self, append: &str, limit_s: u64, arguments: &[&str]) -> Result<Command> {
         let emulator = match self.emulator {
             Emulator::Qemu => "qemu",
             Emulator::Bochs => "bochs",
         };
-        let output = Command::new(std::env::current_exe()?)
+        let mut command = Command::new(std::env::current_exe()?);
+        command
             .args(["run", "--headless", "--test-devices"])
             .args(["--emulator", emulator, "--timeout", &limit_s.to_string()])
             .arg("--kernel")
             .arg(self.kernel)
             .args(["--append", append])
-            .args(arguments)
+            .args(arguments);
+        Ok(command)
+    }
+
+    /// Runs it with this command line and these further arguments.
+    ///
+    /// # Errors
+    /// The command did not start.
+    pub fn with(self, append: &str, limit_s: u64, arguments: &[&str]) -> Result<Output> {
+        let output = self
+            .command(append, limit_s, arguments)?
             .output()
             .context("running this program")?;
         let mut text = fs::read(self.log).unwrap_or_default();
@@ -157,15 +167,47 @@ pub fn test_kernels(rig: &Rig, start: &Start) -> Result<String> {
     if start.place == Place::QEMU_BIOS {
         run.to_status(0, &format!("{quiet}end=poweroff"), &[])?;
         run.to_status(0, &format!("{quiet}end=reset"), &[])?;
-        let output = run.with(&format!("{quiet}end=spin"), 15, &[])?;
-        let code = output.status.code();
+        let spins = format!("{quiet}end=spin");
+        let code = run.with(&spins, 1, &[])?.status.code();
         ensure!(
-            code == Some(Code::Timeout.status().into()) && output.stdout.ends_with(b"skipped\r\n"),
+            code == Some(Code::Timeout.status().into()),
             "a guest that never ends ended with {code:?}"
+        );
+        let said_all = |said: &[u8]| said.ends_with(b"skipped\r\n");
+        let (status, said) = interrupted(run.command(&spins, LIMIT_S, &[])?, said_all)?;
+        ensure!(
+            said_all(&said) && status.code() == Some(Code::Interrupted.status().into()),
+            "a guest that never ends was interrupted, and ended with {status}"
         );
     }
     fs::remove_dir_all(&folder)?;
     Ok(String::new())
+}
+
+/// Runs a command, sends it an interrupt when its output is `enough`, and waits for its end: its status and its output.
+///
+/// # Errors
+/// It did not start.
+pub fn interrupted(
+    mut command: Command,
+    enough: impl Fn(&[u8]) -> bool,
+) -> Result<(ExitStatus, Vec<u8>)> {
+    command.stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().context("running this program")?;
+    let mut output = child.stdout.take().context("it is piped")?;
+    let mut said = Vec::new();
+    let mut buffer = [0; 4096];
+    while !enough(&said) {
+        match output.read(&mut buffer)? {
+            0 => break,
+            count => said.extend_from_slice(&buffer[..count]),
+        }
+    }
+    let id = i32::try_from(child.id()).context("a process number")?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(id), Signal::SIGINT)?;
+    // The pipe is closed when all that write to it have ended, the emulator among them.
+    output.read_to_end(&mut said)?;
+    Ok((child.wait()?, said))
 }
 
 /// A kernel with both headers, robbed of its multiboot header.

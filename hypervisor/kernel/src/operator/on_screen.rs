@@ -140,7 +140,7 @@ pub(super) fn serve(operate: &dyn Operate) -> u64 {
         None => Box::new(Local::new()),
     };
     // What was typed for others comes to them before what stands behind it has an effect.
-    while TYPED.lock().is_empty()
+    while !others_wait()
         && let Some(code) = keyboard::pop()
     {
         for &byte in local.decoder.feed(code).as_bytes() {
@@ -150,6 +150,11 @@ pub(super) fn serve(operate: &dyn Operate) -> u64 {
     let next = local.show(operate);
     *LOCAL.lock() = Some(local);
     next
+}
+
+/// Whether something that was typed for others has not come to them.
+fn others_wait() -> bool {
+    !TYPED.lock().is_empty()
 }
 
 fn type_for_others(input: Input) {
