@@ -296,9 +296,9 @@ pub fn show(name: &str) -> bool {
     let found = console.mux.find(name);
     if let Some(id) = found {
         console.mux.switch(id);
-        console.announce_input();
         console.pump_unless_draining();
     }
+    console.announce_input();
     found.is_some()
 }
 
