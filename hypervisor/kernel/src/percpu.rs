@@ -14,7 +14,7 @@ use mem::OutOfFrames;
 use x86_64::VirtAddr;
 use x86_64::registers::model_specific::{GsBase, KernelGsBase};
 
-use crate::gdt;
+use crate::{gdt, run::LongWork};
 
 /// Processors that Plinth uses at most.
 pub const MAX_CPUS: usize = 64;
@@ -38,6 +38,8 @@ pub struct PerCpu {
     pub timer_armed: AtomicU64,
     /// Interrupts taken on vectors that nobody uses.
     pub unexpected: AtomicU64,
+    /// Long work that this processor is at.
+    pub long_work: LongWork,
 }
 
 // SAFETY: `this` is only an address; everything that changes is atomic.
@@ -63,6 +65,7 @@ pub fn new(number: usize, apic_id: u32) -> Result<&'static PerCpu, OutOfFrames> 
         timer_due: AtomicBool::new(false),
         timer_armed: AtomicU64::new(0),
         unexpected: AtomicU64::new(0),
+        long_work: LongWork::new(),
     });
     cpu.this = &raw const *cpu;
     Ok(Box::leak(cpu))

@@ -14,6 +14,7 @@
 //! the vCPU's own, which nobody else waits for.
 
 mod life;
+mod long_work;
 mod scheduling;
 mod slots;
 mod tables;
@@ -44,6 +45,7 @@ use vmm::{
     vm::Vm,
 };
 
+pub use long_work::LongWork;
 use slots::{Plan, Slot, Slots, VmNumber};
 use verbs::Published;
 
@@ -66,6 +68,8 @@ trait Runner: Sync {
     fn wake(&self, entity: EntityId) -> Outcome;
     fn alarm(&self, vm: VmNumber);
     fn run(&'static self, cpu: &'static PerCpu) -> !;
+    /// Does other work between two pieces of this pCPU's long work.
+    fn give_way(&'static self, cpu: &'static PerCpu);
 }
 
 static WORLD: Once<&'static dyn Runner> = Once::new();
@@ -226,6 +230,7 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         frame::begin(word);
     }
     WORLD.call_once(|| world);
+    memory::HOST.on_long_work(long_work::breathe);
     let wanted = starting.len();
     let made: Vec<_> = starting
         .into_iter()
@@ -489,6 +494,30 @@ impl<B: Backend> World<B> {
         }
     }
 
+    /// What this pCPU does beside running vCPUs and making VMs.
+    fn other_work(&self, cpu: &PerCpu) {
+        loop {
+            self.host_work(cpu);
+            if cpu.number != 0 {
+                return;
+            }
+            doors::serve(self);
+            if self.power_off.load(Ordering::Relaxed) {
+                control::flush();
+                power::off();
+            }
+            // Behind what a door has taken there may be more, for others.
+            if !console::has_work() {
+                break;
+            }
+        }
+        let now = time::now_tsc();
+        self.look_at_clock(now);
+        if display::is_due(now) {
+            self.show_display();
+        }
+    }
+
     /// Halts until there may be work, after `sched` had none. What makes some from then on interrupts this pCPU.
     fn sleep(&self, cpu: &PerCpu) {
         let first = cpu.number == 0;
@@ -542,24 +571,9 @@ impl<B: Backend> Runner for World<B> {
         if cpu.number != 0 {
             self.others.fetch_or(1 << cpu.number, Ordering::Relaxed);
         }
+        cpu.long_work.enter_loop();
         loop {
-            self.host_work(cpu);
-            if cpu.number == 0 {
-                doors::serve(self);
-                if self.power_off.load(Ordering::Relaxed) {
-                    control::flush();
-                    power::off();
-                }
-                // Behind what a door has taken there may be more, for others.
-                if console::has_work() {
-                    continue;
-                }
-                let now = time::now_tsc();
-                self.look_at_clock(now);
-                if display::is_due(now) {
-                    self.show_display();
-                }
-            }
+            self.other_work(cpu);
             self.do_jobs(cpu);
             let pick = self.sched.pick(cpu.number, time::now_tsc());
             self.kick(pick.kick);
@@ -568,6 +582,10 @@ impl<B: Backend> Runner for World<B> {
                 None => self.sleep(cpu),
             }
         }
+    }
+
+    fn give_way(&'static self, cpu: &'static PerCpu) {
+        self.one_round(cpu);
     }
 }
 

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Bytes of stack of each processor but the first.
-const STACK_BYTES: u64 = 64 * 1024;
+const STACK_BYTES: u64 = 128 * 1024;
 /// Time for a processor to arrive after its start-up message.
 const PATIENCE_US: u64 = 500_000;
 /// Time between INIT and the start-up message (SDM vol. 3A, section 9.4.4.1).

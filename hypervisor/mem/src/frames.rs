@@ -34,6 +34,9 @@ use crate::{HostMemory, Hpa, MemoryRegion, OutOfFrames, Owner};
 /// Frames below 1 MiB.
 const LOW_FRAMES: u64 = (1 << 20) / PAGE_SIZE;
 
+/// How much is zeroed in one piece.
+pub const PIECE_BYTES: usize = 64 * 1024;
+
 /// Why the frame allocator could not be set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InitError {
@@ -128,6 +131,8 @@ struct Pool {
 pub struct Frames {
     access: Once<Access>,
     pool: Mutex<Option<Pool>>,
+    /// Called between pieces of long work.
+    long_work: Once<fn()>,
 }
 
 impl Default for Frames {
@@ -142,7 +147,13 @@ impl Frames {
         Self {
             access: Once::new(),
             pool: Mutex::new(None),
+            long_work: Once::new(),
         }
+    }
+
+    /// From now on `breathe` is called between pieces of [`PIECE_BYTES`] of zeroing memory for guests.
+    pub fn on_long_work(&self, breathe: fn()) {
+        self.long_work.call_once(|| breathe);
     }
 
     /// Takes over the usable `regions` (in any order, overlaps and odd bounds are fine).
@@ -232,7 +243,7 @@ impl Frames {
             from + at
         };
         let base = Hpa(first as u64 * PAGE_SIZE);
-        self.zero(base, frames);
+        self.zero(base, frames, || {});
         Ok(base)
     }
 
@@ -274,12 +285,19 @@ impl Frames {
         panic!("{bytes} bytes at {hpa:?} are not usable RAM")
     }
 
-    fn zero(&self, base: Hpa, frames: u64) {
+    /// Zeroes frames that the caller has just taken. `between` is called between pieces.
+    fn zero(&self, base: Hpa, frames: u64, between: impl Fn()) {
         let bytes = (frames * PAGE_SIZE) as usize;
         let start = self.checked(base, bytes);
-        // SAFETY: `checked` saw that the bytes are RAM behind the window; the caller just
-        // took them, so nobody else uses them.
-        unsafe { ptr::write_bytes(start, 0, bytes) };
+        for offset in (0..bytes).step_by(PIECE_BYTES) {
+            let piece = PIECE_BYTES.min(bytes - offset);
+            // SAFETY: `checked` saw that the bytes are RAM behind the window, and this piece is among them; the
+            // caller just took them, so nobody else uses them.
+            unsafe { ptr::write_bytes(start.add(offset), 0, piece) };
+            if offset + piece < bytes {
+                between();
+            }
+        }
     }
 }
 
@@ -342,8 +360,19 @@ impl HostMemory for Frames {
             .and_then(|pool| pool.buddy.allocate(frames, align, owner))
             .ok_or(OutOfFrames { frames })?;
         let base = Hpa(first * PAGE_SIZE);
-        self.zero(base, frames);
+        self.zero(base, frames, || {
+            // Others may be zeroed under a lock of the caller's.
+            if matches!(owner, Owner::VmRam(_)) {
+                self.breathe();
+            }
+        });
         Ok(base)
+    }
+
+    fn breathe(&self) {
+        if let Some(breathe) = self.long_work.get() {
+            breathe();
+        }
     }
 
     fn free(&self, base: Hpa, frames: u64, owner: Owner) {
@@ -543,6 +572,22 @@ mod tests {
         // SAFETY: refused before anything is touched.
         let again = unsafe { frames.init(none, ptr::null_mut()) };
         assert_eq!(again, Err(InitError::Twice));
+    }
+
+    #[test]
+    fn a_guests_memory_is_zeroed_in_pieces() {
+        static PIECES: AtomicU32 = AtomicU32::new(0);
+        let frames = machine(8, &[region(0, 8 * MIB)]);
+        frames.on_long_work(|| {
+            PIECES.fetch_add(1, Ordering::Relaxed);
+        });
+        let pieces = || PIECES.swap(0, Ordering::Relaxed) as usize;
+        let bytes = 1 << 20;
+        let count = bytes as u64 / PAGE_SIZE;
+        frames.allocate(count, PAGE_SIZE, Owner::Host).unwrap();
+        assert_eq!(pieces(), 0, "the host's own may be zeroed under a lock");
+        frames.allocate(count, PAGE_SIZE, Owner::VmRam(1)).unwrap();
+        assert_eq!(pieces(), bytes / PIECE_BYTES - 1);
     }
 
     #[test]

@@ -308,10 +308,14 @@ impl GuestMemory {
     /// Zeroes all RAM, as after power-up. The guest must not be running.
     pub fn scrub(&self) {
         const ZEROES: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+        const PIECE_BYTES: u64 = crate::frames::PIECE_BYTES as u64;
         let special = self.special.iter().map(|s| &s.region);
         for region in self.regions.iter().chain(special) {
             for offset in (0..region.bytes).step_by(ZEROES.len()) {
                 self.memory.write(region.hpa + offset, &ZEROES);
+                if offset.is_multiple_of(PIECE_BYTES) {
+                    self.memory.breathe();
+                }
             }
         }
     }

@@ -64,6 +64,10 @@ pub trait HostMemory: Send + Sync {
     /// `OutOfFrames` when no such run is free.
     fn allocate(&self, frames: u64, align: u64, owner: Owner) -> Result<Hpa, OutOfFrames>;
 
+    /// Called between pieces of long work on memory, such as zeroing a guest's. No lock of this room is held then, and the
+    /// caller may be stopped for long.
+    fn breathe(&self) {}
+
     /// Gives back frames taken with `allocate`.
     ///
     /// # Panics

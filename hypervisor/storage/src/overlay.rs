@@ -161,6 +161,7 @@ impl Drop for Overlay {
                 }
             }
             self.free(table);
+            self.memory.breathe();
         }
     }
 }

@@ -138,7 +138,9 @@ impl<B: Backend> World<B> {
     /// Whether a pCPU is needed for something else than running vCPUs.
     pub(super) fn is_wanted(&self, cpu: &PerCpu) -> bool {
         (cpu.number == 0 && doors::is_waiting())
-            || (self.jobs.load(Ordering::Relaxed) && self.does_jobs(cpu))
+            || (self.jobs.load(Ordering::Relaxed)
+                && self.does_jobs(cpu)
+                && !cpu.long_work.is_between())
     }
 
     /// Whether this pCPU makes VMs: the first one, to which the operator talks, only where there is no other.
@@ -184,7 +186,7 @@ impl<B: Backend> World<B> {
                     let name = &slot.plan.config.name;
                     self.say(&format!("{name}: destroyed"));
                     // What its disks have kept is scrubbed.
-                    interrupts::open(|| drop(slot));
+                    self.in_pieces(|| drop(slot));
                 }
             }
         }
@@ -410,7 +412,7 @@ impl<B: Backend> World<B> {
             alarm: Arc::new(VmAlarm(number)),
         };
         // Memory is zeroed and files are copied: long work.
-        let (vm, entry) = interrupts::open(|| Vm::new(spec, environment)).map_err(|e| {
+        let (vm, entry) = self.in_pieces(|| Vm::new(spec, environment)).map_err(|e| {
             if e.is_of_file() {
                 // The first file is what the VM boots: its firmware, or its kernel.
                 let file = config.boot.paths().next().unwrap_or_default();
@@ -510,7 +512,7 @@ impl<B: Backend> World<B> {
             self.bury(entity);
         }
         // Its memory is zeroed: long work.
-        interrupts::open(|| drop(live));
+        self.in_pieces(|| drop(live));
     }
 
     /// A vCPU of an ended VM has come to rest. After the last one the VM is handed out, to be taken down.
