@@ -26,6 +26,11 @@ impl Budget {
         Budget(bytes)
     }
 
+    /// How much is left.
+    pub fn left(&self) -> u64 {
+        self.0
+    }
+
     /// Nothing may be done any more.
     pub fn is_spent(&self) -> bool {
         self.0 == 0
@@ -100,8 +105,8 @@ impl WorkList {
         self.pending.load(Ordering::Acquire) != 0
     }
 
-    /// Does a piece of what is pending, each worker in turn. Each line for the log goes to `note`.
-    pub fn run(&self, mut budget: Budget, mut note: impl FnMut(String)) {
+    /// Does a piece of what is pending, each worker in turn, on one `budget`. Each line for the log goes to `note`.
+    pub fn run(&self, budget: &mut Budget, mut note: impl FnMut(String)) {
         let pending = self.pending.load(Ordering::Acquire);
         for (index, worker) in self.workers.iter().enumerate() {
             let bit = 1 << index;
@@ -109,7 +114,7 @@ impl WorkList {
             if pending & bit == 0 || self.pending.fetch_and(!bit, Ordering::AcqRel) & bit == 0 {
                 continue;
             }
-            let outcome = worker.work(&mut budget);
+            let outcome = worker.work(budget);
             if outcome.more {
                 self.pending.fetch_or(bit, Ordering::Release);
             }
@@ -150,11 +155,15 @@ mod tests {
         let mut make = |units: u32| list.add(|signal| Some(Arc::new(Units(units.into(), signal))));
         let (a, b) = (make(5).unwrap(), make(2).unwrap());
         let mut notes = vec![];
-        let mut run = |list: &WorkList| list.run(Budget::new(30), |line| notes.push(line));
+        let mut run = |list: &WorkList| {
+            let mut budget = Budget::new(30);
+            list.run(&mut budget, |line| notes.push(line));
+            30 - budget.left()
+        };
         assert!(!list.is_pending());
-        run(&list);
+        assert_eq!(run(&list), 0);
         a.1.raise();
-        run(&list);
+        assert_eq!(run(&list), 30);
         assert_eq!(a.0.load(Ordering::Relaxed), 2);
         b.1.raise();
         assert!(list.is_pending());
@@ -163,7 +172,7 @@ mod tests {
             (a.0.load(Ordering::Relaxed), b.0.load(Ordering::Relaxed)),
             (0, 1)
         );
-        run(&list);
+        assert_eq!(run(&list), 10);
         assert!(!list.is_pending());
         assert_eq!(notes, ["done", "done"]);
     }

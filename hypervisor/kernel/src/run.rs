@@ -328,8 +328,9 @@ impl<B: Backend> World<B> {
         if self.figures && entity.first_run.load(Ordering::Relaxed) == 0 {
             entity.first_run.store(time::now_tsc(), Ordering::Relaxed);
         }
-        let pause = {
+        let (pause, io) = {
             let mut vcpu = entity.vcpu.lock();
+            let io = vcpu.io_bytes();
             vcpu.load(cpu.number);
             let whose = (entity.vm.0, entity.number);
             let pause = match trace::is_on() {
@@ -355,8 +356,11 @@ impl<B: Backend> World<B> {
             };
             vcpu.unload();
             entity.exits.publish(vcpu.counters());
-            pause
+            (pause, vcpu.io_bytes() - io)
         };
+        if io > 0 {
+            self.sched.note_io(cpu.number, io, time::now_tsc());
+        }
         match pause {
             Pause::SliceOver => self.stop(cpu, Stop::Interrupted),
             Pause::Idle { until } => self.stop(cpu, Stop::Blocked { until }),

@@ -353,10 +353,13 @@ pub struct VcpuStats {
     pub response_ns: u64,
     /// 99 % of wake-ups came to run within so long; the bound of a power-of-two class.
     pub response_p99_ns: u64,
-    /// Times it was taken from or gave up a processor.
+    /// Times a processor ran it after another vCPU had run there.
     pub switches: u64,
     /// Times it came to run on another processor than before.
     pub migrations: u64,
+    /// What it asked devices for: what disks moved, and 512 for each request and each access to a device.
+    #[serde(default)]
+    pub io_bytes: u64,
     /// Exits by kind; kinds without any are left out.
     pub exits: Vec<(String, u64)>,
 }
@@ -430,7 +433,7 @@ pub struct PcpuStats {
     pub busy_ns: u64,
     /// Time in which it was halted or looked for work.
     pub idle_ns: u64,
-    /// vCPU switches.
+    /// Times it ran another vCPU than the one before; each is one of that vCPU's `switches`.
     pub switches: u64,
     /// vCPUs that wait for it.
     pub queued: u32,

@@ -292,6 +292,7 @@ fn vcpu_table<'a>(vms: impl IntoIterator<Item = (&'a str, &'a [VcpuStats])>) -> 
         ("WAKE-UPS", Align::Right),
         ("SWITCHES", Align::Right),
         ("MOVES", Align::Right),
+        ("I/O", Align::Right),
         ("EXITS", Align::Right),
     ]);
     for (name, vcpus) in vms {
@@ -307,6 +308,7 @@ fn vcpu_table<'a>(vms: impl IntoIterator<Item = (&'a str, &'a [VcpuStats])>) -> 
                 vcpu.wakeups.to_string(),
                 vcpu.switches.to_string(),
                 vcpu.migrations.to_string(),
+                size(vcpu.io_bytes),
                 exit_count(vcpu).to_string(),
             ]);
         }

@@ -35,6 +35,8 @@ pub const HELLO: &str = "hello";
 
 /// Deepest nesting of lists and objects in a line.
 const MAX_DEPTH: usize = 16;
+/// Longest word that a failure quotes as a verb, in bytes.
+const LONGEST_VERB: usize = 32;
 /// Longest message of a failure, in bytes: it may quote what was sent.
 const MAX_MESSAGE: usize = 400;
 
@@ -195,8 +197,14 @@ fn asked(mut fields: Map<String, Value>) -> Result<Asked, Failure> {
             return Err(failure(FailureCode::BadVersion, text));
         }
     }
+    let verb = match fields.get("verb") {
+        Some(Value::String(verb)) if verb.len() <= LONGEST_VERB => format!("{verb}: "),
+        _ => String::new(),
+    };
     let request = serde_json::from_value(Value::Object(fields));
-    request.map(Asked::Request).map_err(|e| bad(format!("{e}")))
+    request
+        .map(Asked::Request)
+        .map_err(|e| bad(format!("{verb}{e}")))
 }
 
 /// How deep brackets lie in each other. In what is no JSON this may be too much, never too little.

@@ -37,7 +37,9 @@ impl FromStr for Address {
             let (path, speed) = match port.rsplit_once(',') {
                 None => (port, DEFAULT_SPEED),
                 Some((path, speed)) => {
-                    let speed = speed.parse().map_err(|_| usage("the speed is no number"))?;
+                    let speed = speed.parse().map_err(|_| {
+                        usage("write tty:PATH,SPEED, where SPEED is a number, as 115200")
+                    })?;
                     (path, speed)
                 }
             };

@@ -1,5 +1,7 @@
 //! The command line, made from the shell's table of verbs.
 
+use std::ops::RangeInclusive;
+
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use clap_complete::Shell;
 use manage::shell::{Argument, Form, Kind, VERBS, Verb, VerbId};
@@ -56,7 +58,7 @@ pub fn command() -> Command {
                 .long("answer-timeout")
                 .global(true)
                 .value_name("SECONDS")
-                .value_parser(value_parser!(u32).range(1..=3600))
+                .value_parser(whole(1..=3600))
                 .default_value("10")
                 .help("How long to wait for an answer"),
         )
@@ -130,7 +132,7 @@ fn trace(command: Command) -> Command {
                 .long("seconds")
                 .value_name("N")
                 .default_value("1")
-                .value_parser(value_parser!(u32).range(1..=3600))
+                .value_parser(whole(1..=3600))
                 .help("Record for so long"),
         )
         .arg(
@@ -190,10 +192,23 @@ fn of_verb(verb: &'static Verb, name: &'static str) -> Command {
             Arg::new("count")
                 .long("count")
                 .value_name("N")
-                .value_parser(value_parser!(u32).range(1..))
+                .value_parser(whole(1..=u32::MAX))
                 .help("End after so many views"),
         ),
         _ => command,
+    }
+}
+
+/// Reads a number of this range; the error says which that is.
+fn whole(
+    range: RangeInclusive<u32>,
+) -> impl Fn(&str) -> Result<u32, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        let number = text.parse().ok().filter(|number| range.contains(number));
+        number.ok_or_else(|| match (range.start(), range.end()) {
+            (from, &u32::MAX) => format!("write a whole number from {from} on"),
+            (from, to) => format!("write a whole number from {from} to {to}"),
+        })
     }
 }
 
@@ -204,7 +219,7 @@ fn wait(until: &str) -> Arg {
         .num_args(0..=1)
         .require_equals(true)
         .default_missing_value(DEFAULT_WAIT_S)
-        .value_parser(value_parser!(u32).range(1..=86_400))
+        .value_parser(whole(1..=86_400))
         .help(format!(
             "Wait until {until}, for so long at most [{DEFAULT_WAIT_S}]"
         ))
@@ -312,6 +327,28 @@ mod tests {
     }
 
     #[test]
+    fn a_wrong_number_is_answered_with_its_range() {
+        for (line, says) in [
+            (
+                &["top", "--count", "x"][..],
+                "'x' for '--count <N>': write a whole number from 1 on",
+            ),
+            (
+                &["vm", "stop", "web", "--wait=86401"],
+                "write a whole number from 1 to 86400",
+            ),
+            (
+                &["--answer-timeout", "0", "stats"],
+                "write a whole number from 1 to 3600",
+            ),
+        ] {
+            let args = ["plinthctl"].iter().chain(line);
+            let error = command().try_get_matches_from(args).unwrap_err();
+            assert!(error.to_string().contains(says), "{error}");
+        }
+    }
+
+    #[test]
     fn wrong_arguments_are_refused() {
         for line in [
             &["vm"][..],
@@ -322,6 +359,7 @@ mod tests {
             &["trace", "-o", "x", "start"],
             &["top", "--sort", "colour"],
             &["vm", "stop", "web", "--wait=0"],
+            &["top", "--count", "0"],
             &["completions", "cobol"],
         ] {
             let args = ["plinthctl"].iter().chain(line);

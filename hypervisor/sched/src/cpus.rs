@@ -100,6 +100,25 @@ impl FromIterator<usize> for CpuSet {
     }
 }
 
+/// As a list with ranges: `0-2, 5`.
+impl fmt::Display for CpuSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut rest = *self;
+        let mut separator = "";
+        while let Some(first) = rest.lowest() {
+            let count = (rest.0 >> first).trailing_ones() as usize;
+            let last = first + count - 1;
+            match count {
+                1 => write!(f, "{separator}{first}")?,
+                _ => write!(f, "{separator}{first}-{last}")?,
+            }
+            separator = ", ";
+            rest = rest.without(Self::first(last + 1));
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Debug for CpuSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.iter()).finish()
@@ -109,6 +128,15 @@ impl fmt::Debug for CpuSet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use alloc::format;
+
+    #[test]
+    fn a_set_is_shown_as_ranges() {
+        let shown = |numbers: &[usize]| format!("{}", numbers.iter().copied().collect::<CpuSet>());
+        assert_eq!(shown(&[]), "");
+        assert_eq!(shown(&[5, 0, 2, 1, 62, 63]), "0-2, 5, 62-63");
+        assert_eq!(format!("{}", CpuSet::ALL), "0-63");
+    }
 
     #[test]
     fn numbers_go_in_and_come_out() {

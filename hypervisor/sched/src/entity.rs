@@ -49,15 +49,14 @@ impl Reservation {
     }
 }
 
-/// What the entity's VM holds or asks of the host beside CPU time, in millionths of what the host has.
+/// What the entity's VM holds of the host, in millionths of what the host has. What it takes of CPU time and asks for of input
+/// and output is measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Demand {
     /// Part of the host's memory.
     pub memory: u32,
     /// Part of the host's processors that were given to it: its vCPUs by all pCPUs.
     pub processors: u32,
-    /// Part of the host's input and output that it asks for.
-    pub io: u32,
 }
 
 /// How an entity is to be scheduled.
@@ -137,7 +136,10 @@ pub enum Refusal {
     /// There is no such pool.
     NoSuchPool,
     /// No pCPU of the pool may run it.
-    NoPcpu,
+    NoPcpu {
+        /// Those of the pool.
+        pool: CpuSet,
+    },
     /// The pool's policy keeps no time for anybody.
     NoReservations,
     /// No room for another entity.
@@ -159,7 +161,12 @@ impl fmt::Display for Refusal {
         match self {
             Refusal::OutOfRange => f.write_str("a scheduling value is out of range"),
             Refusal::NoSuchPool => f.write_str("there is no such CPU pool"),
-            Refusal::NoPcpu => f.write_str("no processor of the pool may run it"),
+            Refusal::NoPcpu { pool } => {
+                write!(
+                    f,
+                    "it may run on no processor of its pool, which has: {pool}"
+                )
+            }
             Refusal::NoReservations => {
                 f.write_str("a reservation needs a pool whose scheduler is \"reservation\"")
             }
@@ -256,7 +263,7 @@ impl Bandwidth {
     }
 }
 
-/// CPU use of the recent past, halved every [`Recent::HALF_LIFE_BITS`]'s power of two of ticks.
+/// CPU time or bytes of the recent past, halved every [`Recent::HALF_LIFE_BITS`]'s power of two of ticks.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Recent {
     ticks: u64,
@@ -289,12 +296,16 @@ impl Recent {
         self.ticks.checked_shr(halvings as u32).unwrap_or(0)
     }
 
+    /// What adds up in the long run where each tick counts one.
+    pub(crate) fn of_every_tick(now: u64) -> u64 {
+        // One half-life when an epoch begins, and two when it ends.
+        let half_life = 1 << Self::HALF_LIFE_BITS;
+        half_life + (now & (half_life - 1))
+    }
+
     /// As a part of what one pCPU can give, in millionths.
     pub(crate) fn share(self, now: u64) -> u64 {
-        // In the long run a busy pCPU has added up to one half-life when an epoch begins, and to two when it ends.
-        let half_life = 1 << Self::HALF_LIFE_BITS;
-        let busy = half_life + (now & (half_life - 1));
-        self.at(now).saturating_mul(MILLION) / busy
+        self.at(now).saturating_mul(MILLION) / Self::of_every_tick(now)
     }
 }
 
@@ -326,6 +337,8 @@ pub(crate) struct Entity {
     /// Ticks of its slice that are left.
     pub(crate) slice_left: u64,
     pub(crate) recent: Recent,
+    /// What it asked devices for in the recent past, in bytes.
+    pub(crate) io: Recent,
     pub(crate) metrics: Metrics,
     /// The policy `fair`'s.
     pub(crate) virt: Virtual,
@@ -355,6 +368,7 @@ impl Entity {
             burst: 0,
             slice_left: 0,
             recent: Recent::default(),
+            io: Recent::default(),
             metrics: Metrics::default(),
             virt: Virtual::default(),
             expected_burst: 0,

@@ -28,12 +28,16 @@ pub struct Metrics {
     pub bursts: u64,
     /// Times that it was put on a pCPU.
     pub dispatches: u64,
+    /// Those of them that put it in another one's place: the pCPU had run another one before.
+    pub switches: u64,
     /// Times that it was taken from its pCPU while it could have gone on.
     pub preemptions: u64,
     /// Times that it gave its pCPU away of its own accord.
     pub yields: u64,
     /// Changes of its pCPU.
     pub migrations: u64,
+    /// Bytes that it asked devices for, as [`note_io`](crate::Scheduler::note_io) was told.
+    pub io: u64,
 }
 
 impl Default for Metrics {
@@ -49,9 +53,11 @@ impl Default for Metrics {
             latency: [0; LATENCY_CLASSES],
             bursts: 0,
             dispatches: 0,
+            switches: 0,
             preemptions: 0,
             yields: 0,
             migrations: 0,
+            io: 0,
         }
     }
 }
@@ -108,9 +114,11 @@ impl Metrics {
         }
         self.bursts += other.bursts;
         self.dispatches += other.dispatches;
+        self.switches += other.switches;
         self.preemptions += other.preemptions;
         self.yields += other.yields;
         self.migrations += other.migrations;
+        self.io = self.io.saturating_add(other.io);
     }
 }
 
@@ -119,7 +127,7 @@ impl Metrics {
 pub struct PcpuMetrics {
     /// Time in which it ran entities.
     pub busy: u64,
-    /// Dispatches of an entity other than the one before.
+    /// Dispatches of an entity other than the one before: the sum of its entities' [`Metrics::switches`] on it.
     pub switches: u64,
     /// Entities that it took from another pCPU's queue.
     pub steals: u64,

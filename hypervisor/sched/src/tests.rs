@@ -511,7 +511,9 @@ fn parameters_out_of_range_are_refused() {
                 affinity: CpuSet::of(1),
                 ..base
             },
-            Refusal::NoPcpu,
+            Refusal::NoPcpu {
+                pool: CpuSet::of(0),
+            },
         ),
     ] {
         assert_eq!(s.add(params, 0), Err(refusal));
@@ -590,11 +592,7 @@ fn short_jobs_come_before_long_ones() {
 #[test]
 fn allocation_and_requirement_follow_what_is_held() {
     let demanding = |memory, processors| Params {
-        demand: Demand {
-            memory,
-            processors,
-            io: 0,
-        },
+        demand: Demand { memory, processors },
         ..Params::default()
     };
     let s = scheduler(1, PolicyKind::Allocation);
@@ -621,6 +619,64 @@ fn allocation_and_requirement_follow_what_is_held() {
         run_times(&s, &guests, 4_000 * MS)[0] > 100 * MS,
         "nobody starves"
     );
+}
+
+#[test]
+fn requirement_follows_the_io_that_is_asked_for() {
+    let s = scheduler(1, PolicyKind::Requirement);
+    let [asks, computes] = [0; 2].map(|_| s.add(Params::default(), 0).unwrap());
+    let mut now = 0;
+    let mut turns = |bytes: u64, count: u64| {
+        let mut ran = 0;
+        for _ in 0..count {
+            let run = s.pick(0, now).run.unwrap();
+            now = run.until;
+            if run.id == asks {
+                ran += 1;
+                s.note_io(0, bytes, now);
+            }
+            s.stop(0, Stop::Interrupted, now);
+        }
+        ran
+    };
+    s.wake(asks, 0);
+    s.wake(computes, 0);
+    // Less than a pCPU always has room for: both are alike. Then one asks for all that there is.
+    let alike = turns(1000, 200);
+    assert!((90..=110).contains(&alike), "{alike}");
+    let first = turns(1 << 30, 200);
+    assert!((1..=70).contains(&first), "{first} of 200 turns");
+    let metrics = s.metrics(asks, now).unwrap();
+    assert_eq!(metrics.io, alike * 1000 + (first << 30));
+    assert_eq!(s.metrics(computes, now).unwrap().io, 0);
+    // Nobody runs: it is nobody's.
+    s.note_io(0, 1, now);
+    assert_eq!(s.metrics(asks, now).unwrap(), metrics);
+}
+
+#[test]
+fn a_switch_is_one_of_the_pcpu_and_of_the_vcpu() {
+    let s = scheduler(1, PolicyKind::RoundRobin);
+    let ids = [0; 2].map(|_| s.add(Params::default(), 0).unwrap());
+    let mut now = 0;
+    let mut turn = || {
+        let id = s.pick(0, now).run.unwrap().id;
+        now += SLICE;
+        s.stop(0, Stop::Interrupted, now);
+        id
+    };
+    s.wake(ids[0], 0);
+    // Alone it is dispatched again and again, in nobody's place.
+    let mut order: std::vec::Vec<_> = (0..5).map(|_| turn()).collect();
+    assert_eq!(order, [ids[0]; 5]);
+    s.wake(ids[1], 5 * SLICE);
+    order.extend((0..10).map(|_| turn()));
+    let changes = 1 + order.windows(2).filter(|two| two[0] != two[1]).count() as u64;
+    assert!(changes > 5);
+    let of = |id| s.metrics(id, now).unwrap();
+    assert_eq!(of(ids[0]).dispatches + of(ids[1]).dispatches, 15);
+    assert_eq!(of(ids[0]).switches + of(ids[1]).switches, changes);
+    assert_eq!(s.pcpu_metrics(0, now).unwrap().switches, changes);
 }
 
 #[test]

@@ -199,12 +199,15 @@ impl Exit {
         "unknown",
     ];
 
+    /// [`index`](Exit::index) of [`Exit::PortIo`].
+    pub const PORT_IO: usize = 2;
+
     /// Counter index of this exit, below [`Exit::KINDS`].
     pub const fn index(&self) -> usize {
         match self {
             Exit::Cpuid => 0,
             Exit::Hypercall => 1,
-            Exit::PortIo(_) => 2,
+            Exit::PortIo(_) => Self::PORT_IO,
             Exit::MsrRead => 3,
             Exit::MsrWrite => 4,
             Exit::NestedPageFault(_) => 5,

@@ -763,13 +763,16 @@ impl Vm {
         self.work.is_pending()
     }
 
-    /// Has the devices do a piece of their work, on vCPU `by`. Each line for the host's log goes to `note`.
-    pub(crate) fn work(&self, by: VcpuId, note: impl FnMut(String)) {
-        self.work.run(Budget::new(WORK_BYTES), note);
+    /// Has the devices do a piece of their work, on vCPU `by`. Each line for the host's log goes to `note`. How much that
+    /// was, in bytes, as a [`Budget`] counts them.
+    pub(crate) fn work(&self, by: VcpuId, note: impl FnMut(String)) -> u64 {
+        let mut budget = Budget::new(WORK_BYTES);
+        self.work.run(&mut budget, note);
         let watchdog = self.timers.watchdog.as_ref();
         if watchdog.is_some_and(|dog| dog.take_moved()) {
             self.timers_changed(by);
         }
+        WORK_BYTES - budget.left()
     }
 
     /// Whether a write to this port may give a device work: PCI configuration space, which has a window to

@@ -110,6 +110,8 @@ struct Guest {
     current: Option<Current>,
     doing: Doing,
     last_pcpu: Option<usize>,
+    /// Bytes that it has asked devices for, and the scheduler has not heard of yet.
+    io: u64,
     totals: VcpuTotals,
 }
 
@@ -278,6 +280,7 @@ impl Engine<'_> {
                     current: None,
                     doing: Doing::Blocked,
                     last_pcpu: None,
+                    io: 0,
                     totals: VcpuTotals::default(),
                 });
                 self.expect_release(guest);
@@ -500,7 +503,9 @@ impl Engine<'_> {
         } else {
             Doing::Ready { since: self.now }
         };
+        let io = std::mem::take(&mut guest.io);
         self.note_run(pcpu, &run);
+        self.scheduler.note_io(pcpu, io, self.now);
         let kick = if why == Stop::Yielded {
             let siblings = self.siblings(who);
             let siblings = siblings.into_iter();
@@ -567,6 +572,7 @@ impl Engine<'_> {
                 }
                 Part::Unlock(lock) => self.unlock(who.vm, lock),
                 Part::Wake(target) => self.signal(target),
+                Part::Io(bytes) => guest.io += bytes,
             }
             if let Some(current) = &mut self.guests[number].current {
                 current.job.parts.pop_front();

@@ -81,13 +81,16 @@ fn requests(gap: Ns) -> Program {
     }
 }
 
+/// What one read of a disk asks for, in bytes.
+const READ_BYTES: u64 = 64 << 10;
+
 /// Reads, computes a little, reads again.
 fn reader(first: Ns) -> Program {
     Program::Loop {
         first,
         pause: Span::Around(400 * US),
         by: Waker::Device,
-        steps: vec![Step::Compute(Span::Around(60 * US))],
+        steps: vec![Step::Compute(Span::Around(60 * US)), Step::Io(READ_BYTES)],
     }
 }
 
@@ -270,12 +273,11 @@ fn locks() -> Workload {
 }
 
 fn resources() -> Workload {
-    // Parts of the host's memory, of its processors, and of its input and output, in percent.
-    let holding = |memory: u32, processors: u32, io: u32| Params {
+    // Parts of the host's memory and of its processors, in percent.
+    let holding = |memory: u32, processors: u32| Params {
         demand: Demand {
             memory: memory * 10_000,
             processors: processors * 10_000,
-            io: io * 10_000,
         },
         ..Params::default()
     };
@@ -286,10 +288,10 @@ fn resources() -> Workload {
         "Four VMs that hold much memory, much of the disk's time, many processors, or little of all. The resource-driven policies \
          give processor time so that everyone's greatest share, of whatever resource, is alike.",
         vec![
-            vm("memory", holding(60, 25, 5), 1, Program::Spin),
-            vm("disk", holding(10, 25, 50), 1, reader(0)),
-            vm("cpus", holding(10, 100, 5), 2, Program::Spin),
-            vm("small", holding(5, 25, 5), 1, Program::Spin),
+            vm("memory", holding(60, 25), 1, Program::Spin),
+            vm("disk", holding(10, 25), 1, reader(0)),
+            vm("cpus", holding(10, 100), 2, Program::Spin),
+            vm("small", holding(5, 25), 1, Program::Spin),
         ],
     )
 }

@@ -69,6 +69,8 @@ pub enum Step {
     Unlock(usize),
     /// Releases a job of a [`Program::Served`] vCPU, as an interrupt between processors does.
     Wake(VcpuRef),
+    /// Asks devices for so many bytes; that takes no processor time, and is not waited for.
+    Io(u64),
 }
 
 /// What ends the wait for the next job.
@@ -158,6 +160,8 @@ pub enum Part {
     Unlock(usize),
     /// See [`Step::Wake`].
     Wake(VcpuRef),
+    /// See [`Step::Io`].
+    Io(u64),
 }
 
 /// A job, drawn.
@@ -315,6 +319,7 @@ fn draw(steps: &[Step], rng: &mut Rng) -> VecDeque<Part> {
             Step::Lock(lock) => Part::Lock(lock),
             Step::Unlock(lock) => Part::Unlock(lock),
             Step::Wake(whom) => Part::Wake(whom),
+            Step::Io(bytes) => Part::Io(bytes),
         })
         .collect()
 }

@@ -53,6 +53,7 @@ proptest! {
                 prop_assert_eq!(run_between(&outcome, vcpu.vcpu, 0, outcome.duration), vcpu.totals.run);
                 prop_assert_eq!(vcpu.metrics.run, vcpu.totals.run, "{} {:?}", policy, vcpu);
                 prop_assert_eq!(vcpu.metrics.steal(), vcpu.totals.wait, "{} {:?}", policy, vcpu);
+                prop_assert_eq!(vcpu.metrics.switches, vcpu.totals.switches, "{} {:?}", policy, vcpu);
             }
             for job in outcome.jobs.iter().filter(|job| !job.done) {
                 prop_assert_eq!(job.end, outcome.duration);
@@ -376,6 +377,29 @@ fn dominant_shares_become_alike() {
             "{memory}: {part} of {expected}"
         );
     }
+}
+
+/// By requirement: who asks devices for most of what is asked for comes after who only computes.
+#[test]
+fn io_that_is_asked_for_is_a_share() {
+    let part = |bytes| {
+        let asks = Program::Loop {
+            first: 0,
+            pause: Span::Exactly(US),
+            by: Waker::Device,
+            steps: vec![Step::Compute(Span::Exactly(MS)), Step::Io(bytes)],
+        };
+        let vms = vec![
+            vm("asks", params(), vec![asks]),
+            vm("computes", params(), spin(1)),
+        ];
+        let workload = plain(1, 20_000 * MS, vms);
+        let outcome = simulate(&workload, PolicyKind::Requirement, &config(SLICE));
+        outcome.run_of(0) as f64 / outcome.duration as f64
+    };
+    let (little, much) = (part(1_000), part(1_000_000));
+    assert!((0.4..0.6).contains(&little), "{little}");
+    assert!((0.05..0.3).contains(&much), "{much}");
 }
 
 /// The same seed, the same simulation.

@@ -189,10 +189,16 @@ fn verbs(host: &Host, session: &mut Session, name: &str) -> Result<()> {
     host.done(&["vm", "show", "two"], "two.1")?;
     host.done(&["host", "show"], "protocol")?;
     host.done(&["stats"], "one.0")?;
+    // It has written to its serial port.
+    let stats = host.done(&["--json", "stats"], "\"name\":\"one\"")?;
+    let asked = Regex::new(r#""name":"one"[^\]]*"io_bytes":[1-9]"#)?;
+    ensure!(asked.is_match(&stats), "no I/O is told: {stats}");
     host.done(&["top", "--count", "1"], "plinth top")?;
     host.done(&["log", "--lines", "1000"], "control channel")?;
     host.done(&["sched", "set", "two", "--weight", "200"], "two")?;
     host.done(&["sched", "show"], "200")?;
+    let absent = ["sched", "set", "two", "--affinity", "0,7"];
+    host.expect(&absent, exit::REFUSED, "processor 7 is not in two's pool")?;
     host.done(&["vm", "pause", "two"], "two: ")?;
     host.wait_for("two", "paused", 1)?;
     host.done(&["vm", "resume", "two"], "two: ")?;
@@ -221,6 +227,8 @@ fn verbs(host: &Host, session: &mut Session, name: &str) -> Result<()> {
     host.expect(&["vm", "show", "four"], exit::REFUSED, "not found")?;
     host.expect(&["vm", "start", "one"], exit::REFUSED, "not in this state")?;
     host.expect(&["vm", "dance"], exit::USAGE, "dance")?;
+    let views = ["top", "--count", "x"];
+    host.expect(&views, exit::USAGE, "write a whole number from 1 on")?;
 
     host.done(&["trace", "start"], "started")?;
     guest_answers(host, session, "traced")?;

@@ -126,7 +126,8 @@ impl Setup {
 
     fn work(&mut self) {
         let notes = &mut self.notes;
-        self.work.run(Budget::new(1 << 20), |line| notes.push(line));
+        self.work
+            .run(&mut Budget::new(1 << 20), |line| notes.push(line));
     }
 
     /// Offers a read of the first sector.
@@ -383,7 +384,7 @@ fn two_queues_work_apart() {
     // Another vCPU is in the first one: the work stays.
     let ring = s.function.slots[0].ring.try_lock();
     s.notify(0);
-    s.work.run(Budget::new(1 << 20), |_| {});
+    s.work.run(&mut Budget::new(1 << 20), |_| {});
     assert!(s.work.is_pending());
     drop(ring);
     s.work();

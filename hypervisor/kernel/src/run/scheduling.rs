@@ -106,7 +106,6 @@ impl<B: Backend> World<B> {
             demand: Demand {
                 memory: part(config.memory >> 20, memory >> 20),
                 processors: part(u64::from(config.vcpus), percpu::count() as u64),
-                io: 0,
             },
         })
     }
@@ -140,8 +139,9 @@ impl<B: Backend> World<B> {
             wakeups: metrics.wakes,
             response_ns: time::ticks_to_ns(metrics.average_response()),
             response_p99_ns: time::ticks_to_ns(metrics.response_percentile(99)),
-            switches: metrics.dispatches,
+            switches: metrics.switches,
             migrations: metrics.migrations,
+            io_bytes: metrics.io,
             exits: exits
                 .filter(|(_, count)| *count > 0)
                 .map(|(kind, count)| (String::from(*kind), count))
@@ -245,6 +245,15 @@ impl<B: Backend> World<B> {
             sched.priority = priority;
         }
         if let Some(affinity) = &change.affinity {
+            let index = self.pools.find(&sched.pool);
+            let pool = index.and_then(|index| self.sched.pools().nth(index));
+            let has = pool.map_or(CpuSet::EMPTY, |pool| pool.cpus);
+            if let Some(absent) = affinity.iter().find(|cpu| !has.contains(**cpu as usize)) {
+                return Err(bad(format!(
+                    "affinity: processor {absent} is not in {name}'s pool \"{}\", which has: {has}",
+                    sched.pool
+                )));
+            }
             let cpus: CpuSet = affinity.iter().map(|&cpu| cpu as usize).collect();
             sched.affinity = match affinity.is_empty() {
                 true => CpuSet::ALL,

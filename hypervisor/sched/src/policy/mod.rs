@@ -191,6 +191,9 @@ pub(crate) trait Policy: fmt::Debug + Send {
     /// The one that runs has run for this long.
     fn charge(&mut self, _entity: &mut Entity, _ran: u64) {}
 
+    /// The one that runs has asked devices for so many bytes.
+    fn note_io(&mut self, _bytes: u64, _now: u64) {}
+
     /// One that runs is attached: it has new parameters, or the policy is new.
     fn join(&mut self, _entity: &mut Entity) {}
 

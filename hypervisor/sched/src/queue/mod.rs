@@ -484,6 +484,18 @@ impl Queue {
             .filter(|&(_, share, _)| share > 0)
     }
 
+    /// The running one has asked devices for so many bytes.
+    pub(crate) fn note_io(&mut self, bytes: u64, now: u64) {
+        let Queue { entities, rest, .. } = self;
+        if let Some(entity) = rest.running.and_then(|id| find(entities, id)) {
+            entity.metrics.io = entity.metrics.io.saturating_add(bytes);
+            // So that no sum of a half-life overflows.
+            let bytes = bytes.min(u64::from(u32::MAX));
+            entity.io.add(bytes, now);
+            rest.policy.note_io(bytes, now);
+        }
+    }
+
     pub(crate) fn metrics_of(&self, id: EntityId, now: u64) -> Option<Metrics> {
         let entity = self.get(id)?;
         let mut metrics = entity.metrics;

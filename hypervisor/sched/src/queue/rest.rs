@@ -233,6 +233,7 @@ impl Rest {
         if self.last != Some(id) {
             self.last = Some(id);
             self.metrics.switches += 1;
+            entity.metrics.switches += 1;
         }
         self.running = Some(id);
         self.picked_at = now;

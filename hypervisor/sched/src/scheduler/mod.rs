@@ -266,7 +266,7 @@ impl Scheduler {
         }
         let allowed = params.affinity.and(pool.cpus);
         if allowed.is_empty() {
-            return Err(Refusal::NoPcpu);
+            return Err(Refusal::NoPcpu { pool: pool.cpus });
         }
         Ok(allowed)
     }
@@ -303,7 +303,9 @@ impl Scheduler {
             places = places.without(CpuSet::of(pcpu));
         }
         let refusal = match wanted {
-            0 => Refusal::NoPcpu,
+            0 => Refusal::NoPcpu {
+                pool: self.pools[usize::from(entity.params.pool.0)].cpus,
+            },
             _ => Refusal::Overcommitted {
                 wanted,
                 left: most_left,
@@ -568,6 +570,15 @@ impl Scheduler {
         let run = run.or_else(|| self.steal(pcpu, now));
         let kick = run.and_then(|_| self.idle_for_waiting(this.pool));
         Pick { run, kick }
+    }
+
+    /// What runs on `pcpu` has asked devices for so many bytes. Told before it is stopped, its next turn may depend on it.
+    pub fn note_io(&self, pcpu: usize, bytes: u64, now: u64) {
+        if bytes > 0
+            && let Some(mut locked) = self.lock(pcpu)
+        {
+            locked.queue.note_io(bytes, now);
+        }
     }
 
     /// The entity that runs on `pcpu` leaves it. Whom to interrupt, if anyone. Nothing happens if none runs.

@@ -96,6 +96,9 @@ const DR6_TASK_SWITCH: u64 = 1 << 15;
 /// RFLAGS.IF.
 const RFLAGS_IF: u64 = 1 << 9;
 
+/// What an access to a device counts as, in bytes: a request to a disk costs as much beside its data.
+const ACCESS_BYTES: u64 = 512;
+
 /// Number of exits by kind.
 pub type ExitCounters = [u64; Exit::KINDS];
 
@@ -126,6 +129,10 @@ struct Rest {
     clock_seen: u64,
     /// The last pause in which this vCPU came to rest.
     pause_seen: u32,
+    /// Bytes of devices' work that it has done.
+    device_bytes: u64,
+    /// Accesses of emulated instructions to devices.
+    device_accesses: u64,
 }
 
 /// What an emulated instruction reached, beyond devices that speak up by themselves.
@@ -182,6 +189,8 @@ impl<V: VirtualCpu> Vcpu<V> {
             special_seen: 0,
             clock_seen,
             pause_seen: 0,
+            device_bytes: 0,
+            device_accesses: 0,
         };
         Some(Vcpu {
             hw,
@@ -205,6 +214,14 @@ impl<V: VirtualCpu> Vcpu<V> {
     /// Exits so far, by [`Exit::index`].
     pub fn counters(&self) -> &ExitCounters {
         &self.counters
+    }
+
+    /// What it has asked devices for so far, in bytes: what their work moved and cost ([`Budget`](devices::work::Budget)), and
+    /// [`ACCESS_BYTES`] for each access by a port or a register in memory. Its own local APIC is no device.
+    pub fn io_bytes(&self) -> u64 {
+        // Exits are counted anyway; the emulator counts beside that what a string instruction does in one.
+        let accesses = self.counters[Exit::PORT_IO] + self.rest.device_accesses;
+        self.rest.device_bytes + accesses * ACCESS_BYTES
     }
 
     /// Loads the vCPU on pCPU `pcpu`; before `run`.
@@ -311,7 +328,8 @@ impl<V: VirtualCpu> Vcpu<V> {
     fn check<H: Host>(&mut self, host: &mut H) -> Option<Pause> {
         let vm = &self.rest.vm;
         if vm.has_work() {
-            vm.work(self.rest.id, |line| host.note(line));
+            let bytes = vm.work(self.rest.id, |line| host.note(line));
+            self.rest.device_bytes += bytes;
             if H::TRACES {
                 host.trace(Traced::DeviceWork);
             }

@@ -64,7 +64,10 @@ impl<V: VirtualCpu> Platform<V> for Rest {
                 self.reach.interrupts |= self.apic.has_new_errors();
                 value.map_or(width.mask(), u64::from)
             }
-            None => self.vm.mmio.read(gpa.0, width),
+            None => {
+                self.device_accesses += 1;
+                self.vm.mmio.read(gpa.0, width)
+            }
         }
     }
 
@@ -78,6 +81,7 @@ impl<V: VirtualCpu> Platform<V> for Rest {
                 }
             }
             None => {
+                self.device_accesses += 1;
                 self.reach.timers |= Vm::is_timer_memory(gpa);
                 self.vm.mmio.write(gpa.0, width, value);
             }
@@ -85,10 +89,12 @@ impl<V: VirtualCpu> Platform<V> for Rest {
     }
 
     fn port_read(&mut self, port: u16, width: Width) -> u32 {
+        self.device_accesses += 1;
         self.vm.ports.read(port, width)
     }
 
     fn port_write(&mut self, port: u16, width: Width, value: u32) {
+        self.device_accesses += 1;
         self.reach.timers = true;
         self.vm.ports.write(port, width, value);
     }

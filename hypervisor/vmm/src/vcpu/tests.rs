@@ -16,6 +16,7 @@ mod delivery;
 mod display;
 mod finish;
 mod firmware;
+mod io;
 mod pause;
 mod rate;
 mod steal;

@@ -76,7 +76,7 @@ fn any_program() -> impl Strategy<Value = Program> {
             first: first * MS,
             pause,
             by,
-            steps: vec![Step::Compute(work)],
+            steps: vec![Step::Compute(work), Step::Io(100_000)],
         }),
         1 => (0u64..20, 2u64..40, work.clone()).prop_map(|(first, period, work)| Program::Periodic {
             first: first * MS,
@@ -99,27 +99,15 @@ fn any_params(pcpus: usize) -> impl Strategy<Value = Params> {
         1 => (0..pcpus, 0..pcpus).prop_map(|(a, b)| CpuSet::of(a).or(CpuSet::of(b))),
     ];
     let part = 10_000u32..=1_000_000;
-    (
-        50u32..=400,
-        0u8..=31,
-        affinity,
-        part.clone(),
-        part.clone(),
-        part,
+    (50u32..=400, 0u8..=31, affinity, part.clone(), part).prop_map(
+        |(weight, priority, affinity, memory, processors)| Params {
+            weight,
+            priority,
+            affinity,
+            demand: Demand { memory, processors },
+            ..params()
+        },
     )
-        .prop_map(
-            |(weight, priority, affinity, memory, processors, io)| Params {
-                weight,
-                priority,
-                affinity,
-                demand: Demand {
-                    memory,
-                    processors,
-                    io,
-                },
-                ..params()
-            },
-        )
 }
 
 /// Some VMs of some vCPUs on some processors, for 150 ms.
