@@ -347,12 +347,21 @@ pub struct VcpuStats {
     pub run_ns: u64,
     /// Time ready, waiting for a processor.
     pub wait_ns: u64,
+    /// Of that, while its budget (a cap, a reservation) was used up.
+    #[serde(default)]
+    pub throttled_ns: u64,
+    /// Mean time ready before each turn on a processor, without what it was throttled.
+    #[serde(default)]
+    pub average_wait_ns: u64,
     /// Wake-ups from which it came to run.
     pub wakeups: u64,
     /// Mean time from wake-up to run.
     pub response_ns: u64,
     /// 99 % of wake-ups came to run within so long; the bound of a power-of-two class.
     pub response_p99_ns: u64,
+    /// Times it had done all that it had to do, and blocked: its throughput.
+    #[serde(default)]
+    pub bursts: u64,
     /// Times a processor ran it after another vCPU had run there.
     pub switches: u64,
     /// Times it came to run on another processor than before.
@@ -360,6 +369,10 @@ pub struct VcpuStats {
     /// What it asked devices for: what disks moved, and 512 for each request and each access to a device.
     #[serde(default)]
     pub io_bytes: u64,
+    /// Wake-ups by the time from wake-up to run: each with the longest such time of its class and their number. In what `vm-show`
+    /// answers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub latency_ns: Vec<(u64, u64)>,
     /// Exits by kind; kinds without any are left out.
     pub exits: Vec<(String, u64)>,
 }
@@ -420,6 +433,9 @@ pub struct HostStats {
     pub pcpus: Vec<PcpuStats>,
     /// VMs that are not off.
     pub vms: Vec<VmStats>,
+    /// All their vCPUs together.
+    #[serde(default)]
+    pub total: Figures,
     /// Jain's index of the VMs' CPU time over their weights, in thousandths: 1000 is even.
     pub fairness_permille: u32,
 }
@@ -445,8 +461,28 @@ pub struct VmStats {
     /// What the list says.
     #[serde(flatten)]
     pub summary: VmSummary,
+    /// Its vCPUs together.
+    #[serde(default)]
+    pub total: Figures,
     /// One for each vCPU.
     pub vcpu: Vec<VcpuStats>,
+}
+
+/// Figures of several vCPUs together: a VM's, or the host's. Each as in [`VcpuStats`]; means are over all turns, or wake-ups.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "as in `VcpuStats`")]
+pub struct Figures {
+    pub run_ns: u64,
+    pub wait_ns: u64,
+    pub throttled_ns: u64,
+    pub average_wait_ns: u64,
+    pub wakeups: u64,
+    pub response_ns: u64,
+    pub response_p99_ns: u64,
+    pub bursts: u64,
+    pub switches: u64,
+    pub io_bytes: u64,
+    pub latency_ns: Vec<(u64, u64)>,
 }
 
 /// A line of the host's log.

@@ -13,8 +13,8 @@ use alloc::{
 use crate::trace::Kind;
 
 use crate::command::{
-    Answer, Failure, FailureCode, HostDetails, HostStats, LogLine, SchedDetails, SchedParameters,
-    TraceChunk, TraceDetails, VcpuStats, VmDetails, VmState, VmSummary,
+    Answer, Failure, FailureCode, Figures, HostDetails, HostStats, LogLine, SchedDetails,
+    SchedParameters, TraceChunk, TraceDetails, VcpuStats, VmDetails, VmState, VmSummary,
 };
 
 /// How a column stands.
@@ -262,6 +262,7 @@ fn vm_details(vm: &VmDetails) -> String {
         text += &vcpu_table([(summary.name.as_str(), vm.vcpu.as_slice())]);
         for vcpu in &vm.vcpu {
             text += &exits(vcpu);
+            text += &latency(vcpu);
         }
     }
     text
@@ -278,6 +279,48 @@ fn exits(vcpu: &VcpuStats) -> String {
         text += " none";
     }
     text + "\n"
+}
+
+/// How soon a vCPU came to run after its wake-ups, by powers of two.
+fn latency(vcpu: &VcpuStats) -> String {
+    if vcpu.latency_ns.is_empty() {
+        return String::new();
+    }
+    let classes = vcpu.latency_ns.iter();
+    let classes = classes.map(|(most, count)| format!("{count} in {}", duration(*most)));
+    let classes: Vec<_> = classes.collect();
+    format!("vCPU {} came to run: {}\n", vcpu.vcpu, classes.join(", "))
+}
+
+/// Figures of VMs, and of all together.
+fn figures_table<'a>(rows: impl IntoIterator<Item = (&'a str, &'a Figures)>) -> String {
+    let mut table = Table::new(&[
+        ("VM", Align::Left),
+        ("RUN", Align::Right),
+        ("WAIT", Align::Right),
+        ("AVG WAIT", Align::Right),
+        ("THROTTLED", Align::Right),
+        ("RESPONSE", Align::Right),
+        ("P99", Align::Right),
+        ("BURSTS", Align::Right),
+        ("SWITCHES", Align::Right),
+        ("I/O", Align::Right),
+    ]);
+    for (name, f) in rows {
+        table.row([
+            name.to_owned(),
+            duration(f.run_ns),
+            duration(f.wait_ns),
+            duration(f.average_wait_ns),
+            duration(f.throttled_ns),
+            duration(f.response_ns),
+            duration(f.response_p99_ns),
+            f.bursts.to_string(),
+            f.switches.to_string(),
+            size(f.io_bytes),
+        ]);
+    }
+    table.render()
 }
 
 fn vcpu_table<'a>(vms: impl IntoIterator<Item = (&'a str, &'a [VcpuStats])>) -> String {
@@ -428,15 +471,20 @@ fn host_stats(stats: &HostStats) -> String {
             pcpu.queued.to_string(),
         ]);
     }
+    let totals = stats
+        .vms
+        .iter()
+        .map(|vm| (vm.summary.name.as_str(), &vm.total));
     let vms = stats
         .vms
         .iter()
         .map(|vm| (vm.summary.name.as_str(), vm.vcpu.as_slice()));
     format!(
-        "at {}, fairness {}\n\n{}\n{}",
+        "at {}, fairness {}\n\n{}\n{}\n{}",
         clock(stats.at_ns),
         permille(stats.fairness_permille),
         pcpus.render(),
+        figures_table(totals.chain([("all", &stats.total)])),
         vcpu_table(vms)
     )
 }
@@ -605,6 +653,7 @@ mod tests {
             vcpu: vec![VcpuStats {
                 state: "running".into(),
                 exits: vec![("port".into(), 3), ("cpuid".into(), 9)],
+                latency_ns: vec![(512, 7), (4096, 1)],
                 ..VcpuStats::default()
             }],
         };
@@ -614,6 +663,7 @@ mod tests {
             "sched     pool default, weight 100, cap 50 %, priority 4, on processors 0-1, \
              2000 us in each 10000 us\n",
             "vCPU 0 exits: cpuid 9 port 3\n",
+            "vCPU 0 came to run: 7 in 512 ns, 1 in 4.0 us\n",
             "web.0  running",
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");

@@ -265,7 +265,7 @@ fn table_of(vms: &[Line], time_ns: u64, rows: usize) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::command::{VmState, VmSummary};
+    use crate::command::{Figures, VmState, VmSummary};
     use proptest::prelude::*;
 
     const MS: u64 = 1_000_000;
@@ -281,6 +281,7 @@ mod tests {
                 run_ns: vcpu.run_ns,
                 starts,
             },
+            total: Figures::default(),
             vcpu: Vec::from([vcpu]),
         }
     }
@@ -296,6 +297,7 @@ mod tests {
                 queued: 2,
             }]),
             vms,
+            total: Figures::default(),
             fairness_permille: 998,
         }
     }

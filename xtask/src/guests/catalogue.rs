@@ -410,7 +410,7 @@ pub static CATALOGUE: [Guest; 26] = [
         release: None,
         shift: None,
         display: Display::Console,
-        seconds: seconds(10, 60),
+        seconds: seconds(25, 60),
     },
     Guest {
         name: "debian-installer",

@@ -128,12 +128,4 @@ impl Place {
     pub fn patience(self) -> Duration {
         2 * self.limits().boot
     }
-
-    /// How many times as long as on QEMU something takes, about.
-    pub fn slowness(self) -> u32 {
-        match self {
-            Self::Qemu(_) | Self::Qemu10 | Self::Qemu10X2Apic | Self::Kvm | Self::Bare => 1,
-            Self::Bochs => 4,
-        }
-    }
 }

@@ -47,6 +47,36 @@ enum Boots {
     Guest,
 }
 
+/// About how many seconds a scenario takes while another one runs on the same two processors: seen, not promised.
+#[derive(Clone, Copy)]
+struct Seconds {
+    qemu: u32,
+    bochs: u32,
+}
+
+impl Seconds {
+    fn on(self, emulator: Emulator) -> u32 {
+        match emulator {
+            Emulator::Qemu => self.qemu,
+            Emulator::Bochs => self.bochs,
+        }
+    }
+}
+
+/// The same on both, or on one only.
+impl From<u32> for Seconds {
+    fn from(seconds: u32) -> Self {
+        Self::from((seconds, seconds))
+    }
+}
+
+/// On QEMU, and on Bochs.
+impl From<(u32, u32)> for Seconds {
+    fn from((qemu, bochs): (u32, u32)) -> Self {
+        Self { qemu, bochs }
+    }
+}
+
 /// One scenario.
 pub struct Scenario {
     /// `place/firmware/what`.
@@ -62,16 +92,16 @@ pub struct Scenario {
 }
 
 impl Scenario {
-    /// A scenario called `what` in `place`, about `cost_s` seconds long on QEMU.
+    /// A scenario called `what` in `place`, which takes about so long.
     fn new(
         place: Place,
         what: &str,
-        cost_s: u32,
+        takes: impl Into<Seconds>,
         body: impl Fn(&Rig, &Start) -> Result<String> + Send + Sync + 'static,
     ) -> Self {
         Self {
             name: format!("{}/{what}", place.name()),
-            cost_s: cost_s * place.slowness(),
+            cost_s: takes.into().on(place.emulator()),
             quick: false,
             slow: false,
             body: Body::Machine(
@@ -190,7 +220,7 @@ pub fn all() -> Vec<Scenario> {
     let mut all = Vec::new();
     for place in [Place::QEMU_BIOS, Place::QEMU_UEFI, Place::Bochs, Place::Kvm] {
         all.push(linux(place, newer, 1));
-        all.push(Scenario::new(place, "stub", 8, running::stub).quick());
+        all.push(Scenario::new(place, "stub", 10, running::stub).quick());
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
         all.push(linux(place, older, 1));
@@ -198,47 +228,47 @@ pub fn all() -> Vec<Scenario> {
         all.push(Scenario::new(
             place,
             "linux-disks",
-            25,
+            (20, 55),
             running::linux_disks,
         ));
         all.push(Scenario::new(
             place,
             "stub-16-vcpus",
-            12,
+            (17, 5),
             running::many_vcpus,
         ));
-        all.push(Scenario::new(place, "two-vms", 25, running::two_vms));
+        all.push(Scenario::new(place, "two-vms", (15, 40), running::two_vms));
         all.push(Scenario::new(
             place,
             "guest-triple-fault",
-            20,
+            (12, 40),
             running::triple_fault,
         ));
-        all.push(Scenario::new(place, "guest-abuse", 30, running::abuse));
-        all.push(Scenario::new(place, "sched-shares", 12, sched::shares));
-        let body = test_kernels::test_kernels;
-        all.push(Scenario::new(place, "test-kernels", 15, body));
-        all.push(Scenario::new(place, "console-flood", 8, consoles::flood));
-        all.push(Scenario::new(place, "control", 30, control::control));
-        all.push(Scenario::new(place, "shell", 15, shell::verbs));
         all.push(Scenario::new(
             place,
-            "shell-bad-input",
-            12,
-            shell::bad_input,
+            "guest-abuse",
+            (60, 50),
+            running::abuse,
         ));
+        all.push(Scenario::new(place, "sched-shares", (30, 6), sched::shares));
+        let body = test_kernels::test_kernels;
+        all.push(Scenario::new(place, "test-kernels", (30, 18), body));
+        all.push(Scenario::new(place, "console-flood", 8, consoles::flood));
+        all.push(Scenario::new(place, "control", (100, 65), control::control));
+        all.push(Scenario::new(place, "shell", (9, 6), shell::verbs));
+        all.push(Scenario::new(place, "shell-bad-input", 8, shell::bad_input));
         let body = screen::keyboard_and_screen;
-        all.push(Scenario::new(place, "shell-on-screen", 6, body));
+        all.push(Scenario::new(place, "shell-on-screen", (9, 5), body));
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
-        all.push(Scenario::new(place, "host-backend", 5, host::backend).selftest());
+        all.push(Scenario::new(place, "host-backend", 4, host::backend).selftest());
         all.push(Scenario::new(place, "host-interrupts", 5, host::interrupts).selftest());
-        all.push(Scenario::new(place, "lifecycle", 20, host::lifecycle).selftest());
+        all.push(Scenario::new(place, "lifecycle", (200, 55), host::lifecycle).selftest());
     }
     all.push(Scenario::new(Place::Qemu10, "stub", 8, running::stub));
     for place in [Place::Qemu10, Place::Qemu10X2Apic] {
         all.push(slow(
-            Scenario::new(place, "host-backend", 5, host::backend).selftest(),
+            Scenario::new(place, "host-backend", 4, host::backend).selftest(),
         ));
         all.push(slow(
             Scenario::new(place, "host-interrupts", 5, host::interrupts).selftest(),
@@ -267,9 +297,9 @@ pub fn all() -> Vec<Scenario> {
         all.push(slow(tests));
     }
     let body = running::linux_watchdog;
-    all.push(Scenario::new(place, "linux-watchdog", 30, body));
-    all.push(Scenario::new(place, "eight-linux", 80, sched::eight_linux));
-    let on_bochs = Scenario::new(Place::Bochs, "eight-linux", 80, sched::eight_linux);
+    all.push(Scenario::new(place, "linux-watchdog", 80, body));
+    all.push(Scenario::new(place, "eight-linux", 60, sched::eight_linux));
+    let on_bochs = Scenario::new(Place::Bochs, "eight-linux", 1500, sched::eight_linux);
     all.push(slow(on_bochs));
     all.push(Scenario::new(place, "restarts", 15, consoles::restarts));
     all.push(Scenario::new(place, "host-keys", 8, consoles::host_keys));
@@ -339,7 +369,7 @@ fn linux(place: Place, guest: &'static Guest, vcpus: u32) -> Scenario {
         1 => name.to_owned(),
         more => format!("{name}-{more}-vcpus"),
     };
-    Scenario::new(place, &what, 25, move |rig, start| {
+    Scenario::new(place, &what, (25, 60), move |rig, start| {
         running::linux(rig, start, guest, vcpus)
     })
 }
@@ -375,7 +405,12 @@ fn catalogued() -> Vec<Scenario> {
     let named = wanted.into_iter().map(|(place, name, vcpus, slow)| {
         let guest = guests::by_name(name).expect("the catalogue has this guest");
         let what = format!("guest-{name}");
-        let mut scenario = Scenario::new(place, &what, guest.seconds.qemu_s, move |rig, start| {
+        // Beside another one.
+        let takes = Seconds {
+            qemu: 2 * guest.seconds.qemu_s,
+            bochs: 2 * guest.seconds.bochs_s.unwrap_or_default(),
+        };
+        let mut scenario = Scenario::new(place, &what, takes, move |rig, start| {
             running::catalogued(rig, start, guest, vcpus)
         });
         scenario.slow = slow;

@@ -7,14 +7,14 @@ use alloc::{format, string::String, vec::Vec};
 
 use manage::{
     command::{
-        Answer, Failure, FailureCode, HostStats, PcpuStats, PoolDetails, SchedChange, SchedDetails,
-        SchedParameters, VcpuStats, VmState, VmStats,
+        Answer, Failure, FailureCode, Figures, HostStats, PcpuStats, PoolDetails, SchedChange,
+        SchedDetails, SchedParameters, VcpuStats, VmState, VmStats,
     },
     config::{Pools, VmSched},
 };
 use sched::{
-    CAPS, CpuSet, Demand, EntityId, MILLION, PRIORITIES, Params, PolicyKind, Pool, PoolId, Refusal,
-    Reservation, Scheduler, State, Stop, WEIGHTS,
+    CAPS, CpuSet, Demand, EntityId, MILLION, Metrics, PRIORITIES, Params, PolicyKind, Pool, PoolId,
+    Refusal, Reservation, Scheduler, State, Stop, WEIGHTS,
 };
 use virt::{Backend, Exit};
 
@@ -136,12 +136,16 @@ impl<B: Backend> World<B> {
             state: String::from(words),
             run_ns: time::ticks_to_ns(metrics.run),
             wait_ns: time::ticks_to_ns(metrics.steal()),
+            throttled_ns: time::ticks_to_ns(metrics.throttled),
+            average_wait_ns: time::ticks_to_ns(metrics.average_wait()),
             wakeups: metrics.wakes,
             response_ns: time::ticks_to_ns(metrics.average_response()),
             response_p99_ns: time::ticks_to_ns(metrics.response_percentile(99)),
+            bursts: metrics.bursts,
             switches: metrics.switches,
             migrations: metrics.migrations,
             io_bytes: metrics.io,
+            latency_ns: latency(&metrics),
             exits: exits
                 .filter(|(_, count)| *count > 0)
                 .map(|(kind, count)| (String::from(*kind), count))
@@ -165,12 +169,25 @@ impl<B: Backend> World<B> {
             }
         };
         let slots = self.slots.lock();
+        let mut all = Metrics::default();
         let vms: Vec<VmStats> = slots
             .iter()
             .filter(|slot| slot.life.state() != VmState::Off)
-            .map(|slot| VmStats {
-                summary: self.summary(slot),
-                vcpu: self.vcpus(slot),
+            .map(|slot| {
+                let entities = slot.live.iter().flat_map(|live| &live.entities);
+                let mut sum = Metrics::default();
+                for metrics in entities.filter_map(|&id| self.sched.metrics(id, now)) {
+                    sum.add(&metrics);
+                }
+                all.add(&sum);
+                let mut vcpu = self.vcpus(slot);
+                // So that the answer for many VMs stays short.
+                vcpu.iter_mut().for_each(|vcpu| vcpu.latency_ns.clear());
+                VmStats {
+                    summary: self.summary(slot),
+                    total: figures(&sum),
+                    vcpu,
+                }
             })
             .collect();
         let shares = slots
@@ -183,6 +200,7 @@ impl<B: Backend> World<B> {
             at_ns,
             pcpus: (0..percpu::count()).map(pcpu).collect(),
             fairness_permille,
+            total: figures(&all),
             vms,
         }
     }
@@ -287,6 +305,32 @@ fn out_of_range<T: core::fmt::Display>(
 ) -> String {
     let (least, most) = (range.start(), range.end());
     format!("{what}: {value} is out of range; allowed: {least} to {most}")
+}
+
+/// Of several vCPUs together.
+fn figures(metrics: &Metrics) -> Figures {
+    Figures {
+        run_ns: time::ticks_to_ns(metrics.run),
+        wait_ns: time::ticks_to_ns(metrics.steal()),
+        throttled_ns: time::ticks_to_ns(metrics.throttled),
+        average_wait_ns: time::ticks_to_ns(metrics.average_wait()),
+        wakeups: metrics.wakes,
+        response_ns: time::ticks_to_ns(metrics.average_response()),
+        response_p99_ns: time::ticks_to_ns(metrics.response_percentile(99)),
+        bursts: metrics.bursts,
+        switches: metrics.switches,
+        io_bytes: metrics.io,
+        latency_ns: latency(metrics),
+    }
+}
+
+/// The classes of the latency histogram that have some, each by its longest time.
+fn latency(metrics: &Metrics) -> Vec<(u64, u64)> {
+    let classes = (1..).zip(metrics.latency);
+    classes
+        .filter(|(_, count)| *count > 0)
+        .map(|(bits, count)| (time::ticks_to_ns(1 << bits), u64::from(count)))
+        .collect()
 }
 
 fn numbers(cpus: CpuSet) -> Vec<u32> {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::command::{Failure, FailureCode, HostStats};
+use crate::command::{Failure, FailureCode, Figures, HostStats};
 use proptest::prelude::*;
 use std::cell::RefCell;
 
@@ -18,6 +18,7 @@ impl Operate for Fake {
                     at_ns: self.asked.borrow().len() as u64 * 1_000_000_000,
                     pcpus: Vec::new(),
                     vms: Vec::new(),
+                    total: Figures::default(),
                     fairness_permille: 1000,
                 },
             }),
