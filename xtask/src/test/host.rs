@@ -175,7 +175,8 @@ pub fn lifecycle(rig: &Rig, start: &Start) -> Result<String> {
     let mut session = rig.boot_selftest_with(start, "lifecycle", LIFECYCLE)?;
     let rounds = Regex::new(r"selftest (ok|FAILED) rounds: ([^\r\n]*)")?;
     session.expect(&rounds, 2 * limits.boot)?;
-    session.wait_for_power_off(limits.boot)?;
+    // The steps that follow wait for watchdogs, while other guests spin.
+    session.wait_for_power_off(2 * limits.boot)?;
     let text = session.text();
     succeeded(&text)?;
     let steps = text.matches("selftest ok ").count();
