@@ -28,7 +28,8 @@ pub struct Metrics {
     pub bursts: u64,
     /// Times that it was put on a pCPU.
     pub dispatches: u64,
-    /// Those of them that put it in another one's place: the pCPU had run another one before.
+    /// Those of them that put it in another one's place: the pCPU had run another one before, or it had been moved
+    /// away from there meanwhile.
     pub switches: u64,
     /// Times that it was taken from its pCPU while it could have gone on.
     pub preemptions: u64,
@@ -127,7 +128,7 @@ impl Metrics {
 pub struct PcpuMetrics {
     /// Time in which it ran entities.
     pub busy: u64,
-    /// Dispatches of an entity other than the one before: the sum of its entities' [`Metrics::switches`] on it.
+    /// Dispatches that put one entity in another one's place: the sum of its entities' [`Metrics::switches`] on it.
     pub switches: u64,
     /// Entities that it took from another pCPU's queue.
     pub steals: u64,
