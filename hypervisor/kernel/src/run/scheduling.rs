@@ -130,22 +130,35 @@ impl<B: Backend> World<B> {
             None => entity.exits.counters(),
         });
         let exits = Exit::NAMES.iter().zip(counters.unwrap_or([0; Exit::KINDS]));
+        let Figures {
+            run_ns,
+            wait_ns,
+            throttled_ns,
+            average_wait_ns,
+            wakeups,
+            response_ns,
+            response_p99_ns,
+            bursts,
+            switches,
+            io_bytes,
+            latency_ns,
+        } = figures(&metrics);
         VcpuStats {
             vcpu: number,
             pcpu: self.sched.home_of(id).unwrap_or_default() as u32,
             state: String::from(words),
-            run_ns: time::ticks_to_ns(metrics.run),
-            wait_ns: time::ticks_to_ns(metrics.steal()),
-            throttled_ns: time::ticks_to_ns(metrics.throttled),
-            average_wait_ns: time::ticks_to_ns(metrics.average_wait()),
-            wakeups: metrics.wakes,
-            response_ns: time::ticks_to_ns(metrics.average_response()),
-            response_p99_ns: time::ticks_to_ns(metrics.response_percentile(99)),
-            bursts: metrics.bursts,
-            switches: metrics.switches,
+            run_ns,
+            wait_ns,
+            throttled_ns,
+            average_wait_ns,
+            wakeups,
+            response_ns,
+            response_p99_ns,
+            bursts,
+            switches,
             migrations: metrics.migrations,
-            io_bytes: metrics.io,
-            latency_ns: latency(&metrics),
+            io_bytes,
+            latency_ns,
             exits: exits
                 .filter(|(_, count)| *count > 0)
                 .map(|(kind, count)| (String::from(*kind), count))
@@ -307,7 +320,7 @@ fn out_of_range<T: core::fmt::Display>(
     format!("{what}: {value} is out of range; allowed: {least} to {most}")
 }
 
-/// Of several vCPUs together.
+/// Of one vCPU, or of several together.
 fn figures(metrics: &Metrics) -> Figures {
     Figures {
         run_ns: time::ticks_to_ns(metrics.run),
@@ -320,17 +333,13 @@ fn figures(metrics: &Metrics) -> Figures {
         bursts: metrics.bursts,
         switches: metrics.switches,
         io_bytes: metrics.io,
-        latency_ns: latency(metrics),
+        // The classes of the histogram that have some, each by its longest time.
+        latency_ns: (1..)
+            .zip(metrics.latency)
+            .filter(|(_, count)| *count > 0)
+            .map(|(bits, count)| (time::ticks_to_ns(1 << bits), u64::from(count)))
+            .collect(),
     }
-}
-
-/// The classes of the latency histogram that have some, each by its longest time.
-fn latency(metrics: &Metrics) -> Vec<(u64, u64)> {
-    let classes = (1..).zip(metrics.latency);
-    classes
-        .filter(|(_, count)| *count > 0)
-        .map(|(bits, count)| (time::ticks_to_ns(1 << bits), u64::from(count)))
-        .collect()
 }
 
 fn numbers(cpus: CpuSet) -> Vec<u32> {
