@@ -6,6 +6,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod yielding;
+
 /// A millisecond, in the ticks of these tests.
 const MS: u64 = 1_000_000;
 const SLICE: u64 = 10 * MS;
@@ -677,26 +679,6 @@ fn a_switch_is_one_of_the_pcpu_and_of_the_vcpu() {
     assert_eq!(of(ids[0]).dispatches + of(ids[1]).dispatches, 15);
     assert_eq!(of(ids[0]).switches + of(ids[1]).switches, changes);
     assert_eq!(s.pcpu_metrics(0, now).unwrap().switches, changes);
-}
-
-#[test]
-fn a_waiting_sibling_is_given_the_pcpu() {
-    for policy in PolicyKind::ALL {
-        let s = scheduler(1, policy);
-        let ids: [EntityId; 5] = core::array::from_fn(|_| s.add(Params::default(), 0).unwrap());
-        ids.iter().for_each(|&id| _ = s.wake(id, 0));
-        let first = s.pick(0, 0).run.unwrap().id;
-        let sibling = *ids.iter().rev().find(|&&id| id != first).unwrap();
-        s.yield_to(0, [first, sibling].into_iter(), MS);
-        assert_eq!(s.pick(0, MS).run.unwrap().id, sibling);
-        s.stop(0, Stop::Interrupted, 2 * MS);
-        // A favoured one that is paused before it runs is not picked.
-        let next = s.pick(0, 2 * MS).run.unwrap().id;
-        let other = *ids.iter().find(|&&id| id != next).unwrap();
-        s.yield_to(0, [other].into_iter(), 3 * MS);
-        s.pause(other, 3 * MS);
-        assert_ne!(s.pick(0, 3 * MS).run.unwrap().id, other);
-    }
 }
 
 #[test]

@@ -183,6 +183,11 @@ pub(crate) trait Policy: fmt::Debug + Send {
         self.ordered().remove(id)
     }
 
+    /// The one that was just taken waits on, as before.
+    fn put_back(&mut self, entity: &mut Entity) {
+        self.ordered().push_first(entity.id, entity.rank);
+    }
+
     /// One that waits is no longer attached.
     fn remove(&mut self, entity: &mut Entity) {
         self.ordered().remove(entity.id);

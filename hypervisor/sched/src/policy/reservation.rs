@@ -53,6 +53,13 @@ impl Policy for EarliestDeadline {
         self.reserved.pop().or_else(|| self.rest.take(now))
     }
 
+    fn put_back(&mut self, entity: &mut Entity) {
+        match deadline(entity) {
+            Some(_) => self.reserved.push_first(entity.id, entity.rank),
+            None => self.rest.put_back(entity),
+        }
+    }
+
     fn take_this(&mut self, id: EntityId) -> bool {
         self.reserved.remove(id) || self.rest.take_this(id)
     }

@@ -9,7 +9,7 @@ use crate::entity::Entity;
 #[derive(Debug)]
 pub(crate) struct RoundRobin {
     waiting: Ordered,
-    /// Grows with each one that comes to the end, so that those interrupted stand before all.
+    /// Grows with each one that comes to the end.
     turns: u64,
 }
 
@@ -32,14 +32,17 @@ impl Policy for RoundRobin {
     }
 
     fn enqueue(&mut self, entity: &mut Entity, why: Ready, _now: u64) {
-        entity.rank = match why {
-            Ready::Preempted => 0,
-            _ => {
-                self.turns += 1;
-                self.turns
-            }
-        };
+        // Who was interrupted has not had its turn: it keeps its place, which is the first one if it was its turn.
+        if why != Ready::Preempted {
+            self.turns += 1;
+            entity.rank = self.turns;
+        }
         self.waiting.push(entity.id, entity.rank);
+    }
+
+    fn join(&mut self, entity: &mut Entity) {
+        // Its place was another policy's.
+        entity.rank = 0;
     }
 
     fn gives_way(&self, _running: &Entity, _waiting: &Entity) -> Option<u64> {

@@ -77,6 +77,10 @@ pub(crate) enum Left {
 /// How many of those that wait are compared when one is moved.
 const COMPARED: usize = 16;
 
+/// The part of a slice for which those may run out of their turn that others have yielded to: until the policy decides again, or two
+/// that yield to each other would keep everybody else from running.
+const LENT: u64 = 8;
+
 #[derive(Debug)]
 pub(crate) struct Queue {
     entities: Vec<Option<Box<Entity>>>,
@@ -265,11 +269,44 @@ impl Queue {
         if rest.running.is_some() {
             return None;
         }
-        let id = match rest.favoured.take() {
-            Some(id) => id,
-            None => rest.policy.take(now)?,
-        };
+        if let Some(favoured) = rest.favoured.take() {
+            return self.pick_favoured(favoured, now);
+        }
+        let id = rest.policy.take(now)?;
+        rest.lent_until = u64::MAX;
         Some(rest.dispatch(find(entities, id)?, now))
+    }
+
+    /// As `pick`, but one runs out of its turn that another has yielded to: as long as such runs one after the other have not taken
+    /// more than a part of a slice, and unless the one whose turn it is would interrupt it at once.
+    #[inline(never)]
+    fn pick_favoured(&mut self, favoured: EntityId, now: u64) -> Option<Dispatch> {
+        let Queue { entities, rest, .. } = self;
+        let next = rest.policy.take(now)?;
+        let lent_until = match rest.lent_until {
+            u64::MAX => now.saturating_add(rest.slice / LENT),
+            since_before => since_before,
+        };
+        rest.lent_until = u64::MAX;
+        let get = |id: EntityId| entities.get(id.index())?.as_deref();
+        let lends = match (get(favoured), get(next)) {
+            (Some(favoured), Some(other)) if favoured.id != other.id => {
+                favoured.state == State::Waiting
+                    && now < lent_until
+                    && rest.policy.gives_way(favoured, other) != Some(0)
+            }
+            _ => false,
+        };
+        if !lends {
+            return Some(rest.dispatch(find(entities, next)?, now));
+        }
+        rest.policy.put_back(find(entities, next)?);
+        rest.policy.take_this(favoured);
+        let mut run = rest.dispatch(find(entities, favoured)?, now);
+        rest.lent_until = lent_until;
+        run.until = run.until.min(lent_until);
+        rest.run_until = run.until;
+        Some(run)
     }
 
     /// The running entity leaves the pCPU.
@@ -292,18 +329,10 @@ impl Queue {
         })
     }
 
-    /// Of these, the first one that waits here runs next, whatever the policy says.
-    pub(crate) fn favour(&mut self, ids: impl Iterator<Item = EntityId>) {
-        if self.rest.favoured.is_some() {
-            return;
-        }
-        for id in ids {
-            let waits = self.get(id).is_some_and(|e| e.state == State::Waiting);
-            if waits && self.rest.policy.take_this(id) {
-                self.rest.favoured = Some(id);
-                return;
-            }
-        }
+    /// Of these, the first one that waits here is to run next, out of its turn if need be.
+    pub(crate) fn favour(&mut self, mut ids: impl Iterator<Item = EntityId>) {
+        let waits = |id: &EntityId| self.get(*id).is_some_and(|e| e.state == State::Waiting);
+        self.rest.favoured = ids.find(waits);
     }
 
     /// Keeps an entity from running. Whether it runs here now; it stops being picked when it is stopped.

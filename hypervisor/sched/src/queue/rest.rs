@@ -30,8 +30,10 @@ pub(super) struct Rest {
     /// Tick at which the running one has to stop.
     pub(super) run_until: u64,
     pub(super) last: Option<EntityId>,
-    /// The next one to run, taken out of those that wait.
+    /// One of those that wait, to which the one before has yielded.
     pub(super) favoured: Option<EntityId>,
+    /// Tick until which one may run out of its turn; `u64::MAX` where the policy has chosen who runs.
+    pub(super) lent_until: u64,
     /// The pCPU that the running one is to go to when it stops here and could go on.
     pub(super) promised_to: Option<usize>,
     pub(super) waiting: u32,
@@ -60,6 +62,7 @@ impl Rest {
             run_until: u64::MAX,
             last: None,
             favoured: None,
+            lent_until: u64::MAX,
             promised_to: None,
             waiting: 0,
             crowd: match neighbours {
@@ -101,12 +104,9 @@ impl Rest {
         self.movable
             .remove(&(entity.allowed, entity.rank, entity.id));
         if self.favoured == Some(entity.id) {
-            // The policy has taken it out already, as if to run it.
             self.favoured = None;
-            self.policy.leave(entity);
-        } else {
-            self.policy.remove(entity);
         }
+        self.policy.remove(entity);
         self.waiting -= 1;
         self.leave_crowd(entity, now);
         true
