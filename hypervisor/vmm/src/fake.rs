@@ -3,7 +3,8 @@
 use alloc::{collections::VecDeque, string::String, vec::Vec};
 
 use virt::{
-    CpuState, DescriptorTable, Event, Exit, Gpr, Segment, SegmentName, Shadow, TscScale, VirtualCpu,
+    CpuState, DescriptorTable, Event, Exit, Gpr, Registers, Segment, SegmentName, Shadow, TscScale,
+    VirtualCpu,
 };
 
 /// Registers, the exits to give, and what was asked of it.
@@ -75,19 +76,7 @@ impl FakeCpu {
     }
 }
 
-impl VirtualCpu for FakeCpu {
-    const LOADS_PDPTES: bool = true;
-
-    fn load(&mut self, _cpu: usize) {}
-    fn unload(&mut self) {}
-    fn enter(&mut self) -> Exit {
-        if let Some(event) = self.queued.take() {
-            self.injected.push(event);
-        }
-        self.entries += 1;
-        self.queued = self.interrupted.pop_front();
-        self.exits.pop_front().unwrap_or(Exit::Deadline)
-    }
+impl Registers for FakeCpu {
     fn gpr(&self, gpr: Gpr) -> u64 {
         self.state.gprs[gpr as usize]
     }
@@ -215,6 +204,21 @@ impl VirtualCpu for FakeCpu {
     }
     fn set_msr(&mut self, _number: u32, _value: u64) -> bool {
         false
+    }
+}
+
+impl VirtualCpu for FakeCpu {
+    const LOADS_PDPTES: bool = true;
+
+    fn load(&mut self, _cpu: usize) {}
+    fn unload(&mut self) {}
+    fn enter(&mut self) -> Exit {
+        if let Some(event) = self.queued.take() {
+            self.injected.push(event);
+        }
+        self.entries += 1;
+        self.queued = self.interrupted.pop_front();
+        self.exits.pop_front().unwrap_or(Exit::Deadline)
     }
     fn set_tsc_scale(&mut self, scale: TscScale) {
         self.tsc_scale = scale;

@@ -4,7 +4,7 @@ use alloc::boxed::Box;
 
 use mem::{Gpa, fake::FakeMemory, guest::pc_layout};
 use proptest::prelude::*;
-use virt::CpuState;
+use virt::{CpuState, Registers};
 
 use super::*;
 use crate::{

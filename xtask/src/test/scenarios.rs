@@ -299,8 +299,8 @@ pub fn all() -> Vec<Scenario> {
     let body = running::linux_watchdog;
     all.push(Scenario::new(place, "linux-watchdog", 80, body));
     all.push(Scenario::new(place, "eight-linux", 60, sched::eight_linux));
-    let on_bochs = Scenario::new(Place::Bochs, "eight-linux", 1500, sched::eight_linux);
-    all.push(slow(on_bochs));
+    let on_bochs = Scenario::new(Place::Bochs, "eight-linux", 420, sched::eight_linux);
+    all.push(on_bochs);
     all.push(Scenario::new(place, "restarts", 15, consoles::restarts));
     all.push(Scenario::new(place, "host-keys", 8, consoles::host_keys));
     all.push(Scenario::new(place, "host-absent-processor", 3, host::absent_processor).selftest());

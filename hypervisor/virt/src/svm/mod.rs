@@ -213,7 +213,7 @@ mod tests {
     use super::vmcb::{EventField, EventType, exit_code};
     use super::*;
     use crate::state::{CpuMode, CpuState, Event, Gpr, SegmentName, Shadow};
-    use crate::{Exit, TscScale, VirtualCpu};
+    use crate::{Exit, Registers, TscScale, VirtualCpu};
     use mem::fake::FakeMemory;
 
     fn machine(features: SvmFeatures) -> (&'static FakeMemory, Svm) {

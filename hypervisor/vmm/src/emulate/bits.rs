@@ -196,6 +196,7 @@ fn low_bits(count: u32) -> u64 {
 mod tests {
     use super::super::tests::{Bench, DEVICE, DONE};
     use super::*;
+    use virt::Registers;
 
     #[test]
     fn bits_go_where_the_mask_has_them() {

@@ -1,6 +1,6 @@
 //! Tests of far calls and jumps through gates.
 
-use virt::{CpuMode, Gpr, Segment, SegmentName, TaskSource, TaskSwitch, VirtualCpu};
+use virt::{CpuMode, Gpr, Registers, Segment, SegmentName, TaskSource, TaskSwitch};
 
 use super::rare_tests::{
     CODE_32, CODE_64, DATA, GDT, USER_CODE, USER_DATA, bench, bench_32, fault,

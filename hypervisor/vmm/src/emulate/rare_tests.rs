@@ -1,7 +1,7 @@
 //! Tests of what software hardly ever does to device memory: segment registers, far transfers, ports and flags in
 //! code that lies there, the FPU.
 
-use virt::{CpuMode, Gpr, SegmentName, Shadow, VirtualCpu};
+use virt::{CpuMode, Gpr, Registers, SegmentName, Shadow};
 
 use super::tests::{Bench, DEVICE, DONE};
 use super::*;

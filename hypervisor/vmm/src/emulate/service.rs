@@ -289,6 +289,7 @@ mod tests {
     use super::super::tests::{Bench, DONE};
     use super::*;
     use crate::emulate::Outcome;
+    use virt::Registers;
 
     const GP: Outcome = Outcome::Fault(Exception::GENERAL_PROTECTION);
     const UD: Outcome = Outcome::Fault(Exception::UNDEFINED_OPCODE);

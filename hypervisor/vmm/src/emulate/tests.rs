@@ -8,7 +8,7 @@ use mem::{
     guest::{GuestMemory, pc_layout},
 };
 use proptest::prelude::*;
-use virt::{CpuState, Gpr, SegmentName, VirtualCpu};
+use virt::{CpuState, Gpr, Registers, SegmentName};
 
 use super::{
     alu::{Alu, RFLAGS_CF, RFLAGS_OF, compute},

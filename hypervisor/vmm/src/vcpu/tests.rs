@@ -10,7 +10,7 @@ use devices::{lapic::VcpuKick, uart::ConsoleSink};
 use mem::{Gpa, fake::FakeMemory};
 use proptest::prelude::*;
 use spin::Mutex;
-use virt::TaskSource;
+use virt::{Registers, TaskSource};
 
 mod delivery;
 mod display;
