@@ -5,7 +5,10 @@ use core::fmt;
 use crate::{
     cpus::CpuSet,
     metrics::Metrics,
-    policy::fair::{self, Virtual},
+    policy::{
+        PolicyKind,
+        fair::{self, Virtual},
+    },
 };
 
 /// Handle of a schedulable entity. Handles of removed entities are used again.
@@ -140,17 +143,19 @@ pub enum Refusal {
         /// Those of the pool.
         pool: CpuSet,
     },
-    /// The pool's policy keeps no time for anybody.
-    NoReservations,
+    /// The pool's policy, this one, keeps no time for anybody.
+    NoReservations(PolicyKind),
+    /// The pool keeps time for somebody, which the policy that is wanted does not.
+    HasReservations,
     /// No room for another entity.
     Full,
     /// There is no such entity.
     Unknown,
     /// No pCPU has so much left to reserve. All in millionths of a pCPU.
     Overcommitted {
-        /// What was asked for.
+        /// What was asked for, for each entity.
         wanted: u64,
-        /// The most that one pCPU has left.
+        /// The most that one pCPU has left, beside those for which there was room.
         left: u64,
     },
 }
@@ -167,9 +172,14 @@ impl fmt::Display for Refusal {
                     "it may run on no processor of its pool, which has: {pool}"
                 )
             }
-            Refusal::NoReservations => {
-                f.write_str("a reservation needs a pool whose scheduler is \"reservation\"")
-            }
+            Refusal::NoReservations(policy) => write!(
+                f,
+                "its pool's policy is \"{policy}\", which keeps no time for reservations; it has to be \"{}\"",
+                PolicyKind::Reservation
+            ),
+            Refusal::HasReservations => f.write_str(
+                "there are reservations in the pool, which no other policy keeps: take them back first",
+            ),
             Refusal::Full => f.write_str("there is no room for another vCPU"),
             Refusal::Unknown => f.write_str("there is no such vCPU"),
             Refusal::Overcommitted { wanted, left } => {
@@ -233,6 +243,21 @@ impl Bandwidth {
     /// Ticks that it may still run.
     pub(crate) fn left(&self) -> u64 {
         self.left.max(0) as u64
+    }
+
+    /// Takes over from another one at this tick: as it is, if budget and period are the same; else with less at first, by what was used of
+    /// the other one ahead of time. So changes do not add up to more than was ever due.
+    fn succeed(mut self, before: Option<Self>, now: u64) -> Self {
+        let Some(before) = before else { return self };
+        let same = |b: &Self| (b.budget, b.period, b.reserved);
+        if same(&before) == same(&self) {
+            return before;
+        }
+        let passed = before.period - before.refill_at.saturating_sub(now).min(before.period);
+        let due = u128::from(before.budget) * u128::from(passed) / u128::from(before.period.max(1));
+        let ahead = before.budget as i64 - before.left - due as i64;
+        self.left = (self.left - ahead.max(0)).max(0);
+        self
     }
 
     /// Has it pay for what it ran.
@@ -314,7 +339,7 @@ impl Recent {
 pub(crate) struct Entity {
     pub(crate) id: EntityId,
     pub(crate) params: Params,
-    /// Affinity within its pool.
+    /// Affinity within its pool; of one that has reserved, its seat ([`crate::scheduler::admission`]).
     pub(crate) allowed: CpuSet,
     pub(crate) state: State,
     /// A wake-up came while it ran.
@@ -381,18 +406,12 @@ impl Entity {
 
     /// Puts parameters into force. It is in no queue.
     pub(crate) fn set_params(&mut self, params: Params, allowed: CpuSet, slice: u64, now: u64) {
-        let same = params.cap == self.params.cap
-            && params.reservation == self.params.reservation
-            && self.bandwidth.is_some();
-        if !same {
-            self.bandwidth = match (params.reservation, params.cap) {
-                (Some(reservation), _) => Some(Bandwidth::reserved(reservation, now)),
-                (None, Some(percent)) if percent < 100 => {
-                    Some(Bandwidth::capped(percent, slice, now))
-                }
-                (None, _) => None,
-            };
-        }
+        let bandwidth = match (params.reservation, params.cap) {
+            (Some(reservation), _) => Some(Bandwidth::reserved(reservation, now)),
+            (None, Some(percent)) if percent < 100 => Some(Bandwidth::capped(percent, slice, now)),
+            (None, _) => None,
+        };
+        self.bandwidth = bandwidth.map(|new| new.succeed(self.bandwidth, now));
         self.params = params;
         self.allowed = allowed;
         self.virt.set_rate(fair::rate(params.weight));

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod reservations;
 mod yielding;
 
 /// A millisecond, in the ticks of these tests.
@@ -221,7 +222,7 @@ fn pinned_entities_stay_on_their_pcpu() {
         affinity: CpuSet::of(0),
         ..pinned
     };
-    assert_eq!(s.set_params(ids[0], moved, 2), Ok(Some(1)));
+    assert_eq!(s.set_params(&ids[..1], moved, 2), Ok(CpuSet::of(1)));
     assert!(s.run_until(1) <= 2);
     assert_eq!(s.stop(1, Stop::Interrupted, 3), Some(0), "pCPU 0 idles");
     assert_eq!(s.pick(0, 3).run.unwrap().id, ids[0]);
@@ -407,70 +408,6 @@ fn run_window(s: &Scheduler, guests: &[(EntityId, Guest)], from: u64, end: u64) 
             None => now = s.next_deadline(0).unwrap_or(end).min(end),
         }
     }
-}
-
-#[test]
-fn a_reservation_is_kept_beside_spinners_and_not_exceeded() {
-    let s = scheduler(1, PolicyKind::Reservation);
-    let reservation = Reservation {
-        budget: 2 * MS,
-        period: 10 * MS,
-    };
-    let reserved = Params {
-        reservation: Some(reservation),
-        ..Params::default()
-    };
-    let real_time = s.add(reserved, 0).unwrap();
-    let greedy = s.add(reserved, 0).unwrap();
-    let mut guests = spinners(&s, &[100, 100, 100]);
-    guests.push((greedy, Guest::Spins));
-    guests.push((
-        real_time,
-        Guest::Works {
-            run: 3 * MS / 2,
-            sleep: 17 * MS / 2,
-        },
-    ));
-    let end = 10_000 * MS;
-    simulate(&s, &guests, end);
-    let m = s.metrics(real_time, end).unwrap();
-    assert!(m.bursts >= 900, "{} jobs", m.bursts);
-    assert!(m.response_max <= 2 * MS, "{}", m.response_max);
-    let greedy = s.metrics(greedy, end).unwrap().run;
-    assert!(greedy.abs_diff(end / 5) <= SLICE, "{greedy}");
-    let rest: u64 = run_times(&s, &guests[..3], end).iter().sum();
-    assert!(rest >= end / 2, "{rest}");
-}
-
-#[test]
-fn more_than_there_is_cannot_be_reserved() {
-    let s = scheduler(2, PolicyKind::Reservation);
-    let of = |percent: u64| Params {
-        reservation: Some(Reservation {
-            budget: percent * MS,
-            period: 100 * MS,
-        }),
-        ..Params::default()
-    };
-    let first = s.add(of(60), 0).unwrap();
-    s.add(of(60), 0).unwrap();
-    let refused = Refusal::Overcommitted {
-        wanted: 400_000,
-        left: 350_000,
-    };
-    assert_eq!(s.add(of(40), 0), Err(refused));
-    s.add(of(35), 0).unwrap();
-    assert_eq!(
-        s.pcpu_metrics(0, 0).unwrap().reserved + s.pcpu_metrics(1, 0).unwrap().reserved,
-        1_550_000
-    );
-    // A change counts without what it had; one that does not fit changes nothing.
-    assert!(s.set_params(first, of(96), 0).is_err());
-    assert_eq!(s.params(first), Some(of(60)));
-    assert!(s.remove(first, 0));
-    assert!(s.add(of(60), 0).is_ok());
-    let fair = scheduler(1, PolicyKind::Fair);
-    assert_eq!(fair.add(of(10), 0), Err(Refusal::NoReservations));
 }
 
 #[test]
@@ -811,7 +748,7 @@ struct Call {
 }
 
 fn any_call() -> impl Strategy<Value = Call> {
-    (0u8..16, 0usize..6, 0usize..3, 0..3 * SLICE).prop_map(|(kind, entity, pcpu, passes)| Call {
+    (0u8..17, 0usize..6, 0usize..3, 0..3 * SLICE).prop_map(|(kind, entity, pcpu, passes)| Call {
         kind,
         entity,
         pcpu,
@@ -859,8 +796,16 @@ proptest! {
                         }),
                         ..Params::default()
                     };
-                    let _ = s.set_params(id, params, now);
+                    // One of them, or several at once.
+                    let group = &ids[entity.min(pcpu)..=entity];
+                    let before: Vec<_> = group.iter().map(|&id| s.params(id)).collect();
+                    let outcome = s.set_params(group, params, now);
+                    for (&id, before) in group.iter().zip(before) {
+                        let after = if outcome.is_ok() { Some(params) } else { before };
+                        prop_assert_eq!(s.params(id), after);
+                    }
                 }
+                16 => { let _ = s.set_params(&[id], Params::default(), now); }
                 13 => { s.expire(pcpu, now); }
                 14 if s.remove(id, now) => {
                     ids[entity] = s.add(Params::default(), now).unwrap();
@@ -882,9 +827,10 @@ proptest! {
                 let m = s.metrics(id, now).unwrap();
                 prop_assert!(m.run + m.wait + m.throttled + m.blocked <= now - added[n]);
             }
-            for pcpu in 0..3 {
-                prop_assert!(s.pcpu_metrics(pcpu, now).unwrap().reserved <= RESERVABLE);
-            }
+            let kept: Vec<u64> = (0..3).map(|pcpu| s.reserved(pcpu)).collect();
+            prop_assert!(kept.iter().all(|&parts| parts <= RESERVABLE));
+            let taken = ids.iter().filter_map(|&id| s.params(id).unwrap().reservation);
+            prop_assert_eq!(kept.iter().sum::<u64>(), taken.map(Reservation::utilization).sum::<u64>());
         }
         // Who waits now is picked by somebody who may run it, and is picked once.
         for (pcpu, runs) in on.iter_mut().enumerate() {

@@ -2,7 +2,8 @@
 //!
 //! A reserved entity's budget and deadline are the queue's business (`Bandwidth`, a constant bandwidth server); the scheduler admits no more
 //! than a pCPU can give. So each gets its budget within each of its periods, whatever the others do. Reserved entities
-//! stay on the pCPU that admitted them.
+//! stay on the pCPU that admitted them. While an entity has a reservation it has no place in the virtual time of the rest: what that
+//! lost or gained meanwhile is neither owed to it nor by it.
 
 use super::{Ordered, Policy, PolicyKind, Ready, fair::Fair};
 use crate::entity::{Entity, EntityId};
@@ -42,6 +43,7 @@ impl Policy for EarliestDeadline {
     fn enqueue(&mut self, entity: &mut Entity, why: Ready, now: u64) {
         match deadline(entity) {
             Some(deadline) => {
+                self.rest.forget(entity);
                 entity.rank = deadline;
                 self.reserved.push(entity.id, deadline);
             }
@@ -80,8 +82,9 @@ impl Policy for EarliestDeadline {
     }
 
     fn join(&mut self, entity: &mut Entity) {
-        if deadline(entity).is_none() {
-            self.rest.join(entity);
+        match deadline(entity) {
+            Some(_) => self.rest.forget(entity),
+            None => self.rest.join(entity),
         }
     }
 

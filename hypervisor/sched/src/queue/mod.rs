@@ -61,6 +61,8 @@ pub(crate) enum Woken {
     Running,
     /// It waits now. The one that runs here, if any, has to be stopped at `run_until`, which may be earlier now.
     Waiting,
+    /// It is ready, and its budget is used up: there is a timer that was not there. `run_until` may be earlier now.
+    Throttled,
 }
 
 /// Where one belongs that has just stopped.
@@ -130,11 +132,6 @@ impl Queue {
         self.rest.running.is_none()
     }
 
-    /// The part of the pCPU that is kept for its entities, in millionths.
-    pub(crate) fn reserved(&self) -> u64 {
-        self.rest.metrics.reserved
-    }
-
     /// How many entities have their home here.
     pub(crate) fn population(&self) -> u32 {
         self.rest.metrics.entities
@@ -159,13 +156,10 @@ impl Queue {
         let Queue { entities, rest, .. } = self;
         let index = entity.id.index();
         rest.metrics.entities += 1;
-        rest.metrics.reserved += utilization(&entity.params);
         match entity.state {
-            State::Blocked { until: Some(at) } | State::Throttled { until: at } => {
-                rest.timers.push(entity.id, at);
-                if rest.running.is_some() {
-                    rest.run_until = rest.run_until.min(at);
-                }
+            State::Blocked { until: Some(at) } => rest.set_timer(entity.id, at),
+            State::Throttled { .. } => {
+                rest.make_ready(&mut entity, Ready::Arrived, now);
             }
             State::Waiting => {
                 entity.settle(now);
@@ -187,11 +181,17 @@ impl Queue {
         rest.timers.remove(id);
         rest.policy.forget(&mut entity);
         rest.metrics.entities -= 1;
-        rest.metrics.reserved -= utilization(&entity.params);
         if rest.last == Some(id) {
             rest.last = None;
         }
         Some(entity)
+    }
+
+    /// If this one waits: perhaps the one that runs should give way to it.
+    pub(crate) fn consider_if_waiting(&mut self, id: EntityId, now: u64) {
+        if self.get(id).is_some_and(|e| e.state == State::Waiting) {
+            self.consider(id, now);
+        }
     }
 
     /// One has begun to wait: perhaps the one that runs should give way.
@@ -394,8 +394,10 @@ impl Queue {
             return;
         };
         let waited = rest.unqueue(entity, now);
-        rest.metrics.reserved += utilization(&params);
-        rest.metrics.reserved -= utilization(&entity.params);
+        let throttled = matches!(entity.state, State::Throttled { .. });
+        if throttled {
+            rest.timers.remove(id);
+        }
         if rest.running == Some(id) {
             rest.charge(entity, now);
             rest.leave_crowd(entity, now);
@@ -407,7 +409,7 @@ impl Queue {
             return;
         }
         entity.set_params(params, allowed, rest.slice, now);
-        if waited {
+        if waited || throttled {
             self.ready(id, now);
         }
     }
@@ -559,11 +561,4 @@ impl Queue {
         }
         self.rest.metrics.steals += u64::from(stolen);
     }
-}
-
-/// The part of a pCPU that is kept for such an entity, in millionths.
-pub(crate) fn utilization(params: &Params) -> u64 {
-    params
-        .reservation
-        .map_or(0, |reservation| reservation.utilization())
 }

@@ -124,9 +124,7 @@ impl Rest {
         if self.crowd.is_none() {
             return;
         }
-        // This pCPU has admitted its reservation.
-        let stays = entity.params.reservation.is_some();
-        if entity.allowed.len() > 1 && !stays {
+        if entity.allowed.len() > 1 {
             self.movable
                 .insert((entity.allowed, entity.rank, entity.id));
         }
@@ -148,11 +146,19 @@ impl Rest {
         }
         if let Some(at) = entity.throttled_until() {
             entity.state = State::Throttled { until: at };
-            self.timers.push(entity.id, at);
-            return Woken::Nothing;
+            self.set_timer(entity.id, at);
+            return Woken::Throttled;
         }
         self.enqueue(entity, why, now);
         Woken::Waiting
+    }
+
+    /// One that does not run is to be looked at at this tick: the running one stops for that.
+    pub(super) fn set_timer(&mut self, id: EntityId, at: u64) {
+        self.timers.push(id, at);
+        if self.running.is_some() {
+            self.run_until = self.run_until.min(at);
+        }
     }
 
     /// One that was blocked becomes ready. It has no timer any more.

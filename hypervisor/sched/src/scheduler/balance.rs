@@ -67,7 +67,7 @@ impl Scheduler {
         let this = &self.pcpus[pcpu];
         let Some(own) = self.lock(pcpu) else { return };
         let ahead = BALANCE_SLICES * own.queue.slice();
-        let (crowd, reserved) = (own.queue.crowd(), own.queue.reserved());
+        let (crowd, reserved) = (own.queue.crowd(), self.reserved(pcpu));
         drop(own);
         let unrest = crowd.unrest(reserved, ahead, now);
         this.balance_at
@@ -81,7 +81,7 @@ impl Scheduler {
                 continue;
             };
             locked.queue.settle_running(now);
-            let (theirs, reserved_there) = (locked.queue.crowd(), locked.queue.reserved());
+            let (theirs, reserved_there) = (locked.queue.crowd(), self.reserved(other));
             let before = unrest + theirs.unrest(reserved_there, ahead, now);
             for (id, share, had) in locked.queue.candidates(pcpu) {
                 let (mut here, mut there) = (crowd, theirs);

@@ -3,12 +3,14 @@
 //! Each pCPU has a queue behind a lock of its own. An entity lies in exactly one of them, its *home*; a table says
 //! which. Who wants an entity looks its home up, takes that queue's lock, and looks again. An entity on its way from one queue
 //! to another is in neither for a moment; who wants it then waits for that moment. No two queues' locks are held at once, so there is no
-//! order among them. Under a queue's lock no other lock is taken and nothing is called that is not of this crate.
+//! order among them. Under a queue's lock no other lock is taken and nothing is called that is not of this crate. The lock of the
+//! admission control ([`admission`]) comes before them.
 //!
 //! *No work waits while a pCPU idles.* A pCPU that finds nothing sets its idle bit under its queue's lock, then looks at the
 //! other queues of its pool, then may halt. Who makes an entity ready puts it into its home's queue first and then
 //! looks at the idle bits. So one of the two sees the other, whichever comes first.
 
+pub(crate) mod admission;
 mod balance;
 
 use alloc::{boxed::Box, vec::Vec};
@@ -21,11 +23,11 @@ use crate::{
     entity::{CAPS, Entity, EntityId, PRIORITIES, Params, PoolId, Refusal, State, WEIGHTS},
     metrics::{Metrics, PcpuMetrics},
     policy::PolicyKind,
-    queue::{Dispatch, Left, Neighbours, Queue, Stop, Woken, utilization},
+    queue::{Dispatch, Left, Neighbours, Queue, Stop, Woken},
 };
 
-/// The part of a pCPU that can be reserved, in millionths: the rest is for those who reserved nothing.
-pub const RESERVABLE: u64 = 950_000;
+pub use admission::RESERVABLE;
+use admission::{Ledger, Seat};
 
 /// No home: the entity does not exist.
 const NOWHERE: u32 = u32::MAX;
@@ -94,6 +96,8 @@ struct Pcpu {
     run_until: AtomicU64,
     load: AtomicU64,
     movable: AtomicU32,
+    /// The part that is kept for reservations, in millionths; changes under the lock `admission`.
+    reserved: AtomicU64,
     pool: PoolId,
     /// Its pool has others.
     shared: bool,
@@ -115,6 +119,7 @@ pub struct Scheduler {
     /// By entity: its pCPU.
     homes: Box<[AtomicU32]>,
     free: Mutex<Vec<u32>>,
+    admission: Mutex<()>,
     /// A bit for each pCPU that found nothing to run.
     idle: AtomicU64,
     /// A bit for each pCPU that does something else for a while.
@@ -166,6 +171,7 @@ impl Scheduler {
                 run_until: AtomicU64::new(u64::MAX),
                 load: AtomicU64::new(0),
                 movable: AtomicU32::new(0),
+                reserved: AtomicU64::new(0),
                 pool: PoolId(index as u8),
                 shared: pool.cpus.len() > 1,
                 balance_at: AtomicU64::new(0),
@@ -175,6 +181,7 @@ impl Scheduler {
             pcpus: (0..pcpus).map(pcpu).collect(),
             homes: (0..capacity).map(|_| AtomicU32::new(NOWHERE)).collect(),
             free: Mutex::new((0..capacity as u32).rev().collect()),
+            admission: Mutex::new(()),
             idle: AtomicU64::new(0),
             away: AtomicU64::new(0),
             online: AtomicU64::new(CpuSet::first(pcpus).bits()),
@@ -260,8 +267,9 @@ impl Scheduler {
             if reservation.budget == 0 || reservation.budget > reservation.period {
                 return Err(Refusal::OutOfRange);
             }
-            if pool.policy.lock().0 != PolicyKind::Reservation {
-                return Err(Refusal::NoReservations);
+            let policy = pool.policy.lock().0;
+            if policy != PolicyKind::Reservation {
+                return Err(Refusal::NoReservations(policy));
             }
         }
         let allowed = params.affinity.and(pool.cpus);
@@ -271,47 +279,36 @@ impl Scheduler {
         Ok(allowed)
     }
 
-    /// Puts an entity that lies in no queue where there is room, best where there is the most of it. Where it is put.
+    /// Puts an entity that lies in no queue where it may be, best where there is the most room. Where it is put.
     ///
     /// # Errors
-    /// No pCPU can keep its reservation; the entity comes back.
-    fn place(&self, entity: Box<Entity>, now: u64) -> Result<usize, (Box<Entity>, Refusal)> {
-        let wanted = utilization(&entity.params);
-        let mut places = self.online(entity.allowed);
-        let mut most_left = 0;
-        while !places.is_empty() {
-            let crowd = |pcpu: &usize| {
-                let queue = self.pcpus[*pcpu].queue.lock();
-                (
-                    queue.reserved(),
-                    queue.crowd().share(),
-                    queue.population(),
-                    *pcpu,
-                )
-            };
-            let Some(pcpu) = places.iter().min_by_key(crowd) else {
-                break;
-            };
-            if let Some(mut locked) = self.lock(pcpu) {
-                let left = RESERVABLE.saturating_sub(locked.queue.reserved());
-                if wanted <= left {
-                    self.put_in(pcpu, &mut locked, entity, now);
-                    return Ok(pcpu);
-                }
-                most_left = most_left.max(left);
-            }
-            places = places.without(CpuSet::of(pcpu));
-        }
-        let refusal = match wanted {
-            0 => Refusal::NoPcpu {
-                pool: self.pools[usize::from(entity.params.pool.0)].cpus,
-            },
-            _ => Refusal::Overcommitted {
-                wanted,
-                left: most_left,
-            },
+    /// All those pCPUs are offline; the entity comes back.
+    fn place(&self, entity: Box<Entity>, now: u64) -> Result<usize, Box<Entity>> {
+        let crowd = |pcpu: &usize| {
+            let queue = self.pcpus[*pcpu].queue.lock();
+            (
+                self.reserved(*pcpu),
+                queue.crowd().share(),
+                queue.population(),
+                *pcpu,
+            )
         };
-        Err((entity, refusal))
+        let best = self.online(entity.allowed).iter().min_by_key(crowd);
+        let Some((pcpu, mut locked)) = best.and_then(|pcpu| Some((pcpu, self.lock(pcpu)?))) else {
+            return Err(entity);
+        };
+        let id = entity.id;
+        self.put_in(pcpu, &mut locked, entity, now);
+        locked.queue.consider_if_waiting(id, now);
+        Ok(pcpu)
+    }
+
+    /// None of the pCPUs that these parameters allow is online.
+    fn no_pcpu(&self, params: &Params) -> Refusal {
+        let pool = self.pools[usize::from(params.pool.0)].cpus;
+        Refusal::NoPcpu {
+            pool: self.online(pool),
+        }
     }
 
     /// Adds an entity, blocked without a deadline.
@@ -319,30 +316,44 @@ impl Scheduler {
     /// # Errors
     /// What is wrong with the parameters, or that there is no room.
     pub fn add(&self, params: Params, now: u64) -> Result<EntityId, Refusal> {
+        let _admission = self.admission.lock();
         let allowed = self.check(&params)?;
-        let pool = &self.pools[usize::from(params.pool.0)];
-        let slice = pool.policy.lock().1;
+        let mut ledger = Ledger::of(&self.pcpus);
+        let allowed = self.seat(&mut ledger, &params, allowed, None)?;
+        let slice = self.slice_of(&params);
         let number = self.free.lock().pop().ok_or(Refusal::Full)?;
         let id = EntityId(number);
         let entity = Box::new(Entity::new(id, params, allowed, slice, now));
         match self.place(entity, now) {
-            Ok(_) => Ok(id),
-            Err((_, refusal)) => {
+            Ok(_) => {
+                ledger.commit(&self.pcpus);
+                Ok(id)
+            }
+            Err(_) => {
                 self.free.lock().push(number);
-                Err(refusal)
+                Err(self.no_pcpu(&params))
             }
         }
+    }
+
+    /// Length of the slices in the pool that these parameters name, which there is.
+    fn slice_of(&self, params: &Params) -> u64 {
+        self.pools[usize::from(params.pool.0)].policy.lock().1
     }
 
     /// Removes an entity that does not run. `false`: it runs, or is not known.
     #[must_use]
     pub fn remove(&self, id: EntityId, now: u64) -> bool {
+        let _admission = self.admission.lock();
         let Some((_, mut locked)) = self.home(id) else {
             return false;
         };
-        if self.take_out(&mut locked, id, now).is_none() {
+        let Some(entity) = self.take_out(&mut locked, id, now) else {
             return false;
-        }
+        };
+        let mut ledger = Ledger::of(&self.pcpus);
+        ledger.release(Seat::of(&entity));
+        ledger.commit(&self.pcpus);
         self.homes[id.index()].store(NOWHERE, Ordering::Release);
         drop(locked);
         self.free.lock().push(id.0);
@@ -366,56 +377,40 @@ impl Scheduler {
         Some(locked.queue.get(id)?.params)
     }
 
-    /// Gives an entity other parameters. Those of one that runs hold from its next run on. Returns the pCPU to interrupt, if any.
-    ///
-    /// # Errors
-    /// As [`Scheduler::add`]; nothing has changed then.
-    pub fn set_params(
-        &self,
-        id: EntityId,
-        params: Params,
-        now: u64,
-    ) -> Result<Option<usize>, Refusal> {
-        let allowed = self.check(&params)?;
-        let (pcpu, mut locked) = self.home(id).ok_or(Refusal::Unknown)?;
-        let entity = locked.queue.get(id).ok_or(Refusal::Unknown)?;
-        let (before, allowed_before) = (entity.params, entity.allowed);
-        let runs = matches!(entity.state, State::Running { .. });
-        let others = locked.queue.reserved() - utilization(&before);
-        let left = RESERVABLE.saturating_sub(others);
-        let fits = utilization(&params) <= left;
-        if allowed.contains(pcpu) && fits {
+    /// Gives an entity other parameters, which were checked, and these pCPUs, one of which is online. Whom to interrupt.
+    fn change(&self, id: EntityId, params: Params, allowed: CpuSet, now: u64) -> CpuSet {
+        let of = |pcpu: Option<usize>| pcpu.map_or(CpuSet::EMPTY, CpuSet::of);
+        let Some((pcpu, mut locked)) = self.home(id) else {
+            return CpuSet::EMPTY;
+        };
+        let state = locked.queue.get(id).map(|entity| entity.state);
+        let runs = matches!(state, Some(State::Running { .. }));
+        if runs || self.online(allowed).contains(pcpu) {
+            // One that runs is stopped, and goes then if it has to.
             locked.queue.set_params(id, params, allowed, now);
-            let kick = locked.kick_if(pcpu, now);
             drop(locked);
-            return Ok(kick.or_else(|| self.idle_one(allowed)));
+            let idle = (!runs).then(|| self.idle_one(allowed)).flatten();
+            return CpuSet::of(pcpu).or(of(idle));
         }
-        if runs {
-            let wanted = utilization(&params);
-            if wanted > 0 {
-                // Where it would go is only known when it has stopped.
-                return Err(Refusal::Overcommitted { wanted, left });
-            }
-            locked.queue.set_params(id, params, allowed, now);
-            return Ok(Some(pcpu));
-        }
-        // It keeps what it had unless there is room elsewhere.
-        let mut entity = self
-            .take_out(&mut locked, id, now)
-            .ok_or(Refusal::Unknown)?;
+        let Some(mut entity) = self.take_out(&mut locked, id, now) else {
+            return CpuSet::EMPTY;
+        };
         drop(locked);
-        let slice = self.pools[usize::from(params.pool.0)].policy.lock().1;
-        entity.set_params(params, allowed, slice, now);
+        entity.set_params(params, allowed, self.slice_of(&params), now);
         match self.place(entity, now) {
             // It may have a deadline there.
-            Ok(place) => Ok(Some(place)),
-            Err((mut entity, refusal)) => {
-                entity.set_params(before, allowed_before, slice, now);
-                if let Some(mut locked) = self.lock(pcpu) {
-                    self.put_in(pcpu, &mut locked, entity, now);
-                }
-                Err(refusal)
+            Ok(place) => of(Some(place)),
+            Err(entity) => {
+                self.put_back(pcpu, entity, now);
+                CpuSet::EMPTY
             }
+        }
+    }
+
+    /// Puts one that cannot be anywhere else back to the pCPU from which it was taken.
+    fn put_back(&self, pcpu: usize, entity: Box<Entity>, now: u64) {
+        if let Some(mut locked) = self.lock(pcpu) {
+            self.put_in(pcpu, &mut locked, entity, now);
         }
     }
 
@@ -472,7 +467,18 @@ impl Scheduler {
                 outcome: Outcome::Waiting,
                 kick: self.look(pcpu, locked, id, before),
             },
+            Woken::Throttled => Wake {
+                outcome: Outcome::Nothing,
+                kick: self.look_later(pcpu, locked, before),
+            },
         }
+    }
+
+    /// There is a new timer in this queue, whose running one had to stop at `before`: whom to interrupt.
+    fn look_later(&self, pcpu: usize, locked: Locked<'_>, before: u64) -> Option<usize> {
+        let earlier = locked.queue.run_until() < before;
+        drop(locked);
+        (earlier || self.idle().contains(pcpu)).then_some(pcpu)
     }
 
     /// One waits now in this queue, whose running one had to stop at `before`: whom to interrupt.
@@ -489,10 +495,7 @@ impl Scheduler {
             };
             return kicked.then_some(pcpu);
         }
-        let movable = queue
-            .get(id)
-            .filter(|entity| entity.params.reservation.is_none())
-            .map_or(CpuSet::EMPTY, |entity| entity.allowed);
+        let movable = queue.get(id).map_or(CpuSet::EMPTY, |entity| entity.allowed);
         drop(locked);
         let idle = self.idle();
         if idle.contains(pcpu) {
@@ -602,13 +605,16 @@ impl Scheduler {
         // It has been given other places while it ran.
         let entity = self.take_out(&mut locked, id, now)?;
         drop(locked);
-        let waits = entity.state == State::Waiting;
+        let state = entity.state;
         match self.place(entity, now) {
-            Ok(place) => waits.then(|| self.kick_for(place, allowed, now))?,
-            // Only reservations are refused, and those do not change places while they run.
-            Err((entity, _)) => {
-                let mut locked = self.lock(pcpu)?;
-                self.put_in(pcpu, &mut locked, entity, now);
+            Ok(place) => match state {
+                State::Waiting => self.kick_for(place, allowed, now),
+                // It has a timer there, which that pCPU does not know of.
+                State::Blocked { until: Some(_) } | State::Throttled { .. } => Some(place),
+                _ => None,
+            },
+            Err(entity) => {
+                self.put_back(pcpu, entity, now);
                 None
             }
         }
@@ -646,6 +652,10 @@ impl Scheduler {
                 outcome: Outcome::Waiting,
                 kick: self.look(pcpu, locked, id, before),
             },
+            Woken::Throttled => Wake {
+                outcome: Outcome::Nothing,
+                kick: self.look_later(pcpu, locked, before),
+            },
             Woken::Nothing | Woken::Running => Wake::NOTHING,
         }
     }
@@ -665,7 +675,7 @@ impl Scheduler {
     /// Gives a pool another policy and slice, in ticks. Returns the pCPUs to interrupt.
     ///
     /// # Errors
-    /// There is no such pool.
+    /// There is no such pool, or it keeps time for reservations and would not any more.
     pub fn set_policy(
         &self,
         pool: PoolId,
@@ -673,8 +683,13 @@ impl Scheduler {
         slice: u64,
         now: u64,
     ) -> Result<CpuSet, Refusal> {
+        let _admission = self.admission.lock();
         let pool = self.pools.get(usize::from(pool.0));
         let pool = pool.ok_or(Refusal::NoSuchPool)?;
+        let keeps = kind == PolicyKind::Reservation;
+        if !keeps && pool.cpus.iter().any(|pcpu| self.reserved(pcpu) > 0) {
+            return Err(Refusal::HasReservations);
+        }
         let slice = slice.max(1);
         *pool.policy.lock() = (kind, slice);
         for pcpu in pool.cpus.iter() {
@@ -693,6 +708,7 @@ impl Scheduler {
     /// A pCPU that will not run anything, from the beginning on: its entities go to others of their pools that they may run on.
     /// Those that may run nowhere else stay and never run. Returns the pCPUs to interrupt.
     pub fn take_offline(&self, pcpu: usize, now: u64) -> CpuSet {
+        let _admission = self.admission.lock();
         let bit = CpuSet::of(pcpu);
         self.online.fetch_and(!bit.bits(), Ordering::Relaxed);
         let mut kicks = CpuSet::EMPTY;
@@ -700,25 +716,24 @@ impl Scheduler {
             if self.homes[number].load(Ordering::Acquire) as usize != pcpu {
                 continue;
             }
-            let Some((home, mut locked)) = self.home(EntityId(number as u32)) else {
+            let id = EntityId(number as u32);
+            let Some((_, locked)) = self.home(id) else {
                 continue;
             };
-            let id = EntityId(number as u32);
-            let elsewhere = |entity: &Entity| !self.online(entity.allowed).is_empty();
-            if home != pcpu || !locked.queue.get(id).is_some_and(elsewhere) {
-                continue;
-            }
-            let Some(entity) = self.take_out(&mut locked, id, now) else {
+            let Some((params, seat)) = locked.queue.get(id).map(|e| (e.params, Seat::of(e))) else {
                 continue;
             };
             drop(locked);
-            match self.place(entity, now) {
-                Ok(place) => kicks = kicks.or(CpuSet::of(place)),
-                Err((entity, _)) => {
-                    if let Some(mut locked) = self.lock(pcpu) {
-                        self.put_in(pcpu, &mut locked, entity, now);
-                    }
-                }
+            let mut ledger = Ledger::of(&self.pcpus);
+            ledger.release(seat);
+            let place = self
+                .check(&params)
+                .and_then(|allowed| self.seat(&mut ledger, &params, allowed, None));
+            if let Ok(place) = place
+                && !self.online(place).is_empty()
+            {
+                ledger.commit(&self.pcpus);
+                kicks = kicks.or(self.change(id, params, place, now));
             }
         }
         kicks
@@ -732,7 +747,11 @@ impl Scheduler {
 
     /// What was measured of a pCPU, up to now.
     pub fn pcpu_metrics(&self, pcpu: usize, now: u64) -> Option<PcpuMetrics> {
-        Some(self.lock(pcpu)?.queue.metrics(now))
+        let metrics = self.lock(pcpu)?.queue.metrics(now);
+        Some(PcpuMetrics {
+            reserved: self.reserved(pcpu),
+            ..metrics
+        })
     }
 
     /// The policy that a pCPU's queue follows.
