@@ -101,6 +101,17 @@ pub enum Request {
         /// What to change.
         change: SchedChange,
     },
+    /// Changes a CPU pool; what is absent stays as it is: [`Answer::Done`].
+    PoolSet {
+        /// The pool's name.
+        pool: String,
+        /// Name of its policy.
+        #[serde(default)]
+        policy: Option<String>,
+        /// Length of its time slices in microseconds, in [`SLICES_US`](crate::config::SLICES_US).
+        #[serde(default)]
+        slice_us: Option<u64>,
+    },
     /// Figures of the host and its VMs since their start: [`Answer::Stats`].
     Stats {},
     /// The newest lines of the host's log: [`Answer::Log`].
@@ -152,6 +163,12 @@ pub struct SchedChange {
     /// Host processors on which its vCPUs may run; empty: all of its pool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub affinity: Option<Vec<u32>>,
+    /// Name of its CPU pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// Budget and period that are kept for each vCPU, in microseconds; a budget of 0: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reservation_us: Option<(u64, u64)>,
 }
 
 /// What came of a request.
@@ -254,6 +271,9 @@ pub trait Operate {
 
     /// The names of all VMs, for completion.
     fn vm_names(&self) -> Vec<String>;
+
+    /// The names of all CPU pools, for completion.
+    fn pool_names(&self) -> Vec<String>;
 }
 
 /// How a VM is.
@@ -422,6 +442,12 @@ pub struct PoolDetails {
     pub pcpus: Vec<u32>,
     /// Time slice in microseconds.
     pub slice_us: u64,
+    /// What each of its processors keeps for reservations, in the order of `pcpus`.
+    #[serde(default)]
+    pub reserved_permille: Vec<u32>,
+    /// The most that a processor keeps; 0: the policy keeps none.
+    #[serde(default)]
+    pub reservable_permille: u32,
 }
 
 /// Figures of the host.

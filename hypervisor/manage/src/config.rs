@@ -25,8 +25,10 @@ use core::fmt;
 
 use toml::de::{DeTable, DeValue};
 
+pub(crate) use self::sched::duration_us;
 pub use self::sched::{
-    DEFAULT_POOL, DEFAULT_SLICE_US, MAX_POOLS, PERIODS_US, PoolConfig, Pools, SLICES_US, VmSched,
+    DEFAULT_POOL, DEFAULT_SLICE_US, MAX_POOLS, MIN_BUDGET_US, PERIODS_US, PoolConfig, Pools,
+    SLICES_US, VmSched, is_reservation, percent, time,
 };
 pub use added::{AddError, parse_added};
 pub use boot::{Boot, BootModule, FirmwareConfig};

@@ -12,9 +12,9 @@ mod parse;
 mod verbs;
 mod words;
 
-pub use complete::{Completion, complete};
+pub use complete::{Completion, Names, complete};
 pub use parse::{Command, ParseError, Parsed, nearest, parse, parse_words};
-pub use verbs::{Argument, Form, Kind, SORT_KEYS, VERBS, Verb, VerbId, help, reference};
+pub use verbs::{Argument, Form, Kind, POLICIES, SORT_KEYS, VERBS, Verb, VerbId, help, reference};
 pub use words::{Word, joined, split};
 
 use alloc::{
@@ -257,7 +257,11 @@ impl Shell {
 
     fn complete(&mut self, list: bool, operate: &dyn Operate) {
         let before = self.editor.before_cursor();
-        let completion = complete(before, &operate.vm_names());
+        let names = Names {
+            vms: operate.vm_names(),
+            pools: operate.pool_names(),
+        };
+        let completion = complete(before, &names);
         let mut more = completion.common().to_string();
         match completion.candidates.as_slice() {
             [] => self.output.push('\x07'),

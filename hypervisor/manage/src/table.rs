@@ -10,11 +10,12 @@ use alloc::{
     vec::Vec,
 };
 
-use crate::trace::Kind;
+use crate::{config::time, trace::Kind};
 
 use crate::command::{
-    Answer, Failure, FailureCode, Figures, HostDetails, HostStats, LogLine, SchedDetails,
-    SchedParameters, TraceChunk, TraceDetails, VcpuStats, VmDetails, VmState, VmSummary,
+    Answer, Failure, FailureCode, Figures, HostDetails, HostStats, LogLine, PoolDetails,
+    SchedDetails, SchedParameters, TraceChunk, TraceDetails, VcpuStats, VmDetails, VmState,
+    VmSummary,
 };
 
 /// How a column stands.
@@ -213,7 +214,7 @@ fn parameters(sched: &SchedParameters) -> String {
         text += &format!(", on processors {}", numbers(&sched.affinity));
     }
     if let Some((budget, period)) = sched.reservation_us {
-        text += &format!(", {budget} us in each {period} us");
+        text += &format!(", {} in each {} per vCPU", time(budget), time(period));
     }
     text
 }
@@ -394,19 +395,36 @@ fn host_details(host: &HostDetails) -> String {
     .render()
 }
 
+/// What each processor of a pool keeps for reservations, and may keep.
+fn reserved(pool: &PoolDetails) -> String {
+    if pool.reservable_permille == 0 {
+        return "-".to_owned();
+    }
+    let percent = |permille: &u32| percent(u64::from(*permille), 1000);
+    let mut each: Vec<_> = pool.reserved_permille.iter().map(percent).collect();
+    // One figure says it all if they are the same.
+    if each.iter().all(|one| *one == each[0]) {
+        each.truncate(1);
+    }
+    let most = percent(&pool.reservable_permille);
+    format!("{} of {most} % each", each.join(", "))
+}
+
 fn sched_details(sched: &SchedDetails) -> String {
     let mut pools = Table::new(&[
         ("POOL", Align::Left),
         ("POLICY", Align::Left),
         ("PROCESSORS", Align::Left),
         ("SLICE", Align::Right),
+        ("RESERVED", Align::Left),
     ]);
     for pool in &sched.pools {
         pools.row([
             pool.name.clone(),
             pool.policy.clone(),
-            numbers(&pool.pcpus),
-            format!("{} us", pool.slice_us),
+            or_dash(&numbers(&pool.pcpus)),
+            time(pool.slice_us),
+            reserved(pool),
         ]);
     }
     let mut vms = Table::new(&[
@@ -431,7 +449,7 @@ fn sched_details(sched: &SchedDetails) -> String {
             or_dash(&numbers(&p.affinity)),
             match p.reservation_us {
                 None => "-".to_owned(),
-                Some((budget, period)) => format!("{budget} of {period} us"),
+                Some((budget, period)) => format!("{} in each {}", time(budget), time(period)),
             },
         ]);
     }
@@ -661,7 +679,7 @@ mod tests {
         for part in [
             "disk      root.img\n",
             "sched     pool default, weight 100, cap 50 %, priority 4, on processors 0-1, \
-             2000 us in each 10000 us\n",
+             2 ms in each 10 ms per vCPU\n",
             "vCPU 0 exits: cpuid 9 port 3\n",
             "vCPU 0 came to run: 7 in 512 ns, 1 in 4.0 us\n",
             "web.0  running",

@@ -105,6 +105,7 @@ fn of_group(group: &'static str) -> Command {
         "inject" => "Send a vCPU an event",
         "host" => "The machine",
         "sched" => "The scheduler",
+        "pool" => "CPU pools",
         _ => "More verbs",
     };
     command

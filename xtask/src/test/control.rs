@@ -199,6 +199,8 @@ fn verbs(host: &Host, session: &mut Session, name: &str) -> Result<()> {
     host.done(&["sched", "show"], "200")?;
     let absent = ["sched", "set", "two", "--affinity", "0,7"];
     host.expect(&absent, exit::REFUSED, "processor 7 is not in two's pool")?;
+    let elsewhere = ["sched", "set", "two", "--pool", "elsewhere"];
+    host.expect(&elsewhere, exit::REFUSED, "there are: default")?;
     host.done(&["vm", "pause", "two"], "two: ")?;
     host.wait_for("two", "paused", 1)?;
     host.done(&["vm", "resume", "two"], "two: ")?;
@@ -214,11 +216,12 @@ fn verbs(host: &Host, session: &mut Session, name: &str) -> Result<()> {
         "name=three",
         "memory=16M",
         "boot.kernel=stub",
-        "boot.cmdline=checks=none facts=off end=shell",
+        "boot.cmdline=checks=none facts=off end=spin",
     ];
     host.done(&create, "three: ")?;
     host.expect(&create, exit::REFUSED, "exists already")?;
     host.done(&["vm", "start", "three", "--wait=300"], "three: ")?;
+    reservations(host)?;
     host.done(
         &["vm", "stop", "three", "--timeout", "1", "--wait=300"],
         "three: ",
@@ -240,6 +243,50 @@ fn verbs(host: &Host, session: &mut Session, name: &str) -> Result<()> {
     let path = file.display().to_string();
     host.done(&["trace", "-o", &path, "--recorded"], "records")?;
     trace_is_whole(&file)
+}
+
+/// Processor time is kept for running VMs, up to what there is, and given back. One of them, `three`, computes all the time.
+fn reservations(host: &Host) -> Result<()> {
+    const SOME: [&str; 5] = ["sched", "set", "three", "--reservation", "1ms/10ms"];
+    let fair = ["pool", "set", "default", "--policy", "fair"];
+    let keeps = "policy is \"fair\", which keeps no time";
+    host.expect(&SOME, exit::REFUSED, keeps)?;
+    let keeping = ["pool", "set", "default", "--policy", "reservation"];
+    host.done(
+        &[&keeping[..], &["--slice", "2ms"]].concat(),
+        "default: set",
+    )?;
+    host.done(&SOME, "three: set")?;
+    host.done(&["sched", "show"], "1 ms in each 10 ms")?;
+    // It gets no more than that: it is held up again and again.
+    let held_up = Regex::new(r#""name":"three"[^\]]*"throttled_ns":[1-9]"#)?;
+    let deadline = Instant::now() + host.limit;
+    loop {
+        let stats = host.done(&["--json", "stats"], "three")?;
+        if held_up.is_match(&stats) {
+            break;
+        }
+        ensure!(Instant::now() < deadline, "three is not held up: {stats}");
+        thread::sleep(Duration::from_millis(200));
+    }
+    // For one of its vCPUs there may be room, for two of them there is none: nothing changes.
+    let before = host.done(&["--json", "sched", "show"], "reserved_permille")?;
+    let much = ["sched", "set", "two", "--reservation", "940ms/1s"];
+    host.expect(
+        &much,
+        exit::REFUSED,
+        "no room: two: 940 ms in each 1 s is 94.0 %",
+    )?;
+    let after = host.done(&["--json", "sched", "show"], "reserved_permille")?;
+    ensure!(before == after, "a refusal changed {before} to {after}");
+    host.expect(&fair, exit::REFUSED, "there are reservations in the pool")?;
+    host.done(
+        &["sched", "set", "three", "--reservation", "none"],
+        "three: set",
+    )?;
+    host.done(&fair, "default: set")?;
+    host.done(&["sched", "show"], "fair")?;
+    Ok(())
 }
 
 /// The file has what a guest that was typed at does.

@@ -10,11 +10,13 @@ use manage::{
         Answer, Failure, FailureCode, Figures, HostStats, PcpuStats, PoolDetails, SchedChange,
         SchedDetails, SchedParameters, VcpuStats, VmState, VmStats,
     },
-    config::{Pools, VmSched},
+    config::{
+        MIN_BUDGET_US, PERIODS_US, Pools, SLICES_US, VmSched, is_reservation, percent, time as us,
+    },
 };
 use sched::{
     CAPS, CpuSet, Demand, EntityId, MILLION, Metrics, PRIORITIES, Params, PolicyKind, Pool, PoolId,
-    Refusal, Reservation, Scheduler, State, Stop, WEIGHTS,
+    RESERVABLE, Refusal, Reservation, Scheduler, State, Stop, WEIGHTS,
 };
 use virt::{Backend, Exit};
 
@@ -220,11 +222,18 @@ impl<B: Backend> World<B> {
 
     /// The pools, and the parameters of all VMs.
     pub(super) fn sched_details(&self) -> SchedDetails {
+        let permille = |parts: u64| parts.div_ceil(MILLION / 1000) as u32;
+        let reserved = |pcpu: usize| permille(self.sched.reserved(pcpu));
         let pool = |(config, pool): (&manage::config::PoolConfig, Pool)| PoolDetails {
             name: config.name.clone(),
             policy: String::from(pool.policy.name()),
             pcpus: numbers(pool.cpus),
             slice_us: time::ticks_to_ns(pool.slice).div_ceil(1000),
+            reserved_permille: pool.cpus.iter().map(reserved).collect(),
+            reservable_permille: match pool.policy {
+                PolicyKind::Reservation => permille(RESERVABLE),
+                _ => 0,
+            },
         };
         let slots = self.slots.lock();
         SchedDetails {
@@ -275,38 +284,136 @@ impl<B: Backend> World<B> {
             }
             sched.priority = priority;
         }
+        if let Some(pool) = &change.pool {
+            self.pool(pool)?;
+            sched.pool.clone_from(pool);
+        }
+        let (_, cpus) = self.pool(&sched.pool)?;
         if let Some(affinity) = &change.affinity {
-            let index = self.pools.find(&sched.pool);
-            let pool = index.and_then(|index| self.sched.pools().nth(index));
-            let has = pool.map_or(CpuSet::EMPTY, |pool| pool.cpus);
-            if let Some(absent) = affinity.iter().find(|cpu| !has.contains(**cpu as usize)) {
+            if let Some(absent) = affinity.iter().find(|cpu| !cpus.contains(**cpu as usize)) {
                 return Err(bad(format!(
-                    "affinity: processor {absent} is not in {name}'s pool \"{}\", which has: {has}",
+                    "affinity: processor {absent} is not in {name}'s pool \"{}\", which has: {cpus}",
                     sched.pool
                 )));
             }
-            let cpus: CpuSet = affinity.iter().map(|&cpu| cpu as usize).collect();
             sched.affinity = match affinity.is_empty() {
                 true => CpuSet::ALL,
-                false => cpus,
+                false => affinity.iter().map(|&cpu| cpu as usize).collect(),
             };
         }
-        let params = self.params(&plan, &sched).map_err(bad)?;
-        let refused =
-            |why: Refusal| Failure::new(FailureCode::BadRequest, format!("{name}: {why}"));
-        self.sched.check(&params).map_err(refused)?;
-        let entities = slot.live.iter().flat_map(|live| &live.entities);
-        let now = time::now_tsc();
-        for &entity in entities {
-            let kick = self
-                .sched
-                .set_params(entity, params, now)
-                .map_err(refused)?;
-            self.kick(kick);
+        if sched.affinity.and(cpus).is_empty() {
+            return Err(bad(format!(
+                "{name}: its affinity is {}, and the pool \"{}\" has: {cpus}: give --affinity, too",
+                sched.affinity, sched.pool
+            )));
         }
+        if let Some((budget, period)) = change.reservation_us {
+            if budget > 0 && !is_reservation(budget, period) {
+                return Err(bad(format!(
+                    "reservation: {} in each {} is out of range; allowed: at least {} in each {} to {}",
+                    us(budget),
+                    us(period),
+                    us(MIN_BUDGET_US),
+                    us(*PERIODS_US.start()),
+                    us(*PERIODS_US.end())
+                )));
+            }
+            sched.reservation = (budget > 0).then_some(Reservation { budget, period });
+        }
+        let params = self.params(&plan, &sched).map_err(bad)?;
+        let live = slot.live.as_ref();
+        let entities = live.map_or(&[][..], |live| &live.entities);
+        let changed = self
+            .sched
+            .set_params(entities, params, time::now_tsc())
+            .map_err(|why| self.refused(name, plan.config.vcpus, &sched, why))?;
+        for pcpu in changed.iter() {
+            self.kick(Some(pcpu));
+        }
+        let admitted_later = sched.reservation.is_some() && entities.is_empty();
         *plan.sched.lock() = sched;
         Ok(Answer::Done {
-            text: format!("{name}: scheduled anew"),
+            text: match admitted_later {
+                true => format!("{name}: set; its reservation is admitted when it starts"),
+                false => format!("{name}: set"),
+            },
+        })
+    }
+
+    /// Number and processors of the pool of this name.
+    fn pool(&self, name: &str) -> Result<(usize, CpuSet), Failure> {
+        let index = self.pools.find(name);
+        let pool = index.and_then(|index| Some((index, self.sched.pools().nth(index)?.cpus)));
+        pool.ok_or_else(|| {
+            let names: Vec<&str> = self.pools.iter().map(|pool| &*pool.name).collect();
+            let names = names.join(", ");
+            let message = format!("there is no CPU pool {name:?}; there are: {names}");
+            Failure::new(FailureCode::NotFound, message)
+        })
+    }
+
+    /// Why a VM cannot be scheduled like this, with the arithmetic.
+    fn refused(&self, name: &str, vcpus: u16, sched: &VmSched, why: Refusal) -> Failure {
+        let (Refusal::Overcommitted { wanted, left }, Some(reservation)) = (why, sched.reservation)
+        else {
+            let pool = &sched.pool;
+            let message = format!("{name}: in the pool \"{pool}\": {why}");
+            return Failure::new(FailureCode::BadRequest, message);
+        };
+        let message = format!(
+            "{name}: {} in each {} is {} of a processor for each of {vcpus} vCPU(s); the processors of the pool \"{}\" keep up to \
+             {} each, and the most that one has left for a vCPU is {}",
+            us(reservation.budget),
+            us(reservation.period),
+            percent(wanted),
+            sched.pool,
+            percent(RESERVABLE),
+            percent(left)
+        );
+        Failure::new(FailureCode::NoRoom, message)
+    }
+
+    /// Changes a pool.
+    ///
+    /// # Errors
+    /// There is no such pool or policy, the slice is out of its range, or there are reservations that the policy would not keep.
+    pub(super) fn set_pool(
+        &self,
+        name: &str,
+        policy: Option<&str>,
+        slice_us: Option<u64>,
+    ) -> Result<Answer, Failure> {
+        let bad = |message: String| Failure::new(FailureCode::BadRequest, message);
+        let (index, _) = self.pool(name)?;
+        let now = self.sched.pools().nth(index);
+        let now = now.ok_or_else(|| bad(format!("there is no CPU pool {name:?}")))?;
+        let kind = match policy {
+            None => now.policy,
+            Some(policy) => PolicyKind::from_name(policy).ok_or_else(|| {
+                let names = PolicyKind::ALL.map(PolicyKind::name).join(", ");
+                bad(format!("there is no policy {policy:?}; there are: {names}"))
+            })?,
+        };
+        let slice = match slice_us {
+            None => now.slice,
+            Some(slice) if SLICES_US.contains(&slice) => time::us_to_ticks(slice),
+            Some(slice) => {
+                let (least, most) = (us(*SLICES_US.start()), us(*SLICES_US.end()));
+                let slice = us(slice);
+                return Err(bad(format!(
+                    "slice: {slice} is out of range; allowed: {least} to {most}"
+                )));
+            }
+        };
+        let changed = self
+            .sched
+            .set_policy(PoolId(index as u8), kind, slice, time::now_tsc())
+            .map_err(|why| Failure::new(FailureCode::WrongState, format!("{name}: {why}")))?;
+        for pcpu in changed.iter() {
+            self.kick(Some(pcpu));
+        }
+        Ok(Answer::Done {
+            text: format!("{name}: set"),
         })
     }
 }

@@ -167,11 +167,13 @@ impl<B: Backend> World<B> {
 
     fn create(&self, text: &str) -> Result<Answer, Failure> {
         let left = self.memory_left(&self.slots.lock());
+        let policies = self.sched.pools().map(|pool| pool.policy);
+        let pools = self.pools.with_policies(policies);
         let surroundings = BundleEnvironment {
             bundle: &self.bundle,
             memory_bytes: left,
             processors: percpu::count(),
-            pools: Some(&self.pools),
+            pools: Some(&pools),
         };
         let config = config::parse_added(text, &surroundings).map_err(|e| match e {
             AddError::Bad(why) => Failure::new(FailureCode::BadRequest, why),
@@ -326,6 +328,11 @@ impl<B: Backend> Operate for World<B> {
                 sched: self.sched_details(),
             }),
             Request::SchedSet { vm, change } => self.set_sched(vm, change),
+            Request::PoolSet {
+                pool,
+                policy,
+                slice_us,
+            } => self.set_pool(pool, policy.as_deref(), *slice_us),
             Request::TraceStart { .. }
             | Request::TraceStop {}
             | Request::TraceShow {}
@@ -351,5 +358,9 @@ impl<B: Backend> Operate for World<B> {
             .iter()
             .map(|slot| slot.plan.config.name.clone())
             .collect()
+    }
+
+    fn pool_names(&self) -> Vec<String> {
+        self.pools.iter().map(|pool| pool.name.clone()).collect()
     }
 }

@@ -70,6 +70,16 @@ impl Pools {
         self.0.iter()
     }
 
+    /// The same with other policies, those that are in force now, in their order.
+    #[must_use]
+    pub fn with_policies(&self, policies: impl Iterator<Item = PolicyKind>) -> Self {
+        let mut pools = self.clone();
+        for (pool, policy) in pools.0.iter_mut().zip(policies) {
+            pool.policy = policy;
+        }
+        pools
+    }
+
     /// Number of the pool of this name, in their order.
     pub fn find(&self, name: &str) -> Option<usize> {
         self.0.iter().position(|pool| pool.name == name)
@@ -138,7 +148,7 @@ pub(super) const VM_KEYS: [&str; 6] = [
 ];
 
 /// "10ms", "500us", "2s": microseconds, saturating. `None`: not of this form.
-fn duration_us(text: &str) -> Option<u64> {
+pub(crate) fn duration_us(text: &str) -> Option<u64> {
     let split = text.find(|c: char| !c.is_ascii_digit())?;
     let (digits, unit) = text.split_at(split);
     let factor = match unit {
@@ -154,8 +164,13 @@ fn duration_us(text: &str) -> Option<u64> {
     Some(number.saturating_mul(factor))
 }
 
+/// Whether these microseconds may be reserved.
+pub fn is_reservation(budget_us: u64, period_us: u64) -> bool {
+    PERIODS_US.contains(&period_us) && (MIN_BUDGET_US..=period_us).contains(&budget_us)
+}
+
 /// Microseconds in the largest unit that suits.
-fn time(us: u64) -> String {
+pub fn time(us: u64) -> String {
     match us {
         us if us >= 1_000_000 && us.is_multiple_of(1_000_000) => format!("{} s", us / 1_000_000),
         us if us >= 1_000 && us.is_multiple_of(1_000) => format!("{} ms", us / 1_000),
@@ -164,7 +179,7 @@ fn time(us: u64) -> String {
 }
 
 /// Millionths of a processor in percent.
-fn percent(parts: u64) -> String {
+pub fn percent(parts: u64) -> String {
     format!("{}.{} %", parts / 10_000, parts / 1_000 % 10)
 }
 

@@ -45,8 +45,17 @@ impl Completion {
     }
 }
 
-/// Completes what stands before the cursor. `vms`: the names of all VMs.
-pub fn complete(before: &str, vms: &[String]) -> Completion {
+/// The names of what there is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Names {
+    /// Of VMs.
+    pub vms: Vec<String>,
+    /// Of CPU pools.
+    pub pools: Vec<String>,
+}
+
+/// Completes what stands before the cursor.
+pub fn complete(before: &str, names: &Names) -> Completion {
     // Within quotes there is nothing to complete.
     let Ok(words) = words::split(before) else {
         return Completion::default();
@@ -56,7 +65,7 @@ pub fn complete(before: &str, vms: &[String]) -> Completion {
         true => "",
         false => words.pop().unwrap_or_default(),
     };
-    let mut candidates = candidates(&words, typed, vms);
+    let mut candidates = candidates(&words, typed, names);
     candidates.retain(|candidate| candidate.starts_with(typed));
     candidates.sort();
     candidates.dedup();
@@ -75,7 +84,7 @@ fn next_words(words: &[&str]) -> Vec<String> {
     next.map(|word| (*word).to_owned()).collect()
 }
 
-fn candidates(words: &[&str], typed: &str, vms: &[String]) -> Vec<String> {
+fn candidates(words: &[&str], typed: &str, names: &Names) -> Vec<String> {
     let verb = beginning_with(&[]).find(|verb| words.starts_with(verb.words));
     let Some(verb) = verb else {
         return next_words(words);
@@ -85,13 +94,13 @@ fn candidates(words: &[&str], typed: &str, vms: &[String]) -> Vec<String> {
     if let Some(option) = given.last().and_then(|word| verb.option(word))
         && option.form == Form::Option
     {
-        return values(option.kind, given, vms);
+        return values(option.kind, given, names);
     }
     if let Some((name, _)) = typed.split_once('=')
         && let Some(option) = verb.option(name)
     {
         let whole = |value: String| format!("{name}={value}");
-        return values(option.kind, given, vms)
+        return values(option.kind, given, names)
             .into_iter()
             .map(whole)
             .collect();
@@ -106,7 +115,7 @@ fn candidates(words: &[&str], typed: &str, vms: &[String]) -> Vec<String> {
         .nth(place)
         .or_else(|| by_place.find(|argument| argument.form == Form::Repeated));
     match argument {
-        Some(argument) => values(argument.kind, given, vms),
+        Some(argument) => values(argument.kind, given, names),
         None => options(verb, given),
     }
 }
@@ -135,13 +144,15 @@ fn options(verb: &Verb, given: &[&str]) -> Vec<String> {
     options.map(|a| a.name.to_owned()).collect()
 }
 
-fn values(kind: Kind, given: &[&str], vms: &[String]) -> Vec<String> {
+fn values(kind: Kind, given: &[&str], names: &Names) -> Vec<String> {
     match kind {
-        Kind::Vm => vms.to_vec(),
+        Kind::Vm => names.vms.clone(),
+        Kind::Pool => names.pools.clone(),
+        Kind::Reservation => owned(&["none"]),
         Kind::Choice(words) => owned(words),
         Kind::Settings => owned(SETTINGS),
         Kind::Verb => next_words(given),
-        Kind::Number(..) | Kind::Numbers => Vec::new(),
+        Kind::Number(..) | Kind::Numbers | Kind::Time(..) => Vec::new(),
     }
 }
 
@@ -151,7 +162,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn completed(before: &str) -> Vec<String> {
-        complete(before, &["web".into(), "web-2".into(), "db".into()]).candidates
+        let names = Names {
+            vms: ["web", "web-2", "db"].map(String::from).into(),
+            pools: ["default", "rt"].map(String::from).into(),
+        };
+        complete(before, &names).candidates
     }
 
     #[test]
@@ -168,7 +183,15 @@ mod tests {
             ("vm list ", ""),
             ("top --sort r", "response"),
             ("top --sort=c", "--sort=cpu"),
-            ("sched set web --weight 3 --p", "--priority"),
+            ("sched set web --weight 3 --p", "--pool --priority"),
+            ("sched set web --pool ", "default rt"),
+            ("sched set web --pool=d", "--pool=default"),
+            ("sched set web --reservation ", "none"),
+            ("pool set r", "rt"),
+            (
+                "pool set rt --policy r",
+                "requirement reservation round-robin",
+            ),
             ("help vm re", "reset resume"),
             ("vm create name=a mem", "memory="),
             ("vm show 'w", ""),
@@ -180,7 +203,10 @@ mod tests {
 
     #[test]
     fn what_candidates_share_is_found() {
-        let vms = ["web".into(), "web-2".into()];
+        let vms = Names {
+            vms: ["web", "web-2"].map(String::from).into(),
+            pools: Vec::new(),
+        };
         assert_eq!(complete("vm show w", &vms).common(), "eb");
         assert_eq!(complete("vm show web", &vms).common(), "");
         assert_eq!(complete("vm sh", &vms).common(), "ow");
@@ -189,7 +215,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_beginning_can_be_asked_about(before in "\\PC{0,40}|(vm |show |help |top |--[a-z]*|=| |w){0,8}") {
-            let completion = complete(&before, &["web".into()]);
+            let completion = complete(&before, &Names::default());
             let _ = completion.common();
         }
     }

@@ -313,6 +313,10 @@ impl<'w> Values<'w> {
     fn number(&self, name: &str) -> Option<u32> {
         self.given(name)?.text.parse().ok()
     }
+
+    fn text(&self, name: &str) -> Option<String> {
+        Some(self.given(name)?.text.clone())
+    }
 }
 
 fn is_by_place(argument: &Argument) -> bool {
@@ -322,9 +326,14 @@ fn is_by_place(argument: &Argument) -> bool {
 fn article(argument: &Argument) -> String {
     match argument.kind {
         Kind::Vm => "the name of a VM".to_owned(),
-        Kind::Number(..) | Kind::Numbers | Kind::Settings | Kind::Choice(_) | Kind::Verb => {
-            argument.name.to_owned()
-        }
+        Kind::Pool => "the name of a CPU pool".to_owned(),
+        Kind::Number(..)
+        | Kind::Numbers
+        | Kind::Time(..)
+        | Kind::Reservation
+        | Kind::Settings
+        | Kind::Choice(_)
+        | Kind::Verb => argument.name.to_owned(),
     }
 }
 
@@ -336,6 +345,30 @@ fn check(argument: &Argument, text: &str, at: &Range<usize>) -> Result<(), Parse
         Kind::Vm if !config::is_vm_name(text) => bad(
             format!("{value} cannot be the name of a VM"),
             "names are 1 to 32 of a to z, 0 to 9 and -",
+        ),
+        Kind::Pool if !config::is_vm_name(text) => bad(
+            format!("{value} cannot be the name of a CPU pool"),
+            "sched show lists those that there are",
+        ),
+        Kind::Time(min, max) => match config::duration_us(text) {
+            Some(us) if (min..=max).contains(&us) => Ok(()),
+            _ => bad(
+                format!("{value} does not fit {}", argument.name),
+                &format!(
+                    "a number with us, ms or s, as 10ms; from {} to {}",
+                    config::time(min),
+                    config::time(max)
+                ),
+            ),
+        },
+        Kind::Reservation if reservation_us(text).is_none() => bad(
+            format!("{value} is no reservation"),
+            &format!(
+                "a budget of at least {} in a period of {} to {}, as 2ms/10ms, or none",
+                config::time(config::MIN_BUDGET_US),
+                config::time(*config::PERIODS_US.start()),
+                config::time(*config::PERIODS_US.end())
+            ),
         ),
         Kind::Number(min, max) => {
             let number = text.parse::<u32>().ok();
@@ -357,7 +390,12 @@ fn check(argument: &Argument, text: &str, at: &Range<usize>) -> Result<(), Parse
             format!("{value} does not fit {}", argument.name),
             &meant(text, words.iter().copied()),
         ),
-        Kind::Vm | Kind::Numbers | Kind::Choice(_) | Kind::Verb => Ok(()),
+        Kind::Vm
+        | Kind::Pool
+        | Kind::Numbers
+        | Kind::Reservation
+        | Kind::Choice(_)
+        | Kind::Verb => Ok(()),
     }
 }
 
@@ -404,6 +442,16 @@ fn numbers(text: &str) -> Option<Vec<u32>> {
     Some(all)
 }
 
+/// `2ms/10ms` as budget and period in microseconds; `none` is a budget of 0.
+fn reservation_us(text: &str) -> Option<(u64, u64)> {
+    if text == "none" {
+        return Some((0, 0));
+    }
+    let (budget, period) = text.split_once('/')?;
+    let (budget, period) = (config::duration_us(budget)?, config::duration_us(period)?);
+    config::is_reservation(budget, period).then_some((budget, period))
+}
+
 fn command(verb: &Verb, values: &Values<'_>, end: usize) -> Result<Command, ParseError> {
     let vm = values.vm();
     let request = match verb.id {
@@ -438,13 +486,28 @@ fn command(verb: &Verb, values: &Values<'_>, end: usize) -> Result<Command, Pars
                 cap: values.number("--cap"),
                 priority: values.number("--priority").and_then(|n| n.try_into().ok()),
                 affinity: values.given("--affinity").and_then(|g| numbers(&g.text)),
+                pool: values.text("--pool"),
+                reservation_us: values
+                    .given("--reservation")
+                    .and_then(|g| reservation_us(&g.text)),
             };
             if change == SchedChange::default() {
-                let message = "nothing is to be changed".to_owned();
-                let hint = format!("it is written: {}", verb.usage());
-                return Err(ParseError::new(end..end, message, hint));
+                return Err(nothing_to_change(verb, end));
             }
             Request::SchedSet { vm, change }
+        }
+        VerbId::PoolSet => {
+            let pool = values.by_place.first();
+            let policy = values.text("--policy");
+            let slice = values.text("--slice");
+            if policy.is_none() && slice.is_none() {
+                return Err(nothing_to_change(verb, end));
+            }
+            Request::PoolSet {
+                pool: pool.map(|(_, word)| word.text.clone()).unwrap_or_default(),
+                policy,
+                slice_us: slice.and_then(|text| config::duration_us(&text)),
+            }
         }
         VerbId::Stats => Request::Stats {},
         VerbId::Log => Request::Log {
@@ -467,6 +530,12 @@ fn command(verb: &Verb, values: &Values<'_>, end: usize) -> Result<Command, Pars
         VerbId::Exit => return Ok(Command::Exit),
     };
     Ok(Command::Request(request))
+}
+
+fn nothing_to_change(verb: &Verb, end: usize) -> ParseError {
+    let message = "nothing is to be changed".to_owned();
+    let hint = format!("it is written: {}", verb.usage());
+    ParseError::new(end..end, message, hint)
 }
 
 /// Finds what help is wanted about.
@@ -589,6 +658,26 @@ mod tests {
                 }
             }
         );
+        let change = |line: &str| match request(line) {
+            Request::SchedSet { change, .. } => (change.pool, change.reservation_us),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(
+            change("sched set web --pool rt --reservation 2ms/1s"),
+            (Some("rt".to_owned()), Some((2_000, 1_000_000)))
+        );
+        assert_eq!(
+            change("sched set web --reservation none"),
+            (None, Some((0, 0)))
+        );
+        assert_eq!(
+            request("pool set default --slice=500us --policy fcfs"),
+            Request::PoolSet {
+                pool: "default".to_owned(),
+                policy: Some("fcfs".to_owned()),
+                slice_us: Some(500)
+            }
+        );
         assert_eq!(
             request("log --lines 3"),
             Request::Log {
@@ -688,7 +777,33 @@ mod tests {
                 25..28,
                 "is no list of processors",
             ),
-            ("sched set web --weight -1", 23..25, "from 1 on"),
+            ("sched set web --weight -1", 23..25, "from 1 to 10000"),
+            (
+                "sched set web --reservation 2ms",
+                28..31,
+                "a budget of at least 100 us in a period of 1 ms to 10 s, as 2ms/10ms, or none",
+            ),
+            (
+                "sched set web --reservation=11ms/10ms",
+                28..37,
+                "\"11ms/10ms\" is no reservation",
+            ),
+            (
+                "pool set default --slice 1",
+                25..26,
+                "a number with us, ms or s, as 10ms; from 500 us to 100 ms",
+            ),
+            ("pool set default", 16..16, "nothing is to be changed"),
+            (
+                "pool set default --policy round",
+                26..31,
+                "does not fit --policy: one of fair, round-robin,",
+            ),
+            (
+                "pool set --slice 1ms",
+                20..20,
+                "needs the name of a CPU pool",
+            ),
             ("top --sort cpi", 11..14, "did you mean \"cpu\"?"),
             ("help vm strat", 8..13, "did you mean \"start\"?"),
             ("help exit now", 10..13, "write: help exit"),
@@ -742,6 +857,8 @@ mod tests {
                     (Form::Option, Kind::Choice(words)) => {
                         format!(" {} {}", argument.name, words[0])
                     }
+                    (Form::Option, Kind::Time(..)) => format!(" {} 1ms", argument.name),
+                    (Form::Option, Kind::Reservation) => format!(" {} 1ms/9ms", argument.name),
                     (Form::Option, _) => format!(" {} 0-1", argument.name),
                     (_, Kind::Settings) => " name=a".to_owned(),
                     (_, Kind::Verb) => String::new(),

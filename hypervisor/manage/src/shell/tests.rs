@@ -34,6 +34,10 @@ impl Operate for Fake {
     fn vm_names(&self) -> Vec<String> {
         ["web", "database"].map(String::from).into()
     }
+
+    fn pool_names(&self) -> Vec<String> {
+        ["default"].map(String::from).into()
+    }
 }
 
 /// Types, and returns what the terminal shows and what the last byte made the door do.

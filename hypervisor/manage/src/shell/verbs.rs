@@ -2,7 +2,12 @@
 
 use alloc::{borrow::ToOwned, format, string::String};
 
-use crate::table::{Align, Table};
+use sched::{PRIORITIES, PolicyKind, WEIGHTS};
+
+use crate::{
+    config::{MAX_VCPUS, SLICES_US, time},
+    table::{Align, Table},
+};
 
 /// Which verb.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +28,7 @@ pub enum VerbId {
     HostPowerOff,
     SchedShow,
     SchedSet,
+    PoolSet,
     Stats,
     Top,
     Log,
@@ -42,6 +48,12 @@ pub enum Kind {
     Number(u32, u32),
     /// Numbers and ranges: `0-2,5`. Empty: none.
     Numbers,
+    /// The name of a CPU pool.
+    Pool,
+    /// A length of time within these bounds, in microseconds: `500us`, `10ms`, `2s`.
+    Time(u64, u64),
+    /// A budget and a period: `2ms/10ms`; or `none`.
+    Reservation,
     /// `KEY=VALUE` of `[[vm]]`, any number of them.
     Settings,
     /// One of these words.
@@ -123,8 +135,23 @@ const fn verb(
     }
 }
 
+/// The names of all policies.
+pub const POLICIES: &[&str] = &{
+    let mut names = [""; PolicyKind::ALL.len()];
+    let mut n = 0;
+    while n < names.len() {
+        names[n] = PolicyKind::ALL[n].name();
+        n += 1;
+    }
+    names
+};
+
 /// By what `top` sorts.
 pub const SORT_KEYS: &[&str] = &["cpu", "wait", "response", "exits", "name"];
+
+const WEIGHT: Kind = Kind::Number(*WEIGHTS.start(), *WEIGHTS.end());
+const PRIORITY: Kind = Kind::Number(*PRIORITIES.start() as u32, *PRIORITIES.end() as u32);
+const SLICE: Kind = Kind::Time(*SLICES_US.start(), *SLICES_US.end());
 
 /// Most log lines that are asked for at once.
 pub const MAX_LOG_LINES: u32 = 1000;
@@ -223,7 +250,7 @@ pub const VERBS: &[Verb] = &[
             VM,
             option(
                 "--vcpu",
-                Kind::Number(0, crate::config::MAX_VCPUS as u32 - 1),
+                Kind::Number(0, MAX_VCPUS as u32 - 1),
                 "which vCPU; 0 if absent",
             ),
         ],
@@ -256,25 +283,48 @@ pub const VERBS: &[Verb] = &[
         &["sched", "set"],
         &[
             VM,
-            option(
-                "--weight",
-                Kind::Number(1, u32::MAX),
-                "share beside the others'",
-            ),
+            option("--weight", WEIGHT, "share beside the others'"),
             option(
                 "--cap",
-                Kind::Number(0, u32::MAX),
-                "percent of one processor; 0: none",
+                Kind::Number(0, 100 * MAX_VCPUS as u32),
+                "percent of one processor for all its vCPUs together; 0: none",
             ),
-            option("--priority", Kind::Number(0, 255), "higher is more urgent"),
+            option("--priority", PRIORITY, "higher is more urgent"),
             option(
                 "--affinity",
                 Kind::Numbers,
                 "host processors, as 0-2,5; all: all of its pool",
             ),
+            option("--pool", Kind::Pool, "CPU pool that it moves to"),
+            option(
+                "--reservation",
+                Kind::Reservation,
+                "processor time kept for each vCPU, as 2ms/10ms: 2 ms in each 10 ms; none: as the others",
+            ),
         ],
         "change a VM's scheduling; what is absent stays",
-        "",
+        "A reservation needs a pool of the policy reservation that has so much left: sched show tells. All vCPUs get theirs, or \
+         nothing changes. One of a VM that is off is admitted when it starts.",
+    ),
+    verb(
+        VerbId::PoolSet,
+        &["pool", "set"],
+        &[
+            Argument {
+                name: "POOL",
+                form: Form::Required,
+                kind: Kind::Pool,
+                about: "name of a CPU pool",
+            },
+            option(
+                "--policy",
+                Kind::Choice(POLICIES),
+                "in what order its vCPUs run",
+            ),
+            option("--slice", SLICE, "how long one runs at a time, as 10ms"),
+        ],
+        "change a CPU pool; what is absent stays",
+        "What plinth.toml says holds again after the host's next start.",
     ),
     verb(
         VerbId::Stats,
@@ -387,6 +437,9 @@ impl Argument {
             Kind::Vm => "VM",
             Kind::Number(..) => "N",
             Kind::Numbers => "LIST",
+            Kind::Pool => "POOL",
+            Kind::Time(..) => "TIME",
+            Kind::Reservation => "BUDGET/PERIOD",
             Kind::Settings => "KEY=VALUE",
             Kind::Choice(_) => "KEY",
             Kind::Verb => "VERB",
@@ -397,9 +450,17 @@ impl Argument {
         let about = self.about;
         match self.kind {
             Kind::Choice(words) => format!("{about} ({})", words.join(", ")),
-            Kind::Number(..) | Kind::Numbers | Kind::Settings | Kind::Verb | Kind::Vm => {
-                about.to_owned()
+            Kind::Number(min, max) if max < u32::MAX && self.form != Form::Flag => {
+                format!("{about} ({min} to {max})")
             }
+            Kind::Time(min, max) => format!("{about} ({} to {})", time(min), time(max)),
+            Kind::Number(..)
+            | Kind::Numbers
+            | Kind::Settings
+            | Kind::Verb
+            | Kind::Vm
+            | Kind::Pool
+            | Kind::Reservation => about.to_owned(),
         }
     }
 }
@@ -428,8 +489,10 @@ pub fn help(words: &[&str]) -> Option<String> {
 
 fn explain(verb: &Verb) -> String {
     let mut text = format!("{}\n  {}\n", verb.usage(), verb.summary);
+    let names = verb.arguments.iter().map(|a| a.name.len());
+    let width = names.max().unwrap_or(0);
     for argument in verb.arguments {
-        text += &format!("  {:<12}{}\n", argument.name, argument.explained());
+        text += &format!("  {:<width$}  {}\n", argument.name, argument.explained());
     }
     if !verb.details.is_empty() {
         text += &format!("  {}\n", verb.details);

@@ -42,6 +42,7 @@ fn kind_of_request(request: &Request) -> usize {
         Request::TraceStop {} => 17,
         Request::TraceShow {} => 18,
         Request::TraceRead { .. } => 19,
+        Request::PoolSet { .. } => 20,
     }
 }
 
@@ -100,7 +101,7 @@ fn the_manual_is_right() {
         assert_eq!(written.unwrap().trim_end(), line);
     }
     assert!(hello);
-    assert_eq!(kinds, (0..20).collect());
+    assert_eq!(kinds, (0..21).collect());
 
     let mut kinds = BTreeSet::new();
     for line in examples("answer") {
