@@ -207,6 +207,8 @@ pub(crate) struct Bandwidth {
     left: i64,
     /// Tick at which the next budget comes.
     refill_at: u64,
+    /// Tick of its first budget: until then it makes up for what its predecessor used ahead of time.
+    starts: u64,
     /// Whether an early wake-up begins a new period, as the constant bandwidth server does.
     reserved: bool,
 }
@@ -221,6 +223,7 @@ impl Bandwidth {
             period,
             left: budget as i64,
             refill_at: now + period,
+            starts: now,
             reserved: false,
         }
     }
@@ -231,6 +234,7 @@ impl Bandwidth {
             period: reservation.period,
             left: reservation.budget as i64,
             refill_at: now + reservation.period,
+            starts: now,
             reserved: true,
         }
     }
@@ -245,18 +249,30 @@ impl Bandwidth {
         self.left.max(0) as u64
     }
 
-    /// Takes over from another one at this tick: as it is, if budget and period are the same; else with less at first, by what was used of
-    /// the other one ahead of time. So changes do not add up to more than was ever due.
+    /// Takes over from another one at this tick: as it is, if budget and period are the same. Else what was used of the other one ahead of
+    /// time is taken off the first budget; if it is more than that, the first budget comes when the other one's share has made up for it, which
+    /// is before its next budget would have come. So changes do not add up to more than was ever due.
     fn succeed(mut self, before: Option<Self>, now: u64) -> Self {
         let Some(before) = before else { return self };
         let same = |b: &Self| (b.budget, b.period, b.reserved);
         if same(&before) == same(&self) {
             return before;
         }
-        let passed = before.period - before.refill_at.saturating_sub(now).min(before.period);
-        let due = u128::from(before.budget) * u128::from(passed) / u128::from(before.period.max(1));
-        let ahead = before.budget as i64 - before.left - due as i64;
-        self.left = (self.left - ahead.max(0)).max(0);
+        let (budget, period) = (i128::from(before.budget), i128::from(before.period));
+        let rest = before.refill_at.saturating_sub(now).min(before.period);
+        let due = budget * (period - i128::from(rest)) / period;
+        let ahead = budget - i128::from(before.left) - due;
+        let starts = match before.starts > now {
+            true => before.starts,
+            false if ahead <= i128::from(self.left) => {
+                self.left -= ahead.max(0) as i64;
+                return self;
+            }
+            false => now + ((ahead * period / budget) as u64).min(rest),
+        };
+        self.left = 0;
+        self.starts = starts;
+        self.refill_at = starts;
         self
     }
 
