@@ -24,6 +24,7 @@ mod screen;
 mod selftests;
 mod session;
 mod shell;
+mod soak;
 mod terminal;
 mod test_kernels;
 
@@ -78,6 +79,9 @@ pub struct Args {
     /// Run the slow scenarios, too, which are skipped otherwise.
     #[arg(long)]
     all: bool,
+    /// What the verbs of the soak are chosen by; its own if absent: that of the short one is always the same.
+    #[arg(long)]
+    seed: Option<u64>,
     /// Hold the same conversations with the same guests on the bare emulator, without
     /// Plinth: shows what is the emulator's or the guest's own doing.
     #[arg(long)]
@@ -141,7 +145,7 @@ pub fn run(args: &Args) -> Result<Code> {
         counts.add(&outcome);
     }
     if !scenarios.is_empty() {
-        run_scenarios(scenarios, &mut counts);
+        run_scenarios(scenarios, args.seed, &mut counts);
     }
     println!("{}", counts.closing_line());
     Ok(if counts.failed == 0 {
@@ -210,8 +214,8 @@ fn log_of(name: &str) -> PathBuf {
 
 /// Runs scenarios side by side, the longest first; those that look at the others' results
 /// come last.
-fn run_scenarios(scenarios: Vec<Scenario>, counts: &mut Counts) {
-    let rig = match rig::Rig::prepare(&scenarios) {
+fn run_scenarios(scenarios: Vec<Scenario>, seed: Option<u64>, counts: &mut Counts) {
+    let rig = match rig::Rig::prepare(&scenarios, seed) {
         Ok(rig) => rig,
         Err(error) => {
             println!("no scenario can run: {error:#}");

@@ -72,7 +72,13 @@ impl Session {
             self.taken = 0;
         }
         self.taken += terminal.write(&self.output.as_bytes()[self.taken..]);
-        self.taken == self.output.len() && self.shell.is_ready()
+        if self.taken < self.output.len() {
+            return false;
+        }
+        // What was shown takes no memory.
+        self.output = String::new();
+        self.taken = 0;
+        self.shell.is_ready()
     }
 
     /// Takes what was typed, as much as is due at a time. What the door has to do.

@@ -216,7 +216,8 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         figures: config.host.figures,
         sched: scheduling::scheduler(&config.host.pools),
         pools: config.host.pools,
-        entities: Lock::new(Vec::new()),
+        // What a VM that comes and goes leaves behind must not depend on how many came before.
+        entities: Lock::new(Vec::with_capacity(MAX_VCPUS)),
         slots: Lock::new(Slots::new(slots)),
         next_due: AtomicU64::new(u64::MAX),
         jobs: AtomicBool::new(false),

@@ -173,6 +173,15 @@ impl Life {
         self.next == Next::Gone
     }
 
+    /// Whether it takes memory anew when there is nothing left of it, unless somebody decides otherwise meanwhile.
+    pub fn comes_back(&self) -> bool {
+        match self.state {
+            VmState::Starting | VmState::Waiting => true,
+            VmState::Ending => matches!(self.next, Next::Policy | Next::Again),
+            VmState::Off | VmState::Running | VmState::Paused | VmState::Stopping => false,
+        }
+    }
+
     /// Does what an operator asks. The text says what is done.
     ///
     /// # Errors

@@ -11,7 +11,9 @@ mod link;
 mod trace;
 mod verbs;
 
+pub use address::Address;
 pub use cli::ADDRESS_VARIABLE;
+pub use client::Client;
 
 use std::{ffi::OsString, fmt, io::Write};
 

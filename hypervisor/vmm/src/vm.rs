@@ -669,8 +669,6 @@ impl Vm {
         self.timers.power.press_power_button();
         // One that sleeps wakes for it, whatever its interrupts.
         self.end.kick(TIMER_VCPU);
-        // It may be what a VM that sleeps waits for.
-        self.end.kick(TIMER_VCPU);
     }
 
     /// Sends a vCPU a non-maskable interrupt. `false`: there is no such vCPU.

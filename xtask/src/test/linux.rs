@@ -248,6 +248,18 @@ pub fn stolen(shell: &mut Shell) -> Result<u64> {
         .with_context(|| format!("no steal time in {text}"))
 }
 
+/// Seconds that the kernel has been up, by its own clock.
+///
+/// # Errors
+/// It does not say.
+pub fn uptime(shell: &mut Shell) -> Result<f64> {
+    let text = shell.ask("cat /proc/uptime")?;
+    let first = text.split_whitespace().next();
+    first
+        .and_then(|first| first.parse().ok())
+        .with_context(|| format!("no time in {text}"))
+}
+
 fn memory(shell: &mut Shell, given: &Given) -> Result<()> {
     let text = shell.ask("cat /proc/meminfo")?;
     let line = Regex::new(r"(?m)^MemTotal:\s+(\d+) kB$")?;

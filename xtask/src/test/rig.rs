@@ -163,6 +163,8 @@ pub struct Rig {
     images: PathBuf,
     /// Places that cannot be used here, and why.
     obstacles: Vec<(Place, String)>,
+    /// What the verbs of the soak are to be chosen by.
+    pub seed: Option<u64>,
     /// What the stub stated, by place.
     pub stub_facts: Mutex<Vec<(Place, Vec<String>)>>,
 }
@@ -172,7 +174,7 @@ impl Rig {
     ///
     /// # Errors
     /// The hypervisor does not compile, or there is no place for files.
-    pub fn prepare(scenarios: &[Scenario]) -> Result<Self> {
+    pub fn prepare(scenarios: &[Scenario], seed: Option<u64>) -> Result<Self> {
         let mut places: Vec<Place> = Vec::new();
         for place in scenarios.iter().filter_map(Scenario::place) {
             if !places.contains(&place) {
@@ -213,6 +215,7 @@ impl Rig {
             missing,
             images,
             obstacles,
+            seed,
             stub_facts: Mutex::default(),
         })
     }

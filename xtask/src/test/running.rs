@@ -101,7 +101,8 @@ pub fn bring_up(session: &mut Session, guest: &Guest, limit: Duration) -> Result
         .map(drop)
 }
 
-/// Linux finds two disks by virtio, reads both, makes a file system on one and finds its files again.
+/// Linux finds two disks by virtio, reads both, makes a file system on one and finds its files again. Meanwhile it is paused for longer than
+/// its own watchdogs wait.
 pub fn linux_disks(rig: &Rig, start: &Start) -> Result<String> {
     let limits = start.place.limits();
     let vm = Vm {
@@ -126,6 +127,7 @@ pub fn linux_disks(rig: &Rig, start: &Start) -> Result<String> {
     shell.ask("mount -o ro /dev/vda /mnt")?;
     shell.ask("head -c 700000 /dev/vdb | cmp /mnt/file -")?;
     shell.ask("umount /mnt")?;
+    long_pause(&mut shell, limits.command)?;
     let interrupts = shell.ask("grep 'PCI-MSI.*virtio0-req' /proc/interrupts")?;
     let errors = shell.run("dmesg | grep -iE 'I/O error|vd[ab].*error|nobody cared'")?;
     ensure!(errors.text.is_empty(), "the log says: {}", errors.text);
@@ -135,6 +137,67 @@ pub fn linux_disks(rig: &Rig, start: &Start) -> Result<String> {
         "{} interrupt sources of a disk",
         interrupts.lines().count()
     ))
+}
+
+/// Linux works on both processors and on its disks, is paused for a minute, and goes on: it has not noticed. No watchdog of the kernel barks,
+/// and its clock, which all its processors share, has stood still.
+fn long_pause(shell: &mut Shell, limit: Duration) -> Result<()> {
+    /// Longer than soft lockups and stalls of RCU take to be told.
+    const PAUSE_S: f64 = 70.0;
+    /// What the guest itself may take to be paused, and to answer afterwards.
+    const AROUND_S: f64 = 20.0;
+    for work in [
+        "cat /dev/vdb >/dev/null; echo 1 >/proc/sys/vm/drop_caches",
+        ":",
+    ] {
+        shell.ask(&format!("(while :; do {work}; done) & echo $! >>/tmp/busy"))?;
+    }
+    let before = linux::uptime(shell)?;
+    let terminal = shell.terminal();
+    terminal.send("\x1d0")?;
+    terminal.expect(&Regex::new("plinth> ")?, limit)?;
+    terminal.send("vm pause linux\r")?;
+    terminal.expect(&Regex::new("linux: paused\r")?, limit)?;
+    // The host's time goes on while somebody looks.
+    terminal.send("top\r")?;
+    let up = Regex::new(r"plinth top +up (\d+):(\d\d):(\d\d) ")?;
+    let mut host_s = || -> Result<f64> {
+        let text = terminal.expect(&up, limit)?;
+        let found = up.captures(&text).context("the host's time")?;
+        let part = |n: usize| found[n].parse::<f64>();
+        Ok((part(1)? * 60.0 + part(2)?) * 60.0 + part(3)?)
+    };
+    let begin = host_s()?;
+    while host_s()? < begin + PAUSE_S {}
+    terminal.send("q")?;
+    terminal.expect(&Regex::new("plinth> ")?, limit)?;
+    terminal.send("vm resume linux\r")?;
+    terminal.expect(&Regex::new("linux: runs on\r")?, limit)?;
+    terminal.send("\x1d1")?;
+    shell.still_there()?;
+    let after = linux::uptime(shell)?;
+    ensure!(
+        after >= before && after < before + AROUND_S,
+        "paused for {PAUSE_S} s, Linux' clock went from {before} s to {after} s"
+    );
+    // From one processor to the other and back.
+    let times = "for n in 1 2 3 4 5 6 7 8 9; do taskset 1 cat /proc/uptime; taskset 2 cat /proc/uptime; done";
+    let times = shell.ask(times)?;
+    let times = times.lines().map(|line| {
+        let first = line.split_whitespace().next().unwrap_or_default();
+        first.parse::<f64>().with_context(|| times.clone())
+    });
+    let times = times.collect::<Result<Vec<_>>>()?;
+    ensure!(times.len() == 18 && times.is_sorted(), "{times:?}");
+    let clock =
+        shell.ask("cat /sys/devices/system/clocksource/clocksource0/current_clocksource")?;
+    ensure!(
+        clock.starts_with("tsc") || clock == "kvm-clock",
+        "the clock source is {clock}"
+    );
+    let alarms = shell.run("dmesg | grep -iE 'lockup|stall|unstable|skew|hung'")?;
+    ensure!(alarms.text.is_empty(), "the log says: {}", alarms.text);
+    shell.ask("kill $(cat /tmp/busy)").map(drop)
 }
 
 /// The operator stops Linux, which shuts down in its own way when its power button is pressed. Then the host powers off.

@@ -14,7 +14,7 @@ use super::{
     qemu_tests, refusals,
     report::Outcome,
     rig::{Rig, Start},
-    running, sched, screen, selftests, shell, test_kernels,
+    running, sched, screen, selftests, shell, soak, test_kernels,
 };
 use crate::{
     apt::Unavailable,
@@ -259,6 +259,9 @@ pub fn all() -> Vec<Scenario> {
         all.push(Scenario::new(place, "shell-bad-input", 8, shell::bad_input));
         let body = screen::keyboard_and_screen;
         all.push(Scenario::new(place, "shell-on-screen", (9, 5), body));
+        all.push(Scenario::new(place, "soak", (40, 60), soak::short));
+        all.push(slow(Scenario::new(place, "soak-long", 1000, soak::long)));
+        all.push(slow(Scenario::new(place, "crowd", 600, soak::crowd)));
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
         all.push(Scenario::new(place, "host-backend", 4, host::backend).selftest());

@@ -14,26 +14,26 @@ use super::{
 };
 
 /// A stub that talks until it is told to end.
-const TALKS: &str = "checks=none facts=off end=shell";
+pub(super) const TALKS: &str = "checks=none facts=off end=shell";
 
 /// The escape key's keys, as they are typed.
-mod key {
-    pub(super) const SHELL: &str = "\x1d0";
-    pub(super) const ALL: &str = "\x1da";
+pub(super) mod key {
+    pub(in super::super) const SHELL: &str = "\x1d0";
+    pub(in super::super) const ALL: &str = "\x1da";
 }
 
 /// The prompt of an empty line.
-const PROMPT: &str = r"\rplinth> \x1b\[K";
+pub(super) const PROMPT: &str = r"\rplinth> \x1b\[K";
 
 /// The operator at the serial terminal, with the shell shown.
-struct Operator<'s> {
-    session: &'s mut Session,
-    limit: Duration,
+pub(super) struct Operator<'s> {
+    pub(super) session: &'s mut Session,
+    pub(super) limit: Duration,
 }
 
 impl Operator<'_> {
     /// Types a line, and returns what the shell says before its next prompt.
-    fn says(&mut self, line: &str) -> Result<String> {
+    pub(super) fn says(&mut self, line: &str) -> Result<String> {
         self.finishes(line, line)
     }
 
@@ -88,7 +88,7 @@ impl Operator<'_> {
         }
     }
 
-    fn switches(&mut self, keys: &str, shown: &str) -> Result<()> {
+    pub(super) fn switches(&mut self, keys: &str, shown: &str) -> Result<()> {
         self.session.send(keys)?;
         self.session.expect(&Regex::new(shown)?, self.limit)?;
         Ok(())

@@ -11,6 +11,8 @@ use mem::PAGE_SIZE_2M;
 use super::{HEAP, map};
 use crate::sync::Lock;
 
+/// Bytes that stay free when a VM is made: for consoles and plans of VMs that are off, answers to operators, and the like.
+const SPARE_BYTES: u64 = 4 << 20;
 /// Bytes mapped to begin with.
 const INITIAL_BYTES: u64 = 4 * PAGE_SIZE_2M;
 
@@ -40,6 +42,20 @@ pub fn init() {
 /// Bytes of the heap that are handed out.
 pub fn used() -> usize {
     KERNEL_HEAP.0.lock().heap.used()
+}
+
+/// Whether this many bytes can be taken from the heap, and it has room left for what else the host does; makes it larger if need be,
+/// before guests get the memory.
+pub fn has_room_for(bytes: u64) -> bool {
+    let mut state = KERNEL_HEAP.0.lock();
+    let wanted = bytes + SPARE_BYTES;
+    let missing = wanted.saturating_sub(state.heap.free() as u64);
+    if missing > 0 {
+        let grown = state.map_more(missing);
+        // SAFETY: the bytes were just mapped right behind the heap's end, for the heap, for ever.
+        unsafe { state.heap.extend(grown as usize) };
+    }
+    state.heap.free() as u64 >= wanted
 }
 
 impl State {

@@ -16,7 +16,7 @@ use bootloader_api::{BootInfo, info::MemoryRegionKind};
 use mem::{Hpa, MemoryRegion, OutOfFrames, frames::Frames};
 use spin::Once;
 
-pub use heap::used as heap_used;
+pub use heap::{has_room_for as has_heap_for, used as heap_used};
 pub use map::{combine_writes, is_mapped, map_device, new_stack};
 pub use seal::seal;
 pub use window::offset as window_offset;

@@ -44,6 +44,10 @@ use crate::{
 
 const NS_PER_MS: u64 = 1_000_000;
 
+/// Why a VM is not made.
+pub(super) const NO_HEAP: &str =
+    "the host has no memory left for its own work: stop another VM first";
+
 /// A VM that exists.
 pub(super) struct Live<B: Backend> {
     pub(super) vm: Arc<Vm>,
@@ -239,6 +243,10 @@ impl<B: Backend> World<B> {
             }
             Ok((live, boot)) => match slot.life.made() {
                 Made::Run => {
+                    // It may have been scheduled anew while it was made.
+                    if let Ok(params) = self.params(&plan, &plan.sched.lock()) {
+                        self.schedule_anew(&live, params);
+                    }
                     slot.claimed = false;
                     slot.live = Some(live);
                     slot.started_ns = time::ns();
@@ -270,6 +278,8 @@ impl<B: Backend> World<B> {
         let mut any_job = false;
         let mut forced = Vec::new();
         let mut alarmed = Vec::new();
+        // Before the looks: whatever comes after them makes it earlier.
+        self.next_due.store(u64::MAX, Ordering::Relaxed);
         let alarms = core::mem::take(&mut *self.alarms.lock());
         let mut slots = self.slots.lock();
         for slot in slots.iter_mut() {
@@ -292,7 +302,7 @@ impl<B: Backend> World<B> {
                 None => {}
             }
         }
-        self.next_due.store(next, Ordering::Relaxed);
+        self.next_due.fetch_min(next, Ordering::Relaxed);
         drop(slots);
         for plan in alarmed {
             let config = &plan.config;
@@ -348,6 +358,9 @@ impl<B: Backend> World<B> {
         let begun = Beginning::now();
         let id = number.0;
         let config = &plan.config;
+        if !memory::has_heap_for(plan.heap_bytes()) {
+            return Err(String::from(NO_HEAP));
+        }
         let kick = Arc::new(Kick {
             vm: number,
             entities: Once::new(),
@@ -488,6 +501,19 @@ impl<B: Backend> World<B> {
         ))
     }
 
+    /// Has the vCPUs of a VM, which do not run yet, scheduled like this.
+    fn schedule_anew(&self, live: &Live<B>, params: sched::Params) {
+        for &entity in &live.entities {
+            if self.sched.params(entity) == Some(params) {
+                continue;
+            }
+            // What does not fit any more was refused when it was asked for.
+            if let Ok(kick) = self.sched.set_params(entity, params, time::now_tsc()) {
+                self.kick(kick);
+            }
+        }
+    }
+
     fn place(&self, id: EntityId, entity: Entity<B>) {
         let mut entities = self.entities.lock();
         let index = id.0 as usize;
@@ -596,6 +622,10 @@ impl<B: Backend> World<B> {
                 return;
             };
             if let After::Wait { ms } = after {
+                // An operator may have decided otherwise in this very moment.
+                if slot.life.state() != VmState::Waiting {
+                    return;
+                }
                 let at = time::now_tsc() + time::us_to_ticks(ms * 1000);
                 self.look_at(slot, at);
             }

@@ -52,6 +52,21 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// Bytes of the heap that the VM takes when it is made, at most.
+    pub(super) fn heap_bytes(&self) -> u64 {
+        const FIXED: u64 = 256 << 10;
+        const OF_VCPU: u64 = 64 << 10;
+        let offered = match self.firmware {
+            // Firmware loads a copy of them.
+            Some(_) => {
+                let modules = self.modules.iter().map(|module| module.data.len());
+                self.kernel.len() + modules.sum::<usize>()
+            }
+            None => 0,
+        };
+        FIXED + u64::from(self.config.vcpus) * OF_VCPU + offered as u64
+    }
+
     /// The plan of a VM whose configuration was checked against this bundle. Its console is attached.
     pub(super) fn new(config: VmConfig, number: VmNumber, bundle: &Bundle<'static>) -> Self {
         let file = |path: &Option<String>| path.as_deref().and_then(|path| bundle.guest_file(path));
@@ -151,46 +166,56 @@ impl<B: Backend> Slot<B> {
 }
 
 /// All VMs, in the order in which they were configured or created.
-pub(super) struct Slots<B: Backend>(Vec<Slot<B>>);
+pub(super) struct Slots<B: Backend> {
+    all: Vec<Slot<B>>,
+    /// The number that was given last.
+    last: u16,
+}
 
 impl<B: Backend> Slots<B> {
     /// These.
-    pub(super) fn new(slots: Vec<Slot<B>>) -> Self {
-        Slots(slots)
+    pub(super) fn new(mut slots: Vec<Slot<B>>) -> Self {
+        slots.reserve_exact(MAX_VMS.saturating_sub(slots.len()));
+        let last = slots.last().map_or(0, |slot| slot.number.0);
+        Slots { all: slots, last }
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Slot<B>> {
-        self.0.iter()
+        self.all.iter()
     }
 
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Slot<B>> {
-        self.0.iter_mut()
+        self.all.iter_mut()
     }
 
     /// The VM of this number. Whoever has its number asks while it exists.
     pub(super) fn get(&mut self, number: VmNumber) -> Option<&mut Slot<B>> {
-        self.0.iter_mut().find(|slot| slot.number == number)
+        self.all.iter_mut().find(|slot| slot.number == number)
     }
 
     /// The VM of this name.
     pub(super) fn named(&mut self, name: &str) -> Option<&mut Slot<B>> {
-        self.0.iter_mut().find(|slot| slot.plan.config.name == name)
+        self.all
+            .iter_mut()
+            .find(|slot| slot.plan.config.name == name)
     }
 
-    /// A number that no VM has; `None`: there are as many VMs as there can be.
+    /// A number that no VM has, the one that nobody had for longest: what is still told of one that is gone, as in a trace, is not taken
+    /// for another's. `None`: there are as many VMs as there can be.
     pub(super) fn free_number(&self) -> Option<VmNumber> {
-        let numbers = 1..=MAX_VMS as u16;
-        let mut free = numbers.map(VmNumber);
-        free.find(|&number| self.0.iter().all(|slot| slot.number != number))
+        let after = self.last + 1..=MAX_VMS as u16;
+        let mut free = after.chain(1..=self.last).map(VmNumber);
+        free.find(|&number| self.all.iter().all(|slot| slot.number != number))
     }
 
     pub(super) fn push(&mut self, slot: Slot<B>) {
-        self.0.push(slot);
+        self.last = slot.number.0;
+        self.all.push(slot);
     }
 
     /// Takes a VM out.
     pub(super) fn remove(&mut self, number: VmNumber) -> Option<Slot<B>> {
-        let index = self.0.iter().position(|slot| slot.number == number)?;
-        Some(self.0.remove(index))
+        let index = self.all.iter().position(|slot| slot.number == number)?;
+        Some(self.all.remove(index))
     }
 }

@@ -18,7 +18,7 @@ use manage::{
         Answer, DEFAULT_STOP_TIMEOUT_S, Failure, FailureCode, HostDetails, MAX_STOP_TIMEOUT_S,
         Operate, Request, VERSION, VcpuStats, VmDetails, VmState, VmSummary,
     },
-    config::{self, AddError, DiskConfig, MAX_VMS, Restart},
+    config::{self, AddError, DiskConfig, MAX_VMS, Restart, VmConfig},
     lifecycle::{Life, Step, Verb},
 };
 use mem::{Owner, PAGE_SIZE};
@@ -27,6 +27,7 @@ use vmm::{vcpu::ExitCounters, vm::EndReason};
 
 use super::{
     World,
+    life::NO_HEAP,
     scheduling::parameters,
     slots::{Plan, Slot, Slots},
 };
@@ -71,6 +72,14 @@ impl Published {
     }
 }
 
+/// Bytes of frames that a VM takes beside its RAM, at most: nested page tables, and what the processor keeps of each vCPU.
+fn tables_bytes(config: &VmConfig) -> u64 {
+    const FIXED: u64 = 64 << 10;
+    const OF_VCPU: u64 = 4 * PAGE_SIZE;
+    // Eight bytes for each page, where none is large.
+    config.memory / 512 + u64::from(config.vcpus) * OF_VCPU + FIXED
+}
+
 fn failure<T>(code: FailureCode, message: impl Into<String>) -> Result<T, Failure> {
     Err(Failure::new(code, message))
 }
@@ -104,14 +113,18 @@ impl<B: Backend> World<B> {
         let (step, text) = life
             .ask(verb)
             .map_err(|why| Failure::new(FailureCode::WrongState, format!("{name}: {why}")))?;
-        let needed = slot.plan.config.memory;
-        if step == Step::Make && needed > left {
+        let config = &slot.plan.config;
+        let needed = config.memory;
+        if step == Step::Make && needed + tables_bytes(config) > left {
             let message = format!(
                 "{name}: needs {} of memory, and the host has {} left: stop another VM first",
                 config::size(needed),
                 config::size(left)
             );
             return failure(FailureCode::NoRoom, message);
+        }
+        if step == Step::Make && !memory::has_heap_for(slot.plan.heap_bytes()) {
+            return failure(FailureCode::NoRoom, format!("{name}: {NO_HEAP}"));
         }
         slot.life = life;
         let mut text = format!("{name}: {text}");
@@ -146,7 +159,7 @@ impl<B: Backend> World<B> {
         done(text)
     }
 
-    /// Bytes of memory that no VM has or may still ask for: a VM that starts takes its RAM, and any VM's disks may
+    /// Bytes of memory that no VM has or may still ask for: a VM that starts, or comes back, takes its RAM, and any VM's disks may
     /// grow to their limits.
     fn memory_left(&self, slots: &Slots<B>) -> u64 {
         let free = memory::HOST.statistics().free * PAGE_SIZE;
@@ -155,8 +168,8 @@ impl<B: Backend> World<B> {
             let changes = config.disks.iter().map(|disk| disk.changes);
             let changes = changes.fold(0, u64::saturating_add);
             let taken = memory::HOST.used(Owner::VmDisks(slot.number.0)) * PAGE_SIZE;
-            let ram = match slot.life.state() {
-                VmState::Starting | VmState::Waiting if slot.live.is_none() => config.memory,
+            let ram = match slot.live {
+                None if slot.life.comes_back() => config.memory,
                 _ => 0,
             };
             let ram_taken = memory::HOST.used(Owner::VmRam(slot.number.0)) * PAGE_SIZE;
@@ -166,6 +179,9 @@ impl<B: Backend> World<B> {
     }
 
     fn create(&self, text: &str) -> Result<Answer, Failure> {
+        if !memory::has_heap_for(0) {
+            return failure(FailureCode::NoRoom, NO_HEAP);
+        }
         let left = self.memory_left(&self.slots.lock());
         let policies = self.sched.pools().map(|pool| pool.policy);
         let pools = self.pools.with_policies(policies);

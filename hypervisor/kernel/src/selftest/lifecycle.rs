@@ -383,6 +383,102 @@ fn rounds() -> Step {
     })
 }
 
+/// Nearly all memory is one VM's. Another one takes the rest, a third is refused, and the host goes on: as many VMs as there may be are
+/// defined, and what is asked is answered. Then all go, and nothing is left of them.
+fn memory_short() -> Step {
+    /// Left for the second VM, and more than it takes; of that no third one is made.
+    const LEFT: u64 = 6 << 20;
+    const ON_ITS_WAY_NS: u64 = 20_000_000_000;
+    #[derive(Clone, Copy)]
+    enum At {
+        Take,
+        Made,
+        Full,
+        Going,
+    }
+    let mut at = At::Take;
+    let mut before = Used::default();
+    let mut names = 0;
+    let mut gone_ns = u64::MAX;
+    Box::new(move |operate| {
+        let ask = |request: &Request| {
+            let answer = operate.operate(request);
+            answer.map_err(|failure| words(&failure))
+        };
+        let runs = |vm: &str| match look(operate, vm).map_err(|failure| words(&failure))? {
+            vm if vm.summary.state == VmState::Running => Ok(true),
+            vm if vm.summary.state == VmState::Starting => Ok(false),
+            vm => Err(format!("{:?} {:?}", vm.summary.state, vm.last_end)),
+        };
+        match at {
+            // Zeroing all memory would take Bochs minutes.
+            At::Take if power::emulator() == Some(Emulator::Bochs) => {
+                return Ok(Outcome::Done(String::from("not in Bochs")));
+            }
+            At::Take => {
+                before = Used::now();
+                names = operate.vm_names().len();
+                let mib = (before.free_frames * mem::PAGE_SIZE - LEFT) >> 20 & !1;
+                ask(&vm_config("most", &format!("{mib}M")))?;
+                ask(&start("most"))?;
+                at = At::Made;
+            }
+            At::Made => {
+                if runs("most")? {
+                    ask(&vm_config("last", "4M"))?;
+                    ask(&vm_config("late", "4M"))?;
+                    ask(&start("last"))?;
+                    at = At::Full;
+                }
+            }
+            At::Full => {
+                if !runs("last")? {
+                    return Ok(Outcome::Wait);
+                }
+                match operate.operate(&start("late")) {
+                    Err(failure) if failure.code == FailureCode::NoRoom => {}
+                    other => return Err(format!("late: {other:?}")),
+                }
+                // With consoles, which take more of the host's own memory.
+                for n in operate.vm_names().len()..MAX_VMS {
+                    let config = format!(
+                        "[[vm]]\nname = \"many-{n}\"\nmemory = \"4M\"\nboot = {{ kernel = \"stub\" }}\n"
+                    );
+                    match operate.operate(&Request::VmCreate { config }) {
+                        Ok(_) => {}
+                        Err(failure) if failure.code == FailureCode::NoRoom => break,
+                        Err(failure) => return Err(words(&failure)),
+                    }
+                }
+                ask(&Request::Stats {})?;
+                ask(&Request::SchedShow {})?;
+                for name in operate.vm_names().into_iter().skip(names) {
+                    ask(&destroy(&name, true))?;
+                }
+                at = At::Going;
+            }
+            At::Going => {
+                let after = Used::now();
+                let all = |used: &Used| used.free_frames + used.host_frames;
+                if operate.vm_names().len() > names || after.vm_frames > 0 {
+                    return Ok(Outcome::Wait);
+                }
+                let remark = format!("before {before:?}, after {after:?}");
+                let same = all(&before) == all(&after) && before.heap_bytes == after.heap_bytes;
+                let now = time::ns();
+                gone_ns = gone_ns.min(now);
+                return match same {
+                    true => Ok(Outcome::Done(remark)),
+                    // What is not listed any more may still be on its way.
+                    false if now - gone_ns < ON_ITS_WAY_NS => Ok(Outcome::Wait),
+                    false => Err(remark),
+                };
+            }
+        }
+        Ok(Outcome::Wait)
+    })
+}
+
 /// What is done, in this order.
 fn script() -> VecDeque<(String, Step)> {
     use FailureCode::{BadRequest, Exists, NoRoom, NotFound, WrongState};
@@ -394,8 +490,9 @@ fn script() -> VecDeque<(String, Step)> {
         vm: String::from("button"),
         vcpu: Some(vcpu),
     };
-    let steps: [(&str, Step); 75] = [
+    let steps: [(&str, Step); 76] = [
         ("rounds", rounds()),
+        ("memory-short", memory_short()),
         ("create", fine(vm_config("new", "4M"))),
         ("create-again", refused(vm_config("new", "4M"), Exists)),
         (

@@ -6,9 +6,6 @@ use core::mem;
 use super::{Asked, GAP, Hello, MAX_ANSWER, MAX_LINE, Outcome, Reply, bad, failure, parse};
 use crate::command::{Answer, Failure, FailureCode, Request};
 
-/// Answers up to this size keep their memory for the next one.
-const KEPT_BYTES: usize = 4096;
-
 /// Why a line is not even looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Damage {
@@ -127,11 +124,8 @@ impl Channel {
 
     fn forget_output(&mut self) {
         self.sent = 0;
-        if self.output.capacity() > KEPT_BYTES {
-            self.output = Vec::new();
-        } else {
-            self.output.clear();
-        }
+        // With its memory: what a host has in use does not depend on what it was asked for before.
+        self.output = Vec::new();
     }
 
     /// Puts out a line, or in its place one that says that it is too long.
@@ -340,18 +334,18 @@ mod tests {
         });
         let replies = replies(&mut channel);
         assert_eq!(refused(&replies[0]), Some((Some(5), FailureCode::NoRoom)));
-        assert!(channel.output.capacity() <= KEPT_BYTES);
+        assert_eq!(channel.output.capacity(), 0);
     }
 
     #[test]
     fn an_answer_keeps_no_more_memory_than_it_needs() {
         let mut channel = channel();
         channel.receive(LIST);
-        let text = "x".repeat(3 * KEPT_BYTES);
+        let text = "x".repeat(3 * MAX_LINE);
         channel.serve(|_| Ok(Answer::Done { text }));
-        assert!(channel.output.capacity() < 4 * KEPT_BYTES);
+        assert!(channel.output.capacity() < 4 * MAX_LINE);
         replies(&mut channel);
-        assert!(channel.output.capacity() <= KEPT_BYTES);
+        assert_eq!(channel.output.capacity(), 0);
     }
 
     proptest! {
