@@ -195,7 +195,7 @@ fn long_pause(shell: &mut Shell, limit: Duration) -> Result<()> {
         clock.starts_with("tsc") || clock == "kvm-clock",
         "the clock source is {clock}"
     );
-    let alarms = shell.run("dmesg | grep -iE 'lockup|stall|unstable|skew|hung'")?;
+    let alarms = shell.run("dmesg | grep -iE 'lockup|stall|skew|hung|blocked for'")?;
     ensure!(alarms.text.is_empty(), "the log says: {}", alarms.text);
     shell.ask("kill $(cat /tmp/busy)").map(drop)
 }

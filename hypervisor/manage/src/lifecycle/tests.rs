@@ -64,6 +64,25 @@ fn each_verb_is_done_or_refused_in_each_state() {
     }
 }
 
+/// Its memory is kept for it while it is on its way down and back, and not when it is to stay off.
+#[test]
+fn a_vm_that_comes_back_takes_memory_anew() {
+    let mut life = running();
+    assert!(!life.comes_back(), "it has it");
+    life.ask(Verb::Reset).unwrap();
+    assert!(life.comes_back());
+    life.ask(FORCE).unwrap();
+    assert!(!life.comes_back(), "its start was called off");
+    life.ask(Verb::Start).unwrap();
+    assert!(life.comes_back());
+    let after = life.down(Restart::Never, Ending::Reset, 100_000);
+    assert_eq!((after, life.comes_back()), (After::Make, true));
+    life.made();
+    life.ask(DESTROY_BY_FORCE).unwrap();
+    assert!(!life.comes_back());
+    assert!(!Life::off().comes_back());
+}
+
 #[test]
 fn a_stopped_vm_stays_off_whatever_its_policy_and_however_it_ends() {
     for ending in [Ending::Done, Ending::Reset, Ending::Failed] {
