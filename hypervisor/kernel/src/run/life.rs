@@ -229,24 +229,31 @@ impl<B: Backend> World<B> {
             (slot.plan.clone(), slot.watchdog_fired)
         };
         let name = &plan.config.name;
-        let made = self.make_vm(number, &plan, fired);
-        if let Err(why) = &made {
-            self.say(&format!("{name}: cannot start: {why}"));
-        }
+        let mut made = self.make_vm(number, &plan, fired);
         let mut slots = self.slots.lock();
+        if let Ok((live, boot)) = made {
+            made = match self.schedule_anew(&plan, &live) {
+                Ok(()) => Ok((live, boot)),
+                Err(why) => {
+                    drop(slots);
+                    self.take_down(live);
+                    slots = self.slots.lock();
+                    Err(why)
+                }
+            };
+        }
         let slot = slots.get(number).ok_or(gone)?;
         match made {
             Err(why) => {
                 slot.claimed = false;
                 slot.last_end = Some(format!("cannot start: {why}"));
-                Err(slot.life.not_made())
+                let after = slot.life.not_made();
+                drop(slots);
+                self.say(&format!("{name}: cannot start: {why}"));
+                Err(after)
             }
             Ok((live, boot)) => match slot.life.made() {
                 Made::Run => {
-                    // It may have been scheduled anew while it was made.
-                    if let Ok(params) = self.params(&plan, &plan.sched.lock()) {
-                        self.schedule_anew(&live, params);
-                    }
                     slot.claimed = false;
                     slot.live = Some(live);
                     slot.started_ns = time::ns();
@@ -501,17 +508,23 @@ impl<B: Backend> World<B> {
         ))
     }
 
-    /// Has the vCPUs of a VM, which do not run yet, scheduled like this.
-    fn schedule_anew(&self, live: &Live<B>, params: sched::Params) {
-        for &entity in &live.entities {
-            if self.sched.params(entity) == Some(params) {
-                continue;
-            }
-            // What does not fit any more was refused when it was asked for.
-            if let Ok(kick) = self.sched.set_params(entity, params, time::now_tsc()) {
-                self.kick(kick);
-            }
+    /// Has the vCPUs of a VM, which do not run yet, scheduled as its plan says by now: that may have changed while it was made.
+    ///
+    /// # Errors
+    /// What it says cannot be had.
+    fn schedule_anew(&self, plan: &Plan, live: &Live<B>) -> Result<(), String> {
+        let params = self.params(plan, &plan.sched.lock())?;
+        let same = |&entity: &EntityId| self.sched.params(entity) == Some(params);
+        if live.entities.iter().all(same) {
+            return Ok(());
         }
+        let changed = self
+            .sched
+            .set_params(&live.entities, params, time::now_tsc());
+        for pcpu in changed.map_err(|why| format!("{why}"))?.iter() {
+            self.kick(Some(pcpu));
+        }
+        Ok(())
     }
 
     fn place(&self, id: EntityId, entity: Entity<B>) {
