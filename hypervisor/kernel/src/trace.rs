@@ -18,10 +18,11 @@ use spin::Once;
 use virt::Exit;
 use x86_64::instructions::interrupts::without_interrupts;
 
-use crate::{percpu, time};
+use crate::{memory, percpu, time};
 
 /// Records of a processor: 128 KiB.
 const RECORDS: usize = 8192;
+const RECORD_BYTES: usize = 16;
 
 static ON: AtomicBool = AtomicBool::new(false);
 /// Exits and entries are recorded, too.
@@ -92,7 +93,11 @@ pub fn operate(
 
 fn start(exits: bool) -> Result<(), Failure> {
     if RINGS.get().is_none() {
-        let rings: Option<Vec<Ring>> = (0..percpu::count()).map(|_| Ring::new(RECORDS)).collect();
+        let bytes = percpu::count() * RECORDS * RECORD_BYTES;
+        let rings: Option<Vec<Ring>> = match memory::has_heap_for(bytes as u64) {
+            true => (0..percpu::count()).map(|_| Ring::new(RECORDS)).collect(),
+            false => None,
+        };
         let Some(rings) = rings else {
             let text = "there is no memory for a trace";
             return Err(Failure::new(FailureCode::NoRoom, text));

@@ -139,11 +139,11 @@ pub fn linux_disks(rig: &Rig, start: &Start) -> Result<String> {
     ))
 }
 
-/// Linux works on both processors and on its disks, is paused for a minute, and goes on: it has not noticed. No watchdog of the kernel barks,
+/// Linux works on both processors and on its disks, is paused for half a minute, and goes on: it has not noticed. No watchdog of the kernel barks,
 /// and its clock, which all its processors share, has stood still.
 fn long_pause(shell: &mut Shell, limit: Duration) -> Result<()> {
-    /// Longer than soft lockups and stalls of RCU take to be told.
-    const PAUSE_S: f64 = 70.0;
+    /// Soft lockups are told after 20 s, stalls of RCU after 21 s.
+    const PAUSE_S: f64 = 30.0;
     /// What the guest itself may take to be paused, and to answer afterwards.
     const AROUND_S: f64 = 20.0;
     for work in [

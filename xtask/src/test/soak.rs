@@ -48,25 +48,32 @@ struct Amount {
     rounds: usize,
     /// Verbs of each door in a round.
     verbs: usize,
+    /// Whether some of the guests are Linux.
+    linux: bool,
 }
 
 const SHORT: Amount = Amount {
     rounds: 2,
     verbs: 60,
+    linux: false,
 };
 /// In Bochs, where the second processor costs as much as the first.
 const SHORTER: Amount = Amount {
     rounds: 1,
     verbs: 50,
+    linux: false,
 };
 const LONG: Amount = Amount {
     rounds: 30,
     verbs: 120,
+    linux: true,
 };
 
 /// What a VM is made of.
 struct Recipe {
     vcpus: u32,
+    /// What is not as for a stub.
+    boot: Option<&'static str>,
     cmdline: &'static str,
     /// Further keys and their values, as in the configuration.
     more: &'static [(&'static str, &'static str)],
@@ -80,80 +87,133 @@ impl Recipe {
     ) -> Self {
         Recipe {
             vcpus,
+            boot: None,
             cmdline,
             more,
         }
     }
 
+    /// Its section, a key in each line.
     fn config(&self, name: &str) -> String {
+        let stub = "boot.kernel = \"stub\"\nmemory = \"16M\"";
         let mut text = format!(
-            "[[vm]]\nname = \"{name}\"\nmemory = \"16M\"\nvcpus = {}\n",
-            self.vcpus
+            "[[vm]]\nname = \"{name}\"\nvcpus = {}\nboot.cmdline = \"{}\"\n{}\n",
+            self.vcpus,
+            self.cmdline,
+            self.boot.unwrap_or(stub)
         );
         for (key, value) in self.more {
             writeln!(text, "{key} = {value}").expect("a String takes any text");
         }
-        let cmdline = self.cmdline;
-        text + &format!(
-            "boot = {{ kernel = \"stub\", cmdline = \"checks=none facts=off {cmdline}\" }}\n"
-        )
+        text
     }
 }
 
-/// What is there to be met: guests that do nothing, and guests that do all they can.
-const RECIPES: [Recipe; 16] = [
-    Recipe::new(1, "end=halt", &[]),
-    Recipe::new(2, "end=spin", &[("weight", "300")]),
-    Recipe::new(4, "abuse=ipi-storm,bad-ipi end=reset", &[]),
-    Recipe::new(3, "abuse=timer-flood,level-storm end=spin", &[]),
-    Recipe::new(1, "abuse=console-flood end=reset", &[]),
-    Recipe::new(
-        2,
-        "abuse=console-flood end=triple-fault",
-        &[("restart", "\"always\"")],
+/// Linux on two processors, with a disk; it comes as far as it is let.
+static LINUX: Recipe = Recipe {
+    boot: Some(
+        "boot.kernel = \"linux-6.1-cloud\"\nboot.initrd = \"initramfs-disk\"\nmemory = \"128M\"",
     ),
-    Recipe::new(1, "end=triple-fault", &[("restart", "\"on-failure\"")]),
-    Recipe::new(1, "end=button", &[]),
-    Recipe::new(2, "end=unfed", &[("watchdog", "\"reset\"")]),
-    Recipe::new(1, "end=unfed", &[("watchdog", "\"pause\"")]),
-    Recipe::new(2, "end=watched-by-nmi", &[("watchdog", "\"nmi\"")]),
+    ..Recipe::new(2, "console=ttyS0", &[("disks", DISKS)])
+};
+
+/// What is there to be met: guests that do nothing, and guests that do all they can.
+static RECIPES: [Recipe; 16] = [
+    Recipe::new(1, "checks=none facts=off end=halt", &[]),
+    Recipe::new(2, "checks=none facts=off end=spin", &[("weight", "300")]),
+    Recipe::new(
+        4,
+        "checks=none facts=off abuse=ipi-storm,bad-ipi end=reset",
+        &[],
+    ),
+    Recipe::new(
+        3,
+        "checks=none facts=off abuse=timer-flood,level-storm end=spin",
+        &[],
+    ),
     Recipe::new(
         1,
-        "end=unfed",
+        "checks=none facts=off abuse=console-flood end=reset",
+        &[],
+    ),
+    Recipe::new(
+        2,
+        "checks=none facts=off abuse=console-flood end=triple-fault",
+        &[("restart", "\"always\"")],
+    ),
+    Recipe::new(
+        1,
+        "checks=none facts=off end=triple-fault",
+        &[("restart", "\"on-failure\"")],
+    ),
+    Recipe::new(1, "checks=none facts=off end=button", &[]),
+    Recipe::new(
+        2,
+        "checks=none facts=off end=unfed",
+        &[("watchdog", "\"reset\"")],
+    ),
+    Recipe::new(
+        1,
+        "checks=none facts=off end=unfed",
+        &[("watchdog", "\"pause\"")],
+    ),
+    Recipe::new(
+        2,
+        "checks=none facts=off end=watched-by-nmi",
+        &[("watchdog", "\"nmi\"")],
+    ),
+    Recipe::new(
+        1,
+        "checks=none facts=off end=unfed",
         &[("watchdog", "\"power-off\""), ("restart", "\"on-failure\"")],
     ),
     Recipe::new(
         1,
-        "abuse=disk-storm end=reset",
+        "checks=none facts=off abuse=disk-storm end=reset",
         &[("disks", DISKS), ("cap", "40")],
     ),
-    Recipe::new(1, "abuse=task-loop end=spin", &[]),
-    Recipe::new(2, "abuse=endless-string,mmio-storm end=poweroff", &[]),
-    Recipe::new(16, "abuse=ipi-storm end=halt", &[]),
+    Recipe::new(1, "checks=none facts=off abuse=task-loop end=spin", &[]),
+    Recipe::new(
+        2,
+        "checks=none facts=off abuse=endless-string,mmio-storm end=poweroff",
+        &[],
+    ),
+    Recipe::new(16, "checks=none facts=off abuse=ipi-storm end=halt", &[]),
 ];
 /// A disk of [`DISK_IMAGE`].
 const DISKS: &str = "[{ image = \"pattern.img\", changes = \"2M\" }]";
 
 /// Numbers without pattern, the same for the same seed.
-struct Dice(u64);
+struct Dice {
+    state: u64,
+    linux: bool,
+}
 
 impl Dice {
     /// `door` tells dice of the same seed apart.
-    fn new(seed: u64, door: u64) -> Self {
+    fn new(seed: u64, door: u64, linux: bool) -> Self {
         // SplitMix64's increment, so that near seeds are far from each other. Never 0, from which xorshift would not come away.
-        Self((seed ^ door << 56).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+        let state = (seed ^ door << 56).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        Self { state, linux }
     }
 
     fn below(&mut self, end: usize) -> usize {
         // Xorshift64.
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 16) as usize % end
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        (self.state >> 16) as usize % end
     }
 
     fn pick<'t, T>(&mut self, from: &'t [T]) -> &'t T {
         &from[self.below(from.len())]
+    }
+
+    fn recipe(&mut self) -> &'static Recipe {
+        match self.linux && self.below(6) == 0 {
+            true => &LINUX,
+            false => self.pick(&RECIPES),
+        }
     }
 
     /// Whatever comes, for one of the VMs.
@@ -161,7 +221,7 @@ impl Dice {
         let vm = (*self.pick(&NAMES)).to_owned();
         match self.below(40) {
             0..=6 => Request::VmCreate {
-                config: self.pick(&RECIPES).config(&vm),
+                config: self.recipe().config(&vm),
             },
             7..=13 => Request::VmStart { vm },
             14..=16 => Request::VmStop {
@@ -211,17 +271,10 @@ fn line(request: &Request) -> String {
     };
     match request {
         Request::VmCreate { config } => {
-            // Each line of the section is a key; those of `boot` go in its own form.
-            let keys = config.lines().skip(1).map(|line| {
-                let (key, value) = line.split_once(" = ").unwrap_or((line, ""));
-                match value.split_once("cmdline = ") {
-                    Some((_, cmdline)) => format!(
-                        "boot.kernel=stub boot.cmdline={}",
-                        cmdline.trim_end_matches(" }")
-                    ),
-                    None => format!("{key}={value}"),
-                }
-            });
+            let keys = config
+                .lines()
+                .skip(1)
+                .map(|line| line.replacen(" = ", "=", 1));
             // Of lists the shell has none.
             let keys = keys.filter(|key| !key.contains('['));
             format!("vm create {}", keys.collect::<Vec<_>>().join(" "))
@@ -326,7 +379,7 @@ impl Program {
     /// So many verbs. At the beginning there is a guest of each name; what was asked for before may have come first.
     fn round(&mut self, dice: &mut Dice, verbs: usize) -> Result<()> {
         for vm in NAMES {
-            let config = dice.pick(&RECIPES).config(vm);
+            let config = dice.recipe().config(vm);
             self.ask(&Request::VmCreate { config })?;
             self.ask(&Request::VmStart { vm: vm.to_owned() })?;
         }
@@ -487,11 +540,11 @@ fn soak(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String> {
     rounds(rig, start, amount, seed).with_context(|| format!("with --seed {seed}"))
 }
 
-/// A host with two processors and the untouched guest, which talks; and a program on its control channel.
-fn boot(rig: &Rig, start: &Start, memory_mib: u32) -> Result<(Session, Program)> {
+/// A host with two processors and the untouched guest, which talks; and a program on its control channel. `files`: more than the stub's.
+fn boot(rig: &Rig, start: &Start, memory_mib: u32, files: &str) -> Result<(Session, Program)> {
     let limits = start.place.limits();
     let text = format!(
-        "[host]\nafter-last-vm = \"stay\"\nfiles = [\"stub\", \"{DISK_IMAGE}\"]\n{}",
+        "[host]\nafter-last-vm = \"stay\"\nfiles = [\"stub\", \"{DISK_IMAGE}\"{files}]\n{}",
         Vm::stub(UNTOUCHED, TALKS).section()
     );
     // The path of a socket has to be short.
@@ -515,7 +568,11 @@ fn boot(rig: &Rig, start: &Start, memory_mib: u32) -> Result<(Session, Program)>
 
 fn rounds(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String> {
     let limits = start.place.limits();
-    let (mut session, mut program) = boot(rig, start, 1024)?;
+    let files = match amount.linux {
+        true => ", \"linux-6.1-cloud\", \"initramfs-disk\"",
+        false => "",
+    };
+    let (mut session, mut program) = boot(rig, start, 1024, files)?;
     let mut operator = Operator {
         session: &mut session,
         limit: limits.command,
@@ -523,7 +580,7 @@ fn rounds(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String>
     operator.switches(key::SHELL, PROMPT)?;
     // The memory for a trace is kept.
     program.ask(&Request::TraceStart { exits: None })?;
-    let mut dice = [Dice::new(seed, 1), Dice::new(seed, 2)];
+    let mut dice = [1, 2].map(|door| Dice::new(seed, door, amount.linux));
     let mut before = None;
     for round in 0..=amount.rounds {
         let [first, second] = &mut dice;
@@ -559,8 +616,12 @@ fn rounds(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String>
 /// is refused. All that is asked is answered, and in the end nothing is left.
 pub fn crowd(rig: &Rig, start: &Start) -> Result<String> {
     let limits = start.place.limits();
-    let storm = Recipe::new(config::MAX_VCPUS.into(), "abuse=ipi-storm end=halt", &[]);
-    let (mut session, mut program) = boot(rig, start, 2048)?;
+    let storm = Recipe::new(
+        config::MAX_VCPUS.into(),
+        "checks=none facts=off abuse=ipi-storm end=halt",
+        &[],
+    );
+    let (mut session, mut program) = boot(rig, start, 2048, "")?;
     // All wait for each other.
     program.limit = 4 * limits.boot;
     let mut before = None;
@@ -613,12 +674,16 @@ mod tests {
         fn vm_names(&self) -> Vec<String> {
             NAMES.map(String::from).to_vec()
         }
+
+        fn pool_names(&self) -> Vec<String> {
+            Vec::new()
+        }
     }
 
     #[test]
     fn recipes_are_right() {
         assert!(DISKS.contains(DISK_IMAGE));
-        for recipe in &RECIPES {
+        for recipe in RECIPES.iter().chain([&LINUX]) {
             let config = recipe.config("g0");
             let parsed = manage::config::parse("p", config.as_bytes());
             assert_eq!(parsed.report(), "p: 1 VM can start\n", "{config}");
@@ -629,7 +694,7 @@ mod tests {
     fn the_shell_understands_what_is_typed() {
         let asked = Asked::default();
         let mut shell = manage::shell::Shell::new();
-        let mut dice = Dice::new(7, 0);
+        let mut dice = Dice::new(7, 0, true);
         for _ in 0..2_000 {
             let request = dice.request();
             let line = line(&request);
@@ -652,7 +717,7 @@ mod tests {
     #[test]
     fn the_same_seed_gives_the_same_verbs() {
         let verbs = |seed, door| {
-            let mut dice = Dice::new(seed, door);
+            let mut dice = Dice::new(seed, door, false);
             (0..100).map(|_| dice.request()).collect::<Vec<_>>()
         };
         assert_eq!(verbs(3, 1), verbs(3, 1));
