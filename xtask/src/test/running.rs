@@ -181,14 +181,15 @@ fn long_pause(shell: &mut Shell, limit: Duration) -> Result<()> {
         "paused for {PAUSE_S} s, Linux' clock went from {before} s to {after} s"
     );
     // From one processor to the other and back.
-    let times = "for n in 1 2 3 4 5 6 7 8 9; do taskset 1 cat /proc/uptime; taskset 2 cat /proc/uptime; done";
+    let times =
+        "for n in 1 2 3 4 5; do taskset 1 cat /proc/uptime; taskset 2 cat /proc/uptime; done";
     let times = shell.ask(times)?;
     let times = times.lines().map(|line| {
         let first = line.split_whitespace().next().unwrap_or_default();
         first.parse::<f64>().with_context(|| times.clone())
     });
     let times = times.collect::<Result<Vec<_>>>()?;
-    ensure!(times.len() == 18 && times.is_sorted(), "{times:?}");
+    ensure!(times.len() == 10 && times.is_sorted(), "{times:?}");
     let clock =
         shell.ask("cat /sys/devices/system/clocksource/clocksource0/current_clocksource")?;
     ensure!(

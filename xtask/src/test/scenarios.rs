@@ -228,7 +228,7 @@ pub fn all() -> Vec<Scenario> {
         all.push(Scenario::new(
             place,
             "linux-disks",
-            (20, 55),
+            (25, 65),
             running::linux_disks,
         ));
         all.push(Scenario::new(
@@ -259,7 +259,7 @@ pub fn all() -> Vec<Scenario> {
         all.push(Scenario::new(place, "shell-bad-input", 8, shell::bad_input));
         let body = screen::keyboard_and_screen;
         all.push(Scenario::new(place, "shell-on-screen", (9, 5), body));
-        all.push(Scenario::new(place, "soak", (45, 75), soak::short));
+        all.push(Scenario::new(place, "soak", (30, 60), soak::short));
         all.push(slow(Scenario::new(place, "soak-long", 1000, soak::long)));
         all.push(slow(Scenario::new(place, "crowd", 600, soak::crowd)));
     }

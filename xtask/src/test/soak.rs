@@ -50,23 +50,28 @@ struct Amount {
     verbs: usize,
     /// Whether some of the guests are Linux.
     linux: bool,
+    /// The host's processors.
+    cpus: u32,
 }
 
 const SHORT: Amount = Amount {
     rounds: 2,
     verbs: 60,
     linux: false,
+    cpus: 2,
 };
 /// In Bochs, where the second processor costs as much as the first.
 const SHORTER: Amount = Amount {
     rounds: 1,
     verbs: 50,
     linux: false,
+    cpus: 2,
 };
 const LONG: Amount = Amount {
     rounds: 30,
     verbs: 120,
     linux: true,
+    cpus: 2,
 };
 
 /// What a VM is made of.
@@ -186,15 +191,15 @@ const DISKS: &str = "[{ image = \"pattern.img\", changes = \"2M\" }]";
 /// Numbers without pattern, the same for the same seed.
 struct Dice {
     state: u64,
-    linux: bool,
+    amount: Amount,
 }
 
 impl Dice {
     /// `door` tells dice of the same seed apart.
-    fn new(seed: u64, door: u64, linux: bool) -> Self {
+    fn new(seed: u64, door: u64, amount: Amount) -> Self {
         // SplitMix64's increment, so that near seeds are far from each other. Never 0, from which xorshift would not come away.
         let state = (seed ^ door << 56).wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-        Self { state, linux }
+        Self { state, amount }
     }
 
     fn below(&mut self, end: usize) -> usize {
@@ -210,7 +215,7 @@ impl Dice {
     }
 
     fn recipe(&mut self) -> &'static Recipe {
-        match self.linux && self.below(6) == 0 {
+        match self.amount.linux && self.below(6) == 0 {
             true => &LINUX,
             false => self.pick(&RECIPES),
         }
@@ -257,7 +262,10 @@ impl Dice {
             0 => change.weight = Some(10 << self.below(6)),
             1 => change.cap = Some(10 * self.below(10) as u32),
             2 => change.priority = Some(self.below(8) as u8),
-            _ => change.affinity = Some(self.pick(&[vec![], vec![0], vec![1], vec![0, 1]]).clone()),
+            _ => {
+                let (all, last) = ((0..self.amount.cpus).collect(), self.amount.cpus - 1);
+                change.affinity = Some(self.pick(&[vec![], vec![0], vec![last], all]).clone());
+            }
         }
         change
     }
@@ -387,7 +395,8 @@ impl Program {
             let request = dice.request();
             self.ask(&request)?;
             if let Request::TraceStart { .. } = request {
-                let (pcpu, from, count) = (dice.below(2) as u32, 0, Some(16));
+                let (pcpu, from, count) =
+                    (dice.below(dice.amount.cpus as usize) as u32, 0, Some(16));
                 self.ask(&Request::TraceRead { pcpu, from, count })?;
             }
         }
@@ -528,11 +537,13 @@ pub fn short(rig: &Rig, start: &Start) -> Result<String> {
     soak(rig, start, amount, rig.seed.unwrap_or(1))
 }
 
-/// Many rounds, of other verbs each time.
+/// Many rounds, of other verbs each time; with an even seed on one processor.
 pub fn long(rig: &Rig, start: &Start) -> Result<String> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let seed = rig.seed.unwrap_or(now.map_or(1, |now| now.as_secs()));
-    soak(rig, start, LONG, seed)
+    // One processor does its long work in between.
+    let cpus = 1 + (seed % 2) as u32;
+    soak(rig, start, Amount { cpus, ..LONG }, seed)
 }
 
 /// Round after round.
@@ -540,8 +551,14 @@ fn soak(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String> {
     rounds(rig, start, amount, seed).with_context(|| format!("with --seed {seed}"))
 }
 
-/// A host with two processors and the untouched guest, which talks; and a program on its control channel. `files`: more than the stub's.
-fn boot(rig: &Rig, start: &Start, memory_mib: u32, files: &str) -> Result<(Session, Program)> {
+/// A host with so many processors and the untouched guest, which talks; and a program on its control channel. `files`: more than the stub's.
+fn boot(
+    rig: &Rig,
+    start: &Start,
+    memory_mib: u32,
+    cpus: u32,
+    files: &str,
+) -> Result<(Session, Program)> {
     let limits = start.place.limits();
     let text = format!(
         "[host]\nafter-last-vm = \"stay\"\nfiles = [\"stub\", \"{DISK_IMAGE}\"{files}]\n{}",
@@ -552,7 +569,7 @@ fn boot(rig: &Rig, start: &Start, memory_mib: u32, files: &str) -> Result<(Sessi
     let socket = std::env::temp_dir().join(name);
     let mut session = rig.boot_text(start, &text, |machine| {
         machine.control = Some(socket.clone());
-        machine.cpus = 2;
+        machine.cpus = cpus;
         machine.memory_mib = memory_mib;
     })?;
     session.expect(&Regex::new("stub> ")?, limits.boot)?;
@@ -572,7 +589,7 @@ fn rounds(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String>
         true => ", \"linux-6.1-cloud\", \"initramfs-disk\"",
         false => "",
     };
-    let (mut session, mut program) = boot(rig, start, 1024, files)?;
+    let (mut session, mut program) = boot(rig, start, 1024, amount.cpus, files)?;
     let mut operator = Operator {
         session: &mut session,
         limit: limits.command,
@@ -580,7 +597,7 @@ fn rounds(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String>
     operator.switches(key::SHELL, PROMPT)?;
     // The memory for a trace is kept.
     program.ask(&Request::TraceStart { exits: None })?;
-    let mut dice = [1, 2].map(|door| Dice::new(seed, door, amount.linux));
+    let mut dice = [1, 2].map(|door| Dice::new(seed, door, amount));
     let mut before = None;
     for round in 0..=amount.rounds {
         let [first, second] = &mut dice;
@@ -621,7 +638,7 @@ pub fn crowd(rig: &Rig, start: &Start) -> Result<String> {
         "checks=none facts=off abuse=ipi-storm end=halt",
         &[],
     );
-    let (mut session, mut program) = boot(rig, start, 2048, "")?;
+    let (mut session, mut program) = boot(rig, start, 2048, 2, "")?;
     // All wait for each other.
     program.limit = 4 * limits.boot;
     let mut before = None;
@@ -694,7 +711,7 @@ mod tests {
     fn the_shell_understands_what_is_typed() {
         let asked = Asked::default();
         let mut shell = manage::shell::Shell::new();
-        let mut dice = Dice::new(7, 0, true);
+        let mut dice = Dice::new(7, 0, LONG);
         for _ in 0..2_000 {
             let request = dice.request();
             let line = line(&request);
@@ -717,7 +734,7 @@ mod tests {
     #[test]
     fn the_same_seed_gives_the_same_verbs() {
         let verbs = |seed, door| {
-            let mut dice = Dice::new(seed, door, false);
+            let mut dice = Dice::new(seed, door, SHORT);
             (0..100).map(|_| dice.request()).collect::<Vec<_>>()
         };
         assert_eq!(verbs(3, 1), verbs(3, 1));
