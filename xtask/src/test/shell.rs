@@ -38,7 +38,7 @@ impl Operator<'_> {
     }
 
     /// Types the rest of a line, as [`Operator::says`].
-    fn finishes(&mut self, rest: &str, line: &str) -> Result<String> {
+    pub(super) fn finishes(&mut self, rest: &str, line: &str) -> Result<String> {
         self.session.send(&format!("{rest}\r"))?;
         // The prompt also comes anew after a line of the host: what counts is the one after this line's end.
         // Of a long line its end is shown.
