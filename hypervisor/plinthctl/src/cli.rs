@@ -162,14 +162,21 @@ fn of_verb(verb: &'static Verb, name: &'static str) -> Command {
         command = command.after_help(verb.details);
     }
     for argument in verb.arguments {
-        let arg = Arg::new(id(argument)).help(argument.about);
+        // The words that there are to choose from are listed behind the help.
+        let help = match argument.kind {
+            Kind::Choice(_) => argument.about.to_owned(),
+            _ => argument.explained(),
+        };
+        let arg = Arg::new(id(argument)).help(help);
         let arg = match argument.form {
             Form::Required => arg.value_name(argument.name).required(true),
             Form::Repeated => arg
                 .value_name(argument.name)
                 .action(ArgAction::Append)
                 .num_args(0..),
-            Form::Option => arg.long(id(argument)).value_name("VALUE"),
+            Form::Option => arg
+                .long(id(argument))
+                .value_name(argument.value_name()),
             Form::Flag => arg.long(id(argument)).action(ArgAction::SetTrue),
         };
         let arg = match (argument.form, argument.kind) {

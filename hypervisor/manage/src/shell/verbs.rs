@@ -432,7 +432,7 @@ impl Verb {
 
 impl Argument {
     /// What stands for the value of an option in texts.
-    fn value_name(&self) -> &'static str {
+    pub fn value_name(&self) -> &'static str {
         match self.kind {
             Kind::Vm => "VM",
             Kind::Number(..) => "N",
@@ -446,7 +446,8 @@ impl Argument {
         }
     }
 
-    fn explained(&self) -> String {
+    /// What it is, and what values there are.
+    pub fn explained(&self) -> String {
         let about = self.about;
         match self.kind {
             Kind::Choice(words) => format!("{about} ({})", words.join(", ")),
