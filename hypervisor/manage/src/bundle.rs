@@ -218,7 +218,7 @@ impl Environment for BundleEnvironment<'_, '_> {
                 bytes: data.len() as u64,
                 kind: FileKind::sniff(data),
             }),
-            None => Err("is not in the image; make the image again".to_string()),
+            None => Err("is not in the image; name it under [host] files in plinth.toml, and make the image again".to_string()),
         }
     }
 }

@@ -313,6 +313,9 @@ pub struct VmSummary {
     pub run_ns: u64,
     /// Starts since the host's, the first included.
     pub starts: u64,
+    /// How its last run ended; absent if it has not ended yet.
+    #[serde(default)]
+    pub last_end: Option<String>,
 }
 
 /// A VM.
@@ -327,8 +330,6 @@ pub struct VmDetails {
     pub cmdline: String,
     /// `never`, `on-failure` or `always`.
     pub restart: String,
-    /// How its last run ended; absent if it has not ended yet.
-    pub last_end: Option<String>,
     /// Disks, as configured.
     pub disks: Vec<String>,
     /// Scheduling parameters.
@@ -462,7 +463,8 @@ pub struct HostStats {
     /// All their vCPUs together.
     #[serde(default)]
     pub total: Figures,
-    /// Jain's index of the VMs' CPU time over their weights, in thousandths: 1000 is even.
+    /// How evenly vCPUs got what they were entitled to by their weights and by what they wanted, since their VMs' starts, in
+    /// thousandths: 1000 is even ([`sched::fairness`]).
     pub fairness_permille: u32,
 }
 
@@ -487,11 +489,25 @@ pub struct VmStats {
     /// What the list says.
     #[serde(flatten)]
     pub summary: VmSummary,
+    /// Weight of each of its vCPUs.
+    #[serde(default)]
+    pub weight: u32,
     /// Its vCPUs together.
     #[serde(default)]
     pub total: Figures,
     /// One for each vCPU.
     pub vcpu: Vec<VcpuStats>,
+}
+
+impl VmStats {
+    /// What each vCPU got, and would have liked. What a used-up budget kept it from is nothing that it was entitled to.
+    pub fn parts(&self) -> impl Iterator<Item = sched::Part> {
+        self.vcpu.iter().map(|vcpu| sched::Part {
+            weight: self.weight,
+            run: vcpu.run_ns,
+            wait: vcpu.wait_ns.saturating_sub(vcpu.throttled_ns),
+        })
+    }
 }
 
 /// Figures of several vCPUs together: a VM's, or the host's. Each as in [`VcpuStats`]; means are over all turns, or wake-ups.

@@ -8,6 +8,7 @@ pub mod bundle;
 pub mod command;
 pub mod config;
 pub mod console;
+pub mod follow;
 pub mod grid;
 pub mod lifecycle;
 pub mod limit;

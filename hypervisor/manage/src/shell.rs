@@ -25,6 +25,7 @@ use alloc::{
 
 use crate::{
     command::{Answer, Operate, Request},
+    follow::{self, Follow},
     line_editor::{Edit, Key, Keys, LineEditor},
     table,
     top::{PERIOD_NS, Sort, Top},
@@ -55,6 +56,8 @@ enum Mode {
     Line,
     /// Shows the live view, the next time at this moment.
     Top(Top, u64),
+    /// Shows new lines of the log, the next time at this moment.
+    Follow(Follow, u64),
 }
 
 /// A session.
@@ -90,7 +93,7 @@ impl Shell {
     pub fn redraw(&mut self) {
         match &mut self.mode {
             Mode::Line => self.editor.redraw(&mut self.output),
-            Mode::Top(_, next) => *next = 0,
+            Mode::Top(_, next) | Mode::Follow(_, next) => *next = 0,
         }
     }
 
@@ -121,7 +124,7 @@ impl Shell {
     pub fn wake_up_at(&self) -> Option<u64> {
         match self.mode {
             Mode::Line => None,
-            Mode::Top(_, next) => Some(next),
+            Mode::Top(_, next) | Mode::Follow(_, next) => Some(next),
         }
     }
 
@@ -132,24 +135,34 @@ impl Shell {
                 *next = now_ns.saturating_add(PERIOD_NS);
                 true
             }
+            Mode::Follow(_, next) if *next <= now_ns => {
+                *next = now_ns.saturating_add(follow::PERIOD_NS);
+                true
+            }
             _ => false,
         };
         // A terminal that is slower than the view misses some.
         if due && self.is_ready() {
             self.show_top(operate);
+            self.show_log(operate);
         }
     }
 
     /// A byte that was typed.
     pub fn input(&mut self, byte: u8, operate: &dyn Operate) -> Option<Action> {
         let key = self.keys.feed(byte)?;
+        let ends = matches!(key, Key::Char('q') | Key::Ctrl('c' | 'd') | Key::Enter);
+        if ends && !matches!(self.mode, Mode::Line) {
+            self.mode = Mode::Line;
+            self.output += "\r\n";
+            self.redraw();
+            return None;
+        }
+        if matches!(self.mode, Mode::Follow(..)) {
+            return None;
+        }
         if let Mode::Top(top, next) = &mut self.mode {
             match key {
-                Key::Char('q') | Key::Ctrl('c' | 'd') | Key::Enter => {
-                    self.mode = Mode::Line;
-                    self.output += "\r\n";
-                    self.redraw();
-                }
                 Key::Char(' ') => *next = 0,
                 Key::Char(c) => {
                     if let Some(sort) = Sort::of_key(c) {
@@ -222,6 +235,7 @@ impl Shell {
                 self.output += CLEAR;
                 self.mode = Mode::Top(Top::new(sort), 0);
             }
+            Command::Follow(lines) => self.mode = Mode::Follow(Follow::new(lines), 0),
             Command::Help(words) => {
                 let words: Vec<&str> = words.iter().map(String::as_str).collect();
                 self.say(&help(&words).unwrap_or_default());
@@ -244,12 +258,25 @@ impl Shell {
                 }
                 self.output += "\x1b[J";
             }
-            Ok(_) => self.end_top("error: the host gave another answer than figures\n"),
-            Err(failure) => self.end_top(&table::failure(&failure)),
+            Ok(_) => self.end_view("error: the host gave another answer than figures\n"),
+            Err(failure) => self.end_view(&table::failure(&failure)),
         }
     }
 
-    fn end_top(&mut self, why: &str) {
+    fn show_log(&mut self, operate: &dyn Operate) {
+        let Mode::Follow(follow, _) = &mut self.mode else {
+            return;
+        };
+        let answer = operate.operate(&follow.request());
+        match answer.map(|answer| follow.new_lines(answer)) {
+            Ok(Some(lines)) if lines.is_empty() => {}
+            Ok(Some(lines)) => self.say(&table::answer(&Answer::Log { lines })),
+            Ok(None) => self.end_view("error: the host gave another answer than its log\n"),
+            Err(failure) => self.end_view(&table::failure(&failure)),
+        }
+    }
+
+    fn end_view(&mut self, why: &str) {
         self.mode = Mode::Line;
         self.say(why);
         self.redraw();

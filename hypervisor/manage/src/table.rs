@@ -122,7 +122,11 @@ pub fn failure(failure: &Failure) -> String {
         FailureCode::Busy => "busy",
         FailureCode::Internal => "the host failed",
     };
-    format!("error: {kind}: {}\n", printable(&failure.message))
+    // Several problems are a line each.
+    let mut lines = failure.message.lines().map(printable);
+    let first = lines.next().unwrap_or_default();
+    let more: String = lines.map(|line| format!("  {line}\n")).collect();
+    format!("error: {kind}: {first}\n{more}")
 }
 
 /// What a state is called.
@@ -185,6 +189,7 @@ fn vm_list(vms: &[VmSummary]) -> String {
         ("UPTIME", Align::Right),
         ("CPU TIME", Align::Right),
         ("STARTS", Align::Right),
+        ("LAST END", Align::Left),
     ]);
     for vm in vms {
         table.row([
@@ -192,12 +197,21 @@ fn vm_list(vms: &[VmSummary]) -> String {
             state(vm.state).to_owned(),
             vm.vcpus.to_string(),
             size(vm.memory_bytes),
-            clock(vm.uptime_ns),
+            uptime(vm),
             duration(vm.run_ns),
             vm.starts.to_string(),
+            or_dash(vm.last_end.as_deref().unwrap_or_default()),
         ]);
     }
     table.render()
+}
+
+/// How long a VM has run; nothing, if it is off.
+fn uptime(vm: &VmSummary) -> String {
+    match vm.uptime_ns {
+        0 => "-".to_owned(),
+        ns => clock(ns),
+    }
 }
 
 fn or_dash(text: &str) -> String {
@@ -245,13 +259,16 @@ fn vm_details(vm: &VmDetails) -> String {
         ("state", state(summary.state).to_owned()),
         ("vcpus", summary.vcpus.to_string()),
         ("memory", size(summary.memory_bytes)),
-        ("uptime", clock(summary.uptime_ns)),
+        ("uptime", uptime(summary)),
         ("cpu time", duration(summary.run_ns)),
         ("starts", summary.starts.to_string()),
         ("boot", or_dash(&vm.boot)),
         ("cmdline", or_dash(&vm.cmdline)),
         ("restart", vm.restart.clone()),
-        ("last end", or_dash(vm.last_end.as_deref().unwrap_or("-"))),
+        (
+            "last end",
+            or_dash(summary.last_end.as_deref().unwrap_or_default()),
+        ),
         ("sched", parameters(&vm.sched)),
     ]));
     for disk in &vm.disks {
@@ -288,9 +305,13 @@ fn latency(vcpu: &VcpuStats) -> String {
         return String::new();
     }
     let classes = vcpu.latency_ns.iter();
-    let classes = classes.map(|(most, count)| format!("{count} in {}", duration(*most)));
+    let classes = classes.map(|(most, count)| format!("{count} within {}", duration(*most)));
     let classes: Vec<_> = classes.collect();
-    format!("vCPU {} came to run: {}\n", vcpu.vcpu, classes.join(", "))
+    format!(
+        "vCPU {} ran after wake-ups: {}\n",
+        vcpu.vcpu,
+        classes.join(", ")
+    )
 }
 
 /// Figures of VMs, and of all together.
@@ -615,6 +636,7 @@ mod tests {
             uptime_ns: 67_000_000_000,
             run_ns: 12_300_000_000,
             starts: 1,
+            last_end: None,
         }
     }
 
@@ -623,9 +645,9 @@ mod tests {
         let vms = vec![summary("a"), summary("a-long-name")];
         assert_eq!(
             answer(&Answer::Vms { vms }),
-            "NAME         STATE    VCPUS  MEMORY   UPTIME  CPU TIME  STARTS\n\
-             a            running      2   1 GiB  0:01:07    12.3 s       1\n\
-             a-long-name  running      2   1 GiB  0:01:07    12.3 s       1\n"
+            "NAME         STATE    VCPUS  MEMORY   UPTIME  CPU TIME  STARTS  LAST END\n\
+             a            running      2   1 GiB  0:01:07    12.3 s       1  -\n\
+             a-long-name  running      2   1 GiB  0:01:07    12.3 s       1  -\n"
         );
         assert_eq!(answer(&Answer::Vms { vms: vec![] }), "no VMs\n");
     }
@@ -634,6 +656,8 @@ mod tests {
     fn a_failure_says_which_kind() {
         let text = failure(&Failure::new(FailureCode::NotFound, "there is no VM \"x\""));
         assert_eq!(text, "error: not found: there is no VM \"x\"\n");
+        let text = failure(&Failure::new(FailureCode::BadRequest, "one\x1b\ntwo"));
+        assert_eq!(text, "error: bad request: one?\n  two\n");
     }
 
     #[test]
@@ -658,7 +682,6 @@ mod tests {
             boot: "vmlinuz".into(),
             cmdline: String::new(),
             restart: "never".into(),
-            last_end: None,
             disks: vec!["root.img".into()],
             sched: SchedParameters {
                 pool: "default".into(),
@@ -681,7 +704,7 @@ mod tests {
             "sched     pool default, weight 100, cap 50 %, priority 4, on processors 0-1, \
              2 ms in each 10 ms per vCPU\n",
             "vCPU 0 exits: cpuid 9 port 3\n",
-            "vCPU 0 came to run: 7 in 512 ns, 1 in 4.0 us\n",
+            "vCPU 0 ran after wake-ups: 7 within 512 ns, 1 within 4.0 us\n",
             "web.0  running",
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");

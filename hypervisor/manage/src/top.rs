@@ -11,6 +11,8 @@ use alloc::{
     vec::Vec,
 };
 
+use sched::Part;
+
 use crate::{
     command::{HostStats, PcpuStats, VcpuStats, VmStats},
     table::{self, Align, Table},
@@ -22,6 +24,8 @@ pub const PERIOD_NS: u64 = 1_000_000_000;
 const COLUMNS: usize = 79;
 /// Rows of a view on a terminal of 24.
 const ROWS: usize = 23;
+/// Characters of a name that are shown at least.
+const LEAST_NAME: usize = 8;
 /// Processors that are shown, at most, so that VMs have room.
 const MOST_PCPUS: usize = 8;
 
@@ -112,7 +116,7 @@ impl Top {
     pub fn update(&mut self, stats: HostStats) -> Vec<String> {
         let before = self.before.as_ref();
         let time_ns = since(stats.at_ns, before.map_or(0, |b| b.at_ns)).max(1);
-        let mut lines = self.head(&stats);
+        let mut lines = self.head(&stats, fairness(&stats, before));
         lines.extend(pcpus(&stats, before));
         lines.push(String::new());
         let mut vms: Vec<_> = stats.vms.iter().map(|vm| line_of(vm, before)).collect();
@@ -135,13 +139,13 @@ impl Top {
         lines
     }
 
-    fn head(&self, stats: &HostStats) -> Vec<String> {
+    fn head(&self, stats: &HostStats, fairness: u32) -> Vec<String> {
         let title = format!(
-            "plinth top  up {}  {} processors  {} VMs  fairness {}  sort {}",
+            "plinth top  up {}  {}  {}  fairness {}  sort {}",
             table::clock(stats.at_ns),
-            stats.pcpus.len(),
-            stats.vms.len(),
-            table::permille(stats.fairness_permille),
+            counted(stats.pcpus.len(), "processor"),
+            counted(stats.vms.len(), "VM"),
+            table::permille(fairness),
             self.sort.name(),
         );
         let span = match self.before {
@@ -150,6 +154,37 @@ impl Top {
         };
         Vec::from([title, span.to_owned(), String::new()])
     }
+}
+
+/// `1 VM`, `2 VMs`.
+fn counted(number: usize, what: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {what}{plural}")
+}
+
+/// The figures of the same run of a VM before, if there are any.
+fn then<'b>(now: &VmStats, before: Option<&'b HostStats>) -> Option<&'b VmStats> {
+    let same = |then: &&VmStats| {
+        then.summary.name == now.summary.name && then.summary.starts == now.summary.starts
+    };
+    before?.vms.iter().find(same)
+}
+
+/// How evenly vCPUs got what they were entitled to in the time between, in thousandths.
+fn fairness(stats: &HostStats, before: Option<&HostStats>) -> u32 {
+    let mut parts = Vec::new();
+    for vm in &stats.vms {
+        let mut then = then(vm, before).into_iter().flat_map(VmStats::parts);
+        parts.extend(vm.parts().map(|now| match then.next() {
+            None => now,
+            Some(then) => Part {
+                weight: now.weight,
+                run: since(now.run, then.run),
+                wait: since(now.wait, then.wait),
+            },
+        }));
+    }
+    sched::fairness(&mut parts)
 }
 
 fn pcpus(stats: &HostStats, before: Option<&HostStats>) -> Vec<String> {
@@ -180,7 +215,7 @@ fn pcpus(stats: &HostStats, before: Option<&HostStats>) -> Vec<String> {
     let mut lines: Vec<String> = shown.render().lines().map(str::to_owned).collect();
     let more = stats.pcpus.len().saturating_sub(MOST_PCPUS);
     if more > 0 {
-        lines.push(format!("and {more} more processors"));
+        lines.push(format!("and {more} more"));
     }
     lines
 }
@@ -192,10 +227,7 @@ fn per_second(count: u64, time_ns: u64) -> String {
 }
 
 fn line_of(now: &VmStats, before: Option<&HostStats>) -> Line {
-    let same = |then: &&VmStats| {
-        then.summary.name == now.summary.name && then.summary.starts == now.summary.starts
-    };
-    let then = before.and_then(|b| b.vms.iter().find(same));
+    let then = then(now, before);
     let mut line = Line {
         name: now.summary.name.clone(),
         state: table::state(now.summary.state),
@@ -227,8 +259,46 @@ fn line_of(now: &VmStats, before: Option<&HostStats>) -> Line {
     line
 }
 
-/// The VMs in at most `rows` lines, heading included.
+/// A name that is longer than this without its middle.
+fn shortened(name: &str, longest: usize) -> String {
+    let length = name.chars().count();
+    if length <= longest {
+        return name.to_owned();
+    }
+    let kept = longest.saturating_sub(2);
+    let (first, last) = (kept.div_ceil(2), kept / 2);
+    let head = name.chars().take(first);
+    let tail = name.chars().skip(length - last);
+    head.chain("..".chars()).chain(tail).collect()
+}
+
+/// The VMs in at most `rows` lines, heading included. Long names are shortened so that all columns are seen.
 fn table_of(vms: &[Line], time_ns: u64, rows: usize) -> Vec<String> {
+    let fit = match vms.len() < rows {
+        true => vms.len(),
+        false => rows.saturating_sub(2),
+    };
+    let names = vms[..fit].iter().map(|vm| vm.name.chars().count());
+    let longest = names.max().unwrap_or(0);
+    let mut shown = rendered(&vms[..fit], time_ns, longest);
+    let width = shown.lines().map(|line| line.chars().count()).max();
+    let excess = width.unwrap_or(0).saturating_sub(COLUMNS);
+    if excess > 0 {
+        shown = rendered(
+            &vms[..fit],
+            time_ns,
+            longest.saturating_sub(excess).max(LEAST_NAME),
+        );
+    }
+    let mut lines: Vec<String> = shown.lines().map(str::to_owned).collect();
+    if fit < vms.len() {
+        lines.push(format!("and {} more", vms.len() - fit));
+    }
+    lines
+}
+
+/// The table of these VMs, with names of this length at most.
+fn rendered(vms: &[Line], time_ns: u64, longest_name: usize) -> String {
     let mut shown = Table::new(&[
         ("VM", Align::Left),
         ("STATE", Align::Left),
@@ -239,13 +309,9 @@ fn table_of(vms: &[Line], time_ns: u64, rows: usize) -> Vec<String> {
         ("EXITS/S", Align::Right),
         ("SWITCHES/S", Align::Right),
     ]);
-    let fit = match vms.len() < rows {
-        true => vms.len(),
-        false => rows.saturating_sub(2),
-    };
-    for vm in &vms[..fit] {
+    for vm in vms {
         shown.row([
-            vm.name.clone(),
+            shortened(&vm.name, longest_name),
             vm.state.to_owned(),
             vm.vcpus.to_string(),
             table::percent(vm.run_ns, time_ns),
@@ -255,11 +321,7 @@ fn table_of(vms: &[Line], time_ns: u64, rows: usize) -> Vec<String> {
             per_second(vm.switches, time_ns),
         ]);
     }
-    let mut lines: Vec<String> = shown.render().lines().map(str::to_owned).collect();
-    if fit < vms.len() {
-        lines.push(format!("and {} more VMs", vms.len() - fit));
-    }
-    lines
+    shown.render()
 }
 
 #[cfg(test)]
@@ -280,7 +342,9 @@ mod tests {
                 uptime_ns: 0,
                 run_ns: vcpu.run_ns,
                 starts,
+                last_end: None,
             },
+            weight: 100,
             total: Figures::default(),
             vcpu: Vec::from([vcpu]),
         }
@@ -335,7 +399,7 @@ mod tests {
         let text = lines.join("\n");
         assert_eq!(
             text,
-            "plinth top  up 0:00:11  1 processors  2 VMs  fairness 0.998  sort cpu\n\
+            "plinth top  up 0:00:11  1 processor  2 VMs  fairness 1.000  sort cpu\n\
              keys: c w r e n sort, q ends\n\
              \n\
              PCPU  BUSY %  SWITCHES/S  QUEUED\n   \
@@ -370,6 +434,22 @@ mod tests {
         assert_eq!(lines.len(), ROWS);
         assert!(lines[ROWS - 1].starts_with("and "), "{lines:?}");
         assert!(lines[7].starts_with("vm-00"), "{lines:?}");
+    }
+
+    #[test]
+    fn long_names_leave_room_for_the_figures() {
+        let name = |n: u32| format!("web-server-in-production-no-{n:03}");
+        let vms = (0..4).map(|n| vm(&name(n), 1, vcpu(MS, MS, 1, 999 * MS, 99_999)));
+        let lines = Top::new(Sort::Name).update(stats(1_000 * MS, 0, vms.collect()));
+        let heading = lines.iter().find(|line| line.starts_with("VM")).unwrap();
+        assert!(heading.ends_with("SWITCHES/S"), "{heading}");
+        for (n, line) in lines[lines.len() - 4..].iter().enumerate() {
+            let tail = format!("-{n:03}  running");
+            assert!(line.starts_with("web-") && line.contains(&tail), "{line}");
+            assert_eq!(line.chars().count(), heading.chars().count());
+        }
+        assert_eq!(shortened("abcdefghij", 8), "abc..hij");
+        assert_eq!(shortened("abcdefgh", 8), "abcdefgh");
     }
 
     proptest! {

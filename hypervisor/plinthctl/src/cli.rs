@@ -174,9 +174,7 @@ fn of_verb(verb: &'static Verb, name: &'static str) -> Command {
                 .value_name(argument.name)
                 .action(ArgAction::Append)
                 .num_args(0..),
-            Form::Option => arg
-                .long(id(argument))
-                .value_name(argument.value_name()),
+            Form::Option => arg.long(id(argument)).value_name(argument.value_name()),
             Form::Flag => arg.long(id(argument)).action(ArgAction::SetTrue),
         };
         let arg = match (argument.form, argument.kind) {

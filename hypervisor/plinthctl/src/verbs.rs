@@ -8,6 +8,7 @@ use std::{
 use clap::ArgMatches;
 use manage::{
     command::{Answer, HostStats, Request, VmDetails, VmState},
+    follow::{self, Follow},
     shell::{self, Command, VerbId},
     table,
     top::{PERIOD_NS, Sort, Top},
@@ -66,6 +67,7 @@ pub fn execute(matches: &ArgMatches, terminal: &mut Terminal<'_>) -> Result<(), 
                 _ => Ok(()),
             }
         }
+        Command::Follow(lines) => follow(&mut client, lines, json, terminal),
         Command::Nothing | Command::Console(_) | Command::Help(_) | Command::Exit => {
             Err(Error::new(Exit::Usage, "this is for the host's own shell"))
         }
@@ -170,7 +172,10 @@ fn wait_for(client: &mut Client, name: &str, runs: bool, limit: Duration) -> Res
         };
         let state = table::state(vm.summary.state);
         if another {
-            let why = vm.last_end.map_or(String::new(), |end| format!(": {end}"));
+            let why = vm
+                .summary
+                .last_end
+                .map_or(String::new(), |end| format!(": {end}"));
             let text = format!("{name} is {state}{why}");
             return Err(Error::new(Exit::Refused, table::printable(&text)));
         }
@@ -179,6 +184,34 @@ fn wait_for(client: &mut Client, name: &str, runs: bool, limit: Duration) -> Res
             return Err(Error::new(Exit::Timeout, text));
         }
         thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// The newest lines of the log, and then those that come, until the program is ended.
+fn follow(
+    client: &mut Client,
+    lines: u32,
+    json: bool,
+    terminal: &mut Terminal<'_>,
+) -> Result<(), Error> {
+    let mut follow = Follow::new(lines);
+    loop {
+        let answer = ask(client, &follow.request())?;
+        let lines = follow.new_lines(answer);
+        let lines =
+            lines.ok_or_else(|| Error::new(Exit::Protocol, "the host answers something else"))?;
+        if !lines.is_empty() {
+            let answer = Answer::Log { lines };
+            let text = match json {
+                false => table::answer(&answer),
+                true => {
+                    let text = serde_json::to_string(&answer);
+                    text.map_err(|e| Error::new(Exit::Protocol, e.to_string()))? + "\n"
+                }
+            };
+            print(terminal, &text)?;
+        }
+        thread::sleep(Duration::from_nanos(follow::PERIOD_NS));
     }
 }
 

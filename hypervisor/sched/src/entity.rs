@@ -174,7 +174,7 @@ impl fmt::Display for Refusal {
             }
             Refusal::NoReservations(policy) => write!(
                 f,
-                "its pool's policy is \"{policy}\", which keeps no time for reservations; it has to be \"{}\"",
+                "the pool's policy is \"{policy}\", which keeps no time for reservations; it has to be \"{}\"",
                 PolicyKind::Reservation
             ),
             Refusal::HasReservations => f.write_str(

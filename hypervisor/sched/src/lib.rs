@@ -48,7 +48,7 @@ pub use entity::{
     CAPS, Demand, EntityId, MILLION, PRIORITIES, Params, PoolId, Refusal, Reservation, State,
     WEIGHTS,
 };
-pub use metrics::{LATENCY_CLASSES, Metrics, PcpuMetrics, jain_index};
+pub use metrics::{LATENCY_CLASSES, Metrics, Part, PcpuMetrics, fairness};
 pub use policy::{PolicyKind, priority::SLICES_PER_LEVEL};
 pub use queue::{Dispatch, Stop};
 pub use scheduler::{Outcome, Pick, Pool, RESERVABLE, Scheduler, Wake};

@@ -140,34 +140,97 @@ pub struct PcpuMetrics {
     pub reserved: u64,
 }
 
-/// Jain's fairness index of what several got, each by its weight, in thousandths: 1000 when all are equal, 1000/n when
-/// one got all. 1000 if there is nobody, or nobody got anything.
-pub fn jain_index(shares: impl IntoIterator<Item = u64>) -> u32 {
-    let (mut n, mut sum, mut squares) = (0_u128, 0_u128, 0_u128);
-    for share in shares {
-        // So that squares of hours in ticks fit.
-        let share = u128::from(share >> 8);
-        n += 1;
-        sum += share;
-        squares += share * share;
+/// What an entity got of a span of time, and what it would have liked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its weight.
+    pub weight: u32,
+    /// Time on a pCPU.
+    pub run: u64,
+    /// Time in which it could have run and another one did.
+    pub wait: u64,
+}
+
+/// How evenly entities got what they were entitled to, in thousandths: 1000 if all did.
+///
+/// Entitled is each to its part by weight of the time that all had together, but to no more than it would have taken; what is left of that is
+/// for the others (max-min fairness). The index is Jain's of what each got by what it was entitled to, where each counts as much as it was entitled to:
+/// so those that want little neither spoil nor save it.
+pub fn fairness(parts: &mut [Part]) -> u32 {
+    let wanted = |part: &Part| u128::from(part.run) + u128::from(part.wait);
+    // Who wants least for its weight has all that it wants.
+    parts.sort_unstable_by(|a, b| {
+        let (a_wants, b_wants) = (wanted(a), wanted(b));
+        let by = |wants: u128, weight: u32| wants.saturating_mul(u128::from(weight.max(1)));
+        by(a_wants, b.weight).cmp(&by(b_wants, a.weight))
+    });
+    let all: u128 = parts.iter().map(|part| u128::from(part.run)).sum();
+    let mut time = all;
+    let mut weight: u128 = parts
+        .iter()
+        .map(|part| u128::from(part.weight.max(1)))
+        .sum();
+    // Of (time got)^2 by time entitled to, over all; in ticks.
+    let mut squares: u128 = 0;
+    for part in parts {
+        let own = u128::from(part.weight.max(1));
+        let entitled = wanted(part).min(time * own / weight.max(1));
+        time -= entitled;
+        weight -= own;
+        let run = u128::from(part.run);
+        squares = squares.saturating_add((run * run).checked_div(entitled).unwrap_or(run));
     }
-    match (n * squares, sum * sum) {
-        (0, _) => 1000,
-        (below, above) => (above * 1000 / below) as u32,
+    match (all * 1000).checked_div(squares) {
+        Some(index) => index.min(1000) as u32,
+        None => 1000,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn any_times_have_an_index(
+            parts in proptest::collection::vec((any::<u32>(), 0..u64::MAX / 2, 0..u64::MAX / 2), 0..9),
+        ) {
+            let part = |(weight, run, wait)| Part { weight, run, wait };
+            let mut parts: std::vec::Vec<Part> = parts.into_iter().map(part).collect();
+            prop_assert!(fairness(&mut parts) <= 1000);
+        }
+    }
+
+    /// Weight, time on a pCPU, time waiting.
+    fn index<const N: usize>(parts: [(u32, u64, u64); N]) -> u32 {
+        fairness(&mut parts.map(|(weight, run, wait)| Part { weight, run, wait }))
+    }
 
     #[test]
-    fn jain_tells_fair_from_unfair() {
-        assert_eq!(jain_index([]), 1000);
-        assert_eq!(jain_index([0, 0]), 1000);
-        assert_eq!(jain_index([1 << 50; 7]), 1000);
-        assert_eq!(jain_index([1 << 40, 0, 0, 0]), 250);
-        assert_eq!(jain_index([3 << 20, 1 << 20]), 800);
+    fn fairness_is_by_weight_and_by_what_is_wanted() {
+        assert_eq!(index([]), 1000);
+        assert_eq!(index([(100, 0, 0)]), 1000);
+        // Those that spin, by their weights, or all alike.
+        assert_eq!(
+            index([(100, 100, 600), (200, 200, 500), (400, 400, 300)]),
+            1000
+        );
+        assert_eq!(
+            index([(100, 300, 600), (200, 300, 600), (400, 300, 600)]),
+            736
+        );
+        assert_eq!(index([(1, 1 << 50, 0), (1, 0, 1 << 50)]), 500);
+        // One that wants little has it; the others share the rest.
+        assert_eq!(
+            index([(100, 10, 0), (100, 495, 505), (100, 495, 505)]),
+            1000
+        );
+        assert_eq!(index([(100, 0, 0), (100, 1000, 0)]), 1000);
+        // That it waited for its little is a little unfair, whatever there is of others.
+        assert!(index([(100, 1, 20), (100, 1000, 0), (100, 0, 0)]) > 970);
+        // Nobody wants what a capped one leaves.
+        assert_eq!(index([(100, 200, 0), (100, 800, 0)]), 1000);
     }
 
     #[test]

@@ -125,6 +125,8 @@ pub fn verbs(rig: &Rig, start: &Start) -> Result<String> {
     operator.asks("sched show", &["POOL", "WEIGHT", "one", "two"])?;
     operator.asks("stats", &["PCPU", "one.0", "two.0"])?;
     operator.asks("log --lines 50", &["two: starting"])?;
+    operator.switches("log --follow --lines 1000\r", r"two: starting[^\n]*\n")?;
+    operator.switches("q", PROMPT)?;
 
     operator.says("vm pause two")?;
     operator.waits_for("two", "paused")?;
@@ -135,6 +137,7 @@ pub fn verbs(rig: &Rig, start: &Start) -> Result<String> {
     operator.waits_for("two", "running")?;
     operator.says("vm stop two --timeout 0")?;
     operator.waits_for("two", "off")?;
+    operator.asks("vm list", &["LAST END", "forced off"])?;
     operator.asks("vm stop two", &["error: "])?;
     operator.says("vm start two")?;
     operator.waits_for("two", "running")?;

@@ -15,8 +15,8 @@ use manage::{
     },
 };
 use sched::{
-    CAPS, CpuSet, Demand, EntityId, MILLION, Metrics, PRIORITIES, Params, PolicyKind, Pool, PoolId,
-    RESERVABLE, Refusal, Reservation, Scheduler, State, Stop, WEIGHTS,
+    CAPS, CpuSet, Demand, EntityId, MILLION, Metrics, PRIORITIES, Params, Part, PolicyKind, Pool,
+    PoolId, RESERVABLE, Refusal, Reservation, Scheduler, State, Stop, WEIGHTS,
 };
 use virt::{Backend, Exit};
 
@@ -200,17 +200,14 @@ impl<B: Backend> World<B> {
                 vcpu.iter_mut().for_each(|vcpu| vcpu.latency_ns.clear());
                 VmStats {
                     summary: self.summary(slot),
+                    weight: slot.plan.sched.lock().weight,
                     total: figures(&sum),
                     vcpu,
                 }
             })
             .collect();
-        let shares = slots
-            .iter()
-            .filter(|slot| slot.life.state() != VmState::Off)
-            .zip(&vms)
-            .map(|(slot, vm)| vm.summary.run_ns / u64::from(slot.plan.sched.lock().weight.max(1)));
-        let fairness_permille = sched::jain_index(shares);
+        let mut parts: Vec<Part> = vms.iter().flat_map(VmStats::parts).collect();
+        let fairness_permille = sched::fairness(&mut parts);
         HostStats {
             at_ns,
             pcpus: (0..percpu::count()).map(pcpu).collect(),
@@ -356,8 +353,11 @@ impl<B: Backend> World<B> {
     fn refused(&self, name: &str, vcpus: u16, sched: &VmSched, why: Refusal) -> Failure {
         let (Refusal::Overcommitted { wanted, left }, Some(reservation)) = (why, sched.reservation)
         else {
-            let pool = &sched.pool;
-            let message = format!("{name}: in the pool \"{pool}\": {why}");
+            let mut message = format!("{name}: {why}");
+            if matches!(why, Refusal::NoReservations(_)) {
+                let keeps = PolicyKind::Reservation;
+                message += &format!(": pool set {} --policy {keeps}", sched.pool);
+            }
             return Failure::new(FailureCode::BadRequest, message);
         };
         let message = format!(
@@ -444,7 +444,7 @@ fn figures(metrics: &Metrics) -> Figures {
         latency_ns: (1..)
             .zip(metrics.latency)
             .filter(|(_, count)| *count > 0)
-            .map(|(bits, count)| (time::ticks_to_ns(1 << bits), u64::from(count)))
+            .map(|(bits, count)| (time::ticks_to_ns(1 << bits).max(1), u64::from(count)))
             .collect(),
     }
 }

@@ -237,6 +237,7 @@ impl<B: Backend> World<B> {
             uptime_ns,
             run_ns: self.vcpus(slot).iter().map(|vcpu| vcpu.run_ns).sum(),
             starts: slot.life.starts(),
+            last_end: slot.last_end.clone(),
         }
     }
 
@@ -272,7 +273,6 @@ impl<B: Backend> World<B> {
                 Restart::OnFailure => "on-failure",
                 Restart::Always => "always",
             }),
-            last_end: slot.last_end.clone(),
             disks: config.disks.iter().map(disk).collect(),
             sched: parameters(&slot.plan.sched.lock()),
             vcpu: self.vcpus(slot),

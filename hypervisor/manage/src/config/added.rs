@@ -2,6 +2,7 @@
 
 use alloc::{
     borrow::ToOwned,
+    format,
     string::{String, ToString},
     vec::Vec,
 };
@@ -67,12 +68,15 @@ pub fn parse_added(text: &str, environment: &dyn Environment) -> Result<VmConfig
     }
 }
 
-/// The errors, one a line.
+/// The errors, one a line. The key says where, since the shell writes the section itself; the place in the text is told where there is none.
 fn errors(config: &Config) -> String {
     let errors = config.problems.iter();
     let lines: Vec<String> = errors
         .filter(|problem| problem.severity == Severity::Error)
-        .map(ToString::to_string)
+        .map(|problem| match problem.key.as_str() {
+            "" => problem.to_string(),
+            key => format!("{key}: {}", problem.message),
+        })
         .collect();
     lines.join("\n")
 }
@@ -133,10 +137,7 @@ mod tests {
         );
         check(&mut config, &Host);
         assert_eq!(config.host.files.len(), 1);
-        assert_eq!(
-            errors(&config),
-            "p:2:15: error: host.files: gone: is not in the image"
-        );
+        assert_eq!(errors(&config), "host.files: gone: is not in the image");
         for files in ["7", "[7]", "[\"\"]"] {
             let config = parse("p", format!("[host]\nfiles = {files}\n{vm}").as_bytes());
             assert!(errors(&config).contains("host.files: "), "{files}");
@@ -158,9 +159,10 @@ mod tests {
             (String::new(), "no VM is defined"),
             (format!("{vm}{}", vm.replace("web", "b")), "several VMs"),
             (format!("[host]\nfigures = true\n{vm}"), "[host] cannot be"),
+            (vm.replace("64M", "1M"), "vm.memory: \"1M\" is"),
             (
-                vm.replace("64M", "1M"),
-                "vm-create:3:10: error: VM web: vm.memory: ",
+                vm.replace("64M", "1M").replace("\"k\"", "7"),
+                "\nvm.boot.kernel: ",
             ),
             (
                 vm.replace("\"k\"", "\"x\""),

@@ -35,6 +35,8 @@ pub enum Command {
     Console(String),
     /// Show the live view, sorted so.
     Top(Sort),
+    /// Show so many of the newest log lines, and then those that come.
+    Follow(u32),
     /// Explain this: the words of a verb, or nothing for all.
     Help(Vec<String>),
     /// Leave.
@@ -510,10 +512,16 @@ fn command(verb: &Verb, values: &Values<'_>, end: usize) -> Result<Command, Pars
             }
         }
         VerbId::Stats => Request::Stats {},
-        VerbId::Log => Request::Log {
-            after: None,
-            lines: Some(values.number("--lines").unwrap_or(DEFAULT_LOG_LINES)),
-        },
+        VerbId::Log => {
+            let lines = values.number("--lines").unwrap_or(DEFAULT_LOG_LINES);
+            if values.given("--follow").is_some() {
+                return Ok(Command::Follow(lines));
+            }
+            Request::Log {
+                after: None,
+                lines: Some(lines),
+            }
+        }
         VerbId::TraceStart => Request::TraceStart {
             exits: values.given("--no-exits").map(|_| false),
         },
@@ -692,6 +700,10 @@ mod tests {
         assert_eq!(
             parse("top --sort wait").unwrap().command,
             Command::Top(Sort::Wait)
+        );
+        assert_eq!(
+            parse("log --follow --lines 3").unwrap().command,
+            Command::Follow(3)
         );
         assert_eq!(parse("  ").unwrap().command, Command::Nothing);
         assert_eq!(parse("exit").unwrap().command, Command::Exit);

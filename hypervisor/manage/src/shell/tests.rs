@@ -1,5 +1,5 @@
 use super::*;
-use crate::command::{Failure, FailureCode, Figures, HostStats};
+use crate::command::{Failure, FailureCode, Figures, HostStats, LogLine};
 use proptest::prelude::*;
 use std::cell::RefCell;
 
@@ -21,6 +21,14 @@ impl Operate for Fake {
                     total: Figures::default(),
                     fairness_permille: 1000,
                 },
+            }),
+            Request::Log { after, .. } => Ok(Answer::Log {
+                lines: Vec::from([LogLine {
+                    number: after.map_or(7, |after| after + 1),
+                    at_ns: 0,
+                    level: "info".into(),
+                    text: format!("after {after:?}"),
+                }]),
             }),
             Request::VmStart { .. } => {
                 Err(Failure::new(FailureCode::WrongState, "web runs already"))
@@ -164,4 +172,27 @@ proptest! {
             prop_assert_eq!(shown.as_bytes()[at - 1], b'\r');
         }
     }
+}
+
+#[test]
+fn the_log_is_followed_until_a_key_ends_it() {
+    let (mut shell, host) = (Shell::new(), Fake::default());
+    typed(&mut shell, &host, "log --follow --lines 1\r");
+    let mut shown = String::new();
+    for second in 1..=2 {
+        assert!(shell.wake_up_at().is_some());
+        shell.tick(second * follow::PERIOD_NS, &host);
+        shown += &shell.take_output();
+    }
+    assert_eq!(
+        shown,
+        "[   0.000000] after None\r\n[   0.000000] after Some(7)\r\n"
+    );
+    // Not before its time; other keys change nothing.
+    let (shown, _) = typed(&mut shell, &host, "xc");
+    shell.tick(2 * follow::PERIOD_NS + 1, &host);
+    assert_eq!(shown + &shell.take_output(), "");
+    let (shown, _) = typed(&mut shell, &host, "q");
+    assert!(shown.contains(PROMPT), "{shown:?}");
+    assert_eq!(shell.wake_up_at(), None);
 }

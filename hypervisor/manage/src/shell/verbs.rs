@@ -149,6 +149,13 @@ pub const POLICIES: &[&str] = &{
 /// By what `top` sorts.
 pub const SORT_KEYS: &[&str] = &["cpu", "wait", "response", "exits", "name"];
 
+const FOLLOW: Argument = Argument {
+    name: "--follow",
+    form: Form::Flag,
+    kind: Kind::Verb,
+    about: "and then what is new, until q or Ctrl-C ends it",
+};
+
 const WEIGHT: Kind = Kind::Number(*WEIGHTS.start(), *WEIGHTS.end());
 const PRIORITY: Kind = Kind::Number(*PRIORITIES.start() as u32, *PRIORITIES.end() as u32);
 const SLICE: Kind = Kind::Time(*SLICES_US.start(), *SLICES_US.end());
@@ -347,11 +354,14 @@ pub const VERBS: &[Verb] = &[
     verb(
         VerbId::Log,
         &["log"],
-        &[option(
-            "--lines",
-            Kind::Number(1, MAX_LOG_LINES),
-            "how many; 20 if absent",
-        )],
+        &[
+            option(
+                "--lines",
+                Kind::Number(1, MAX_LOG_LINES),
+                "how many; 20 if absent",
+            ),
+            FOLLOW,
+        ],
         "the newest lines of the host's log",
         "",
     ),
@@ -496,9 +506,24 @@ fn explain(verb: &Verb) -> String {
         text += &format!("  {:<width$}  {}\n", argument.name, argument.explained());
     }
     if !verb.details.is_empty() {
-        text += &format!("  {}\n", verb.details);
+        text += &wrapped(verb.details);
     }
     text
+}
+
+/// A text in lines of a terminal, each indented.
+fn wrapped(text: &str) -> String {
+    const COLUMNS: usize = 79;
+    let mut lines = String::new();
+    let mut line = " ".to_owned();
+    for word in text.split(' ') {
+        if line.chars().count() + word.chars().count() + 1 > COLUMNS {
+            lines += &(line + "\n");
+            line = " ".to_owned();
+        }
+        line += &format!(" {word}");
+    }
+    lines + &line + "\n"
 }
 
 /// The part of docs/SHELL.md that is made from the table.
@@ -543,6 +568,16 @@ mod tests {
         assert!(group.contains("vm stop") && !group.contains("host show"));
         let one = help(&["vm", "stop"]).unwrap();
         assert!(one.starts_with("vm stop VM [--timeout N]\n"), "{one}");
+        let long = help(&["vm", "create"]).unwrap();
+        let example = long
+            .lines()
+            .position(|line| line.starts_with("  Example: "));
+        assert!(
+            long.lines()
+                .skip(example.unwrap())
+                .all(|line| line.len() <= 79),
+            "{long}"
+        );
         assert!(help(&["vm", "dance"]).is_none());
         assert!(help(&["vm", "stop", "web"]).is_none());
     }
