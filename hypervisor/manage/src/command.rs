@@ -463,8 +463,8 @@ pub struct HostStats {
     /// All their vCPUs together.
     #[serde(default)]
     pub total: Figures,
-    /// How evenly vCPUs got what they were entitled to by their weights and by what they wanted, since their VMs' starts, in
-    /// thousandths: 1000 is even ([`sched::fairness`]).
+    /// How evenly vCPUs without reservations got what they were entitled to by their weights and by what they wanted, since their VMs'
+    /// starts, in thousandths: 1000 is even ([`sched::fairness`]).
     pub fairness_permille: u32,
 }
 
@@ -489,7 +489,7 @@ pub struct VmStats {
     /// What the list says.
     #[serde(flatten)]
     pub summary: VmSummary,
-    /// Weight of each of its vCPUs.
+    /// Weight of each of its vCPUs; 0: they go by their reservation.
     #[serde(default)]
     pub weight: u32,
     /// Its vCPUs together.
@@ -500,9 +500,10 @@ pub struct VmStats {
 }
 
 impl VmStats {
-    /// What each vCPU got, and would have liked. What a used-up budget kept it from is nothing that it was entitled to.
+    /// What each vCPU that goes by its weight got, and would have liked. What a used-up budget kept it from is nothing that it was entitled to.
     pub fn parts(&self) -> impl Iterator<Item = sched::Part> {
-        self.vcpu.iter().map(|vcpu| sched::Part {
+        let by_weight = self.vcpu.iter().filter(|_| self.weight > 0);
+        by_weight.map(|vcpu| sched::Part {
             weight: self.weight,
             run: vcpu.run_ns,
             wait: vcpu.wait_ns.saturating_sub(vcpu.throttled_ns),

@@ -428,6 +428,23 @@ mod tests {
     }
 
     #[test]
+    fn fairness_is_of_the_time_between_without_reservations() {
+        let shown = |top: &mut Top, a: VcpuStats, b: VcpuStats, kept: VcpuStats| {
+            let mut kept = vm("kept", 1, kept);
+            kept.weight = 0;
+            let at = a.run_ns + a.wait_ns;
+            let vms = Vec::from([vm("a", 1, a), vm("b", 1, b), kept]);
+            top.update(stats(at, 0, vms))[0].clone()
+        };
+        let v = |run, wait| vcpu(run * MS, wait * MS, 0, 0, 0);
+        let mut top = Top::new(Sort::Name);
+        let first = shown(&mut top, v(900, 100), v(100, 900), v(0, 0));
+        assert!(first.contains("fairness 0.609"), "{first}");
+        let next = shown(&mut top, v(1300, 700), v(500, 1500), v(200, 800));
+        assert!(next.contains("fairness 1.000"), "{next}");
+    }
+
+    #[test]
     fn many_vms_fit_the_terminal() {
         let vms = (0..64).map(|n| vm(&format!("vm-{n:02}"), 1, vcpu(n * MS, 0, 0, 0, 0)));
         let lines = Top::new(Sort::Name).update(stats(1_000 * MS, 0, vms.collect()));

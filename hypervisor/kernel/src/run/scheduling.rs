@@ -198,9 +198,15 @@ impl<B: Backend> World<B> {
                 let mut vcpu = self.vcpus(slot);
                 // So that the answer for many VMs stays short.
                 vcpu.iter_mut().for_each(|vcpu| vcpu.latency_ns.clear());
+                let sched = slot.plan.sched.lock();
+                let weight = match sched.reservation {
+                    None => sched.weight,
+                    Some(_) => 0,
+                };
+                drop(sched);
                 VmStats {
                     summary: self.summary(slot),
-                    weight: slot.plan.sched.lock().weight,
+                    weight,
                     total: figures(&sum),
                     vcpu,
                 }
