@@ -198,7 +198,7 @@ fn refused(request: Request, code: FailureCode) -> Step {
 fn comes_to(vm: &'static str, state: VmState) -> Step {
     Box::new(move |operate| match look(operate, vm) {
         Ok(details) if details.summary.state == state => {
-            let end = details.last_end.unwrap_or_default();
+            let end = details.summary.last_end.unwrap_or_default();
             Ok(Outcome::Done(format!("{state:?} {end}")))
         }
         Ok(_) => Ok(Outcome::Wait),
@@ -369,7 +369,12 @@ fn rounds() -> Step {
                         ask(&destroy("round", true))?;
                         at = At::Going;
                     }
-                    state => return Err(format!("round {round}: {state:?} {:?}", vm.last_end)),
+                    state => {
+                        return Err(format!(
+                            "round {round}: {state:?} {:?}",
+                            vm.summary.last_end
+                        ));
+                    }
                 }
             }
             At::Going => {
@@ -408,7 +413,7 @@ fn memory_short() -> Step {
         let runs = |vm: &str| match look(operate, vm).map_err(|failure| words(&failure))? {
             vm if vm.summary.state == VmState::Running => Ok(true),
             vm if vm.summary.state == VmState::Starting => Ok(false),
-            vm => Err(format!("{:?} {:?}", vm.summary.state, vm.last_end)),
+            vm => Err(format!("{:?} {:?}", vm.summary.state, vm.summary.last_end)),
         };
         match at {
             // Zeroing all memory would take Bochs minutes.
