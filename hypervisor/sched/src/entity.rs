@@ -377,6 +377,8 @@ pub(crate) struct Entity {
     pub(crate) burst: u64,
     /// Ticks of its slice that are left.
     pub(crate) slice_left: u64,
+    /// The pCPU whose queue it is in, or was in last.
+    pub(crate) home: Option<usize>,
     pub(crate) recent: Recent,
     /// What it asked devices for in the recent past, in bytes.
     pub(crate) io: Recent,
@@ -408,6 +410,7 @@ impl Entity {
             waits_since: now,
             burst: 0,
             slice_left: 0,
+            home: None,
             recent: Recent::default(),
             io: Recent::default(),
             metrics: Metrics::default(),

@@ -156,6 +156,9 @@ impl Queue {
         let Queue { entities, rest, .. } = self;
         let index = entity.id.index();
         rest.metrics.entities += 1;
+        let before = entity.home.replace(rest.pcpu);
+        let moved = before.is_some_and(|before| before != rest.pcpu);
+        entity.metrics.migrations += u64::from(moved);
         match entity.state {
             State::Blocked { until: Some(at) } => rest.set_timer(entity.id, at),
             State::Throttled { .. } => {
@@ -554,11 +557,8 @@ impl Queue {
         }
     }
 
-    /// One came from another pCPU.
-    pub(crate) fn note_migration(&mut self, id: EntityId, stolen: bool) {
-        if let Some(entity) = self.entities[id.index()].as_mut() {
-            entity.metrics.migrations += 1;
-        }
-        self.rest.metrics.steals += u64::from(stolen);
+    /// One was taken over from another pCPU that had it waiting.
+    pub(crate) fn note_steal(&mut self) {
+        self.rest.metrics.steals += 1;
     }
 }

@@ -51,10 +51,9 @@ impl Scheduler {
                 self.take_out(&mut locked, id, now)
             });
             let Some(entity) = stolen else { continue };
-            let id = entity.id;
             let mut locked = self.lock(pcpu)?;
             self.put_in(pcpu, &mut locked, entity, now);
-            locked.queue.note_migration(id, true);
+            locked.queue.note_steal();
             let run = locked.queue.pick(now);
             let bit = CpuSet::of(pcpu).bits();
             self.idle.fetch_and(!bit, Ordering::SeqCst);
@@ -117,7 +116,6 @@ impl Scheduler {
         drop(locked);
         if let Some(mut locked) = self.lock(pcpu) {
             self.put_in(pcpu, &mut locked, entity, now);
-            locked.queue.note_migration(id, false);
         }
     }
 }

@@ -594,7 +594,6 @@ impl Scheduler {
                 drop(locked);
                 let mut locked = self.lock(to)?;
                 self.put_in(to, &mut locked, entity, now);
-                locked.queue.note_migration(id, false);
                 drop(locked);
                 let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
                 return idle.contains(to).then_some(to);
