@@ -44,7 +44,7 @@ use crate::{
 };
 
 /// Iterations of a REP instruction in one go; then the guest may take an interrupt, and goes on.
-pub const MAX_ITERATIONS: u32 = 256;
+pub const MAX_ITERATIONS: u32 = 32;
 
 /// An exception for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -200,9 +200,11 @@ fn rep_string_to_and_from_device() {
     assert_eq!(b.cpu.gpr(Gpr::Rcx), 1);
     assert_eq!(b.run(&[0xf3, 0x6c]), Outcome::Done(2));
     assert_eq!(
-        b.memory.read_u8(Gpa(DATA + 256)).unwrap(),
-        1,
-        "the 257th value, 0x101"
+        b.memory
+            .read_u8(Gpa(DATA + u64::from(MAX_ITERATIONS)))
+            .unwrap(),
+        (MAX_ITERATIONS + 1) as u8,
+        "the last value"
     );
     b.cpu.set_gpr(Gpr::Rcx, 0);
     assert_eq!(b.run(&[0xf3, 0xa4]), Outcome::Done(2), "nothing to do");
