@@ -5,14 +5,16 @@
 //!
 //! - `load share: ran R of W us`: of a window, the time in which it ran;
 //! - `load periodic: N jobs, M missed, latest start S us, latest end E us`: jobs are due to begin at each period's start and have
-//!   to end before its end.
+//!   to end before its end;
+//! - `load waits: N jobs, mean start A us, latest start S us, latest end E us`: the same of short jobs, in a window that begins with a key;
+//! - `load counts: T turns in W us`: how often a loop without an exit ran in such a window.
 
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::apic::{self, Register};
+use crate::apic::{self, LocalApic, Register};
 use crate::interrupts::{end_at_apic, hook};
 use crate::machine::Machine;
-use crate::{cpu, println, time};
+use crate::{console, cpu, println, time};
 
 /// Between two readings of the TSC no more than this passes while the guest runs, in microseconds.
 const GAP_US: u64 = 100;
@@ -25,6 +27,14 @@ const WINDOW_US: u64 = 1_500_000;
 const PERIOD_US: u64 = 10_000;
 const WORK_US: u64 = 1_000;
 const JOBS: u64 = 400;
+
+/// How often the guest that waits works, how long each time, and how many times in a window.
+const SHORT_PERIOD_US: u64 = 7_000;
+const SHORT_WORK_US: u64 = 100;
+const SHORT_JOBS: u64 = 50;
+/// How long the guest that counts does so, and after how many turns it looks at its clock.
+const COUNT_US: u64 = SHORT_PERIOD_US * SHORT_JOBS;
+const TURNS: u64 = 10_000;
 
 const VECTOR: u8 = 0x72;
 
@@ -41,6 +51,12 @@ fn run(gap: u64, ticks: u64, end: u64) -> u64 {
         before = now;
     }
     ran
+}
+
+/// Runs for so many microseconds of its own.
+pub fn run_us(tsc_hz: u64, microseconds: u64) {
+    let us = tsc_hz / 1_000_000;
+    run(GAP_US * us, microseconds * us, u64::MAX);
 }
 
 /// Spins, and tells how much of a window it had.
@@ -69,39 +85,135 @@ fn timer_ratio(machine: &Machine) -> u64 {
 /// Interrupts that have come.
 static WOKEN: AtomicU64 = AtomicU64::new(0);
 
+/// A timer that wakes this guest up.
+pub struct Alarm {
+    local: LocalApic,
+    ratio: u64,
+}
+
+impl Alarm {
+    /// Makes it; the local APIC's timer is its own from then on.
+    pub fn new(machine: &Machine) -> Self {
+        let ratio = timer_ratio(machine);
+        hook(VECTOR, |frame| {
+            WOKEN.fetch_add(1, Relaxed);
+            end_at_apic(frame);
+        });
+        let local = apic::local();
+        local.write(Register::Timer, VECTOR.into());
+        Self { local, ratio }
+    }
+
+    /// Sleeps until the TSC shows `due`; the ticks that have passed since.
+    pub fn sleep_until(&self, due: u64) -> u64 {
+        loop {
+            let now = cpu::tsc();
+            let Some(left) = due.checked_sub(now).filter(|&left| left > 0) else {
+                return now - due;
+            };
+            let count = (u128::from(left) * u128::from(self.ratio)) >> 32;
+            self.local
+                .write(Register::InitialCount, (count as u32).max(1));
+            cpu::wait_for_interrupt();
+        }
+    }
+}
+
+/// How late jobs were, in ticks.
+#[derive(Default)]
+struct Lateness {
+    starts: u64,
+    latest_start: u64,
+    latest_end: u64,
+    missed: u64,
+}
+
+impl Lateness {
+    /// Does a job of so many ticks in each of these periods, from the TSC's `first` on.
+    fn measure(alarm: &Alarm, first: u64, jobs: u64, period: u64, gap: u64, work: u64) -> Self {
+        let mut late = Self::default();
+        for job in 0..jobs {
+            let due = first + job * period;
+            let start = alarm.sleep_until(due);
+            run(gap, work, u64::MAX);
+            let end = cpu::tsc() - due;
+            late.starts += start;
+            late.latest_start = late.latest_start.max(start);
+            late.latest_end = late.latest_end.max(end);
+            late.missed += u64::from(end > period);
+        }
+        late
+    }
+}
+
 /// Works in each period, sleeps for the rest of it, and tells whether it was in time.
 pub fn periodic(machine: &Machine) {
     let us = machine.tsc_hz / 1_000_000;
-    let ratio = timer_ratio(machine);
-    let local = apic::local();
-    hook(VECTOR, |frame| {
-        WOKEN.fetch_add(1, Relaxed);
-        end_at_apic(frame);
-    });
-    local.write(Register::Timer, VECTOR.into());
-    let (mut missed, mut latest_start, mut latest_end) = (0, 0, 0);
-    let first = cpu::tsc() + PERIOD_US * us;
-    for job in 0..JOBS {
-        let due = first + job * PERIOD_US * us;
-        loop {
-            let left = due.saturating_sub(cpu::tsc());
-            if left == 0 {
-                break;
-            }
-            let count = (u128::from(left) * u128::from(ratio)) >> 32;
-            local.write(Register::InitialCount, (count as u32).max(1));
-            cpu::wait_for_interrupt();
-        }
-        let start = cpu::tsc() - due;
-        run(GAP_US * us, WORK_US * us, u64::MAX);
-        let end = cpu::tsc() - due;
-        latest_start = latest_start.max(start / us);
-        latest_end = latest_end.max(end / us);
-        missed += u64::from(end > PERIOD_US * us);
-    }
-    local.quiet();
+    let alarm = Alarm::new(machine);
+    let period = PERIOD_US * us;
+    let first = cpu::tsc() + period;
+    let late = Lateness::measure(&alarm, first, JOBS, period, GAP_US * us, WORK_US * us);
+    alarm.local.quiet();
     println!(
-        "load periodic: {JOBS} jobs, {missed} missed, latest start {latest_start} us, latest end {latest_end} us, {} wake-ups",
+        "load periodic: {JOBS} jobs, {} missed, latest start {} us, latest end {} us, {} wake-ups",
+        late.missed,
+        late.latest_start / us,
+        late.latest_end / us,
         WOKEN.load(Relaxed)
     );
+}
+
+/// Wants little and soon: after each key, tells how long short jobs had to wait in a window.
+pub fn waits(machine: &Machine) -> ! {
+    let us = machine.tsc_hz / 1_000_000;
+    let alarm = Alarm::new(machine);
+    let (period, work) = (SHORT_PERIOD_US * us, SHORT_WORK_US * us);
+    println!("load waits: ready");
+    let mut next = cpu::tsc() + period;
+    loop {
+        // It works all the time, so that the host knows what it is like.
+        if console::try_receive().is_none() {
+            Lateness::measure(&alarm, next, 1, period, GAP_US * us, work);
+            next += period;
+            continue;
+        }
+        let late = Lateness::measure(&alarm, next, SHORT_JOBS, period, GAP_US * us, work);
+        println!(
+            "load waits: {SHORT_JOBS} jobs, mean start {} us, latest start {} us, latest end {} us",
+            late.starts / SHORT_JOBS / us,
+            late.latest_start / us,
+            late.latest_end / us
+        );
+        next = cpu::tsc() + period;
+    }
+}
+
+/// Computes for ever: after each key, tells how far it came in a window.
+pub fn counts(machine: &Machine) -> ! {
+    let us = machine.tsc_hz / 1_000_000;
+    println!("load counts: ready");
+    loop {
+        if console::try_receive().is_none() {
+            turn();
+            continue;
+        }
+        let begin = cpu::tsc();
+        let mut turns: u64 = 0;
+        let passed = loop {
+            turn();
+            turns += 1;
+            let passed = cpu::tsc() - begin;
+            if passed >= COUNT_US * us {
+                break passed;
+            }
+        };
+        println!("load counts: {turns} turns in {} us", passed / us);
+    }
+}
+
+/// A piece of work without an exit.
+fn turn() {
+    for turn in 0..TURNS {
+        core::hint::black_box(turn);
+    }
 }

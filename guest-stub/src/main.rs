@@ -10,8 +10,10 @@
 //! | `facts=off` | no `fact` lines |
 //! | `mode=bench` | measure instead of checking |
 //! | `mode=share`, `mode=periodic` | tell how much of the processor it gets, or whether periodic work is in time |
+//! | `mode=waits`, `mode=counts` | after each key, tell how late short jobs begin, or how much work gets done |
 //! | `iterations=N`, `mmio=ADDRESS`, `only=NAME`, `start=key` | for the measurements |
 //! | `abuse=NAME` | misbehave in one way after the checks; `abuse=list` names them |
+//! | `nuisance=NAME` | take more than its share for ever, if the host lets it |
 //! | `end=poweroff`, `halt`, `reset`, `triple-fault`, `spin`, `shell`, `button`, `unfed`, `watched`, `watched-by-nmi` | how to end; `halt` when absent; `button`: power off when the power button is pressed; `unfed`: feed the watchdog no more; `watched`, `watched-by-nmi`: the same, and power off when it has fired without and with an NMI |
 //! | `exit=VALUE` | end by writing the value to the exit port of test kernels |
 //!
@@ -35,6 +37,7 @@ mod legacy;
 mod load;
 mod machine;
 mod memory;
+mod nuisance;
 mod options;
 mod paging;
 mod pci;
@@ -74,8 +77,13 @@ extern "C" fn main() -> ! {
         Mode::Bench => bench::run(&machine, &options, tsc_at_entry),
         Mode::Share => load::share(&machine),
         Mode::Periodic => load::periodic(&machine),
+        Mode::Waits => load::waits(&machine),
+        Mode::Counts => load::counts(&machine),
     }
     abuse::run(&machine, &options.abuse);
+    if !options.nuisance.as_str().is_empty() {
+        nuisance::run(&machine, &options.nuisance);
+    }
     end(&machine, options.end)
 }
 

@@ -17,6 +17,10 @@ pub enum Mode {
     Share,
     /// A guest that works in each period.
     Periodic,
+    /// A guest that wants little, and tells how late it got it.
+    Waits,
+    /// A guest that computes, and tells how far it came.
+    Counts,
 }
 
 /// The command line, understood.
@@ -24,6 +28,8 @@ pub struct Options {
     /// Groups and checks to run, separated by commas; empty is all.
     pub checks: Value,
     pub abuse: Value,
+    /// How to be a nuisance for ever; empty: not at all.
+    pub nuisance: Value,
     pub end: End,
     pub mode: Mode,
     pub facts: bool,
@@ -43,6 +49,7 @@ pub fn parse(line: &Text<COMMAND_LINE>) -> Options {
     let mut options = Options {
         checks: Value::new(),
         abuse: Value::new(),
+        nuisance: Value::new(),
         end: End::Halt,
         mode: Mode::Check,
         facts: true,
@@ -64,6 +71,10 @@ pub fn parse(line: &Text<COMMAND_LINE>) -> Options {
                 options.abuse = Value::format(format_args!("{value}"));
                 true
             }
+            "nuisance" => {
+                options.nuisance = Value::format(format_args!("{value}"));
+                true
+            }
             "end" => End::named(value).map(|end| options.end = end).is_some(),
             "mode" => match value {
                 "check" => true,
@@ -72,6 +83,8 @@ pub fn parse(line: &Text<COMMAND_LINE>) -> Options {
                         ("bench", Mode::Bench),
                         ("share", Mode::Share),
                         ("periodic", Mode::Periodic),
+                        ("waits", Mode::Waits),
+                        ("counts", Mode::Counts),
                     ];
                     let mode = modes.iter().find(|(name, _)| *name == other);
                     mode.map(|&(_, mode)| options.mode = mode).is_some()

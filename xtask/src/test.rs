@@ -11,8 +11,10 @@
 mod consoles;
 mod control;
 mod host;
+mod isolation;
 mod linux;
 mod place;
+mod policies;
 mod qemu_tests;
 mod refusals;
 mod report;

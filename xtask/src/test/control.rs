@@ -15,6 +15,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use manage::command::{Answer, HostStats};
 use regex::Regex;
 
 use super::{
@@ -42,12 +43,32 @@ mod exit {
 }
 
 /// The host, as a program sees it.
-struct Host {
+pub(super) struct Host {
     socket: PathBuf,
     limit: Duration,
 }
 
 impl Host {
+    /// For a host whose second serial port is at `socket`; an answer may take that long.
+    pub(super) fn new(socket: PathBuf, limit: Duration) -> Self {
+        Self { socket, limit }
+    }
+
+    /// A place for the socket of this run's machine. The path of a socket has to be short.
+    pub(super) fn socket(start: &Start) -> PathBuf {
+        let name = format!("plinth-{}-{}.sock", std::process::id(), start.name);
+        std::env::temp_dir().join(name)
+    }
+
+    /// The figures of all VMs and processors.
+    pub(super) fn stats(&self) -> Result<HostStats> {
+        let text = self.done(&["--json", "stats"], "stats")?;
+        match serde_json::from_str(&text)? {
+            Answer::Stats { stats } => Ok(stats),
+            other => bail!("not figures: {other:?}"),
+        }
+    }
+
     /// Runs plinthctl: its status, and what it printed.
     fn plinthctl(&self, words: &[&str]) -> (u8, String) {
         let seconds = self.limit.as_secs().to_string();
@@ -77,7 +98,7 @@ impl Host {
         Ok(text)
     }
 
-    fn done(&self, words: &[&str], printed: &str) -> Result<String> {
+    pub(super) fn done(&self, words: &[&str], printed: &str) -> Result<String> {
         self.expect(words, exit::DONE, printed)
     }
 
@@ -98,6 +119,18 @@ impl Host {
             );
             thread::sleep(Duration::from_millis(200));
         }
+    }
+
+    /// Destroys a VM, and waits until it has gone.
+    pub(super) fn destroy(&self, vm: &str) -> Result<()> {
+        self.done(&["vm", "destroy", vm, "--force"], vm)?;
+        let deadline = Instant::now() + self.limit;
+        let name = format!("\"name\":\"{vm}\"");
+        while self.done(&["--json", "vm", "list"], "")?.contains(&name) {
+            ensure!(Instant::now() < deadline, "{vm} does not go");
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
     }
 
     /// Free memory and heap in use, in bytes.
@@ -149,17 +182,12 @@ pub fn control(rig: &Rig, start: &Start) -> Result<String> {
         Vm::stub("one", TALKS).section(),
         two.section()
     );
-    // The path of a socket has to be short.
-    let name = format!("plinth-{}-{}.sock", std::process::id(), start.name);
-    let socket = std::env::temp_dir().join(name);
+    let socket = Host::socket(start);
     let mut session = rig.boot_text(start, &text, |machine| {
         machine.control = Some(socket.clone());
     })?;
     session.expect(&Regex::new("stub> ")?, limits.boot)?;
-    let host = Host {
-        socket,
-        limit: limits.command,
-    };
+    let host = Host::new(socket, limits.command);
     verbs(&host, &mut session, &start.name)?;
     let before = host.memory()?;
     let answers = abuse(&host, &mut session, start)?;

@@ -9,9 +9,9 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::{
-    consoles, control, host,
+    consoles, control, host, isolation,
     place::Place,
-    qemu_tests, refusals,
+    policies, qemu_tests, refusals,
     report::Outcome,
     rig::{Rig, Start},
     running, sched, screen, selftests, shell, soak, test_kernels,
@@ -251,6 +251,12 @@ pub fn all() -> Vec<Scenario> {
             running::abuse,
         ));
         all.push(Scenario::new(place, "sched-shares", (30, 6), sched::shares));
+        let body = policies::policies;
+        all.push(Scenario::new(place, "sched-policies", (25, 90), body));
+        let body = policies::places;
+        all.push(Scenario::new(place, "sched-places", (25, 35), body));
+        let body = isolation::nuisances;
+        all.push(Scenario::new(place, "sched-nuisances", (35, 80), body));
         let body = test_kernels::test_kernels;
         all.push(Scenario::new(place, "test-kernels", (30, 18), body));
         all.push(Scenario::new(place, "console-flood", 8, consoles::flood));
