@@ -267,7 +267,6 @@ pub fn all() -> Vec<Scenario> {
         all.push(Scenario::new(place, "shell-on-screen", (9, 5), body));
         all.push(Scenario::new(place, "soak", (30, 60), soak::short));
         all.push(slow(Scenario::new(place, "soak-long", 1000, soak::long)));
-        all.push(slow(Scenario::new(place, "crowd", 600, soak::crowd)));
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
         all.push(Scenario::new(place, "host-backend", 4, host::backend).selftest());

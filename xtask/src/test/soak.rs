@@ -15,12 +15,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use manage::{
-    command::{
-        Answer, FailureCode, HostDetails, Request, SchedChange, VcpuStats, VmState, VmSummary,
-    },
-    config,
-};
+use manage::command::{Answer, FailureCode, HostDetails, Request, SchedChange, VmState, VmSummary};
 use plinthctl::{Address, Client};
 use regex::Regex;
 
@@ -421,30 +416,6 @@ impl Program {
         }
     }
 
-    /// Waits until there are so many VMs, all run, and each vCPU of each but the untouched one has exited.
-    fn all_run(&mut self, count: usize) -> Result<()> {
-        let deadline = Instant::now() + self.limit;
-        loop {
-            let Some(Answer::Stats { stats }) = self.ask(&Request::Stats {})? else {
-                bail!("no figures");
-            };
-            let others = stats.vms.iter();
-            let others = others.filter(|vm| vm.summary.name != UNTOUCHED);
-            let all = others.clone().all(|vm| {
-                let has_run = |vcpu: &VcpuStats| !vcpu.exits.is_empty();
-                vm.summary.state == VmState::Running && vm.vcpu.iter().all(has_run)
-            });
-            if all && stats.vms.len() == count {
-                return Ok(());
-            }
-            if Instant::now() >= deadline {
-                let states = others.map(|vm| (&vm.summary.name, vm.summary.state));
-                bail!("not all run: {:?}", states.collect::<Vec<_>>());
-            }
-            thread::sleep(Duration::from_secs(1));
-        }
-    }
-
     /// Free frames and heap in use, in bytes.
     fn memory(&mut self) -> Result<(u64, u64)> {
         let host = self.host()?;
@@ -653,46 +624,6 @@ fn rounds(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String>
         amount.rounds + 1,
         program.done
     ))
-}
-
-/// As many VMs as there may be, with as many vCPUs each as there may be: all of them start, with storms of interrupts between their vCPUs. One more
-/// is refused. All that is asked is answered, and in the end nothing is left.
-pub fn crowd(rig: &Rig, start: &Start) -> Result<String> {
-    let limits = start.place.limits();
-    let storm = Recipe::new(
-        config::MAX_VCPUS.into(),
-        "checks=none facts=off abuse=ipi-storm end=halt",
-        &[],
-    );
-    let (mut session, mut program) = boot(rig, start, 2048, 2, "")?;
-    // All wait for each other.
-    program.limit = 4 * limits.boot;
-    let mut before = None;
-    for _ in 0..2 {
-        for number in 1..config::MAX_VMS {
-            let vm = format!("m{number}");
-            let config = storm.config(&vm);
-            let created = program.ask(&Request::VmCreate { config })?;
-            ensure!(created.is_some(), "{vm} is refused");
-            let started = program.ask(&Request::VmStart { vm })?;
-            ensure!(started.is_some(), "m{number} cannot be started");
-        }
-        let config = storm.config("more");
-        let more = program.ask(&Request::VmCreate { config })?;
-        ensure!(more.is_none(), "one more is not refused");
-        program.all_run(config::MAX_VMS)?;
-        program.destroy_all()?;
-        program.uptime_ns()?;
-        match before {
-            // In the first round the host's own structures come to the size that they keep.
-            None => before = Some(program.memory()?),
-            Some(before) => program.nothing_is_left(before)?,
-        }
-    }
-    session.send("\x1dq")?;
-    session.wait_for_power_off(limits.command)?;
-    let vcpus = (config::MAX_VMS - 1) * usize::from(config::MAX_VCPUS);
-    Ok(format!("{vcpus} vCPUs"))
 }
 
 #[cfg(test)]
