@@ -6,7 +6,7 @@ use crate::{
     cpus::CpuSet,
     metrics::Metrics,
     policy::{
-        PolicyKind,
+        Moment, PolicyKind,
         fair::{self, Virtual},
     },
 };
@@ -387,8 +387,8 @@ pub(crate) struct Entity {
     pub(crate) virt: Virtual,
     /// Running average of its bursts, one half to the last one, in ticks.
     pub(crate) expected_burst: u64,
-    /// What it has paid for its CPU time: the policy `allocation`'s.
-    pub(crate) paid: u64,
+    /// What it has paid for its CPU time, where it is known: the policy `allocation`'s.
+    pub(crate) paid: Option<Moment>,
     /// Where it stands among those that wait: less is more urgent. Of the policy's making.
     pub(crate) rank: u64,
 }
@@ -416,7 +416,7 @@ impl Entity {
             metrics: Metrics::default(),
             virt: Virtual::default(),
             expected_burst: 0,
-            paid: 0,
+            paid: None,
             rank: 0,
         };
         entity.set_params(params, allowed, slice, now);

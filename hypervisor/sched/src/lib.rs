@@ -50,7 +50,7 @@ pub use entity::{
 };
 pub use metrics::{LATENCY_CLASSES, Metrics, Part, PcpuMetrics, fairness};
 pub use policy::{PolicyKind, priority::SLICES_PER_LEVEL};
-pub use queue::{Dispatch, Stop};
+pub use queue::{Dispatch, Stop, Turn};
 pub use scheduler::{Outcome, Pick, Pool, RESERVABLE, Scheduler, Wake};
 
 #[cfg(test)]

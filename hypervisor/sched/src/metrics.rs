@@ -37,7 +37,7 @@ pub struct Metrics {
     pub yields: u64,
     /// Changes of its pCPU.
     pub migrations: u64,
-    /// Bytes that it asked devices for, as [`note_io`](crate::Scheduler::note_io) was told.
+    /// Bytes that it asked devices for ([`Turn::io`](crate::Turn::io)).
     pub io: u64,
 }
 

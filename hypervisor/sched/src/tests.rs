@@ -6,7 +6,10 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod long_uptimes;
+mod moves;
 mod reservations;
+mod threads;
 mod yielding;
 
 /// A millisecond, in the ticks of these tests.
@@ -574,11 +577,13 @@ fn requirement_follows_the_io_that_is_asked_for() {
         for _ in 0..count {
             let run = s.pick(0, now).run.unwrap();
             now = run.until;
-            if run.id == asks {
-                ran += 1;
-                s.note_io(0, bytes, now);
-            }
-            s.stop(0, Stop::Interrupted, now);
+            let asked = run.id == asks;
+            ran += u64::from(asked);
+            let turn = Turn {
+                why: Stop::Interrupted,
+                io: if asked { bytes } else { 0 },
+            };
+            s.stop(0, turn, now);
         }
         ran
     };
@@ -593,7 +598,11 @@ fn requirement_follows_the_io_that_is_asked_for() {
     assert_eq!(metrics.io, alike * 1000 + (first << 30));
     assert_eq!(s.metrics(computes, now).unwrap().io, 0);
     // Nobody runs: it is nobody's.
-    s.note_io(0, 1, now);
+    let turn = Turn {
+        why: Stop::Interrupted,
+        io: 1,
+    };
+    assert_eq!(s.stop(0, turn, now), None);
     assert_eq!(s.metrics(asks, now).unwrap(), metrics);
 }
 
@@ -695,6 +704,7 @@ fn a_pcpu_that_runs_nothing_gives_its_entities_away() {
         ..Params::default()
     };
     let stuck = s.add(pinned, 0).unwrap();
+    assert_eq!(s.pick(0, 0).run, None, "it idles, and is told");
     ids.iter().for_each(|&id| _ = s.wake(id, 0));
     assert_eq!(s.take_offline(1, 1), CpuSet::of(0));
     for _ in ids {
@@ -785,7 +795,7 @@ proptest! {
                 3..=5 if on[pcpu].is_none() => on[pcpu] = s.pick(pcpu, now).run.map(|run| run.id),
                 6 | 7 => { s.stop(pcpu, Stop::Interrupted, now); on[pcpu] = None; }
                 8 => { s.stop(pcpu, Stop::Blocked { until: Some(now + passes) }, now); on[pcpu] = None; }
-                9 => { s.yield_to(pcpu, ids.clone().into_iter(), now); on[pcpu] = None; }
+                9 => { s.yield_to(pcpu, passes, ids.clone().into_iter(), now); on[pcpu] = None; }
                 10 => { s.pause(id, now); paused[entity] = true; }
                 11 => { s.resume(id, now); paused[entity] = false; }
                 12 => {

@@ -14,7 +14,7 @@ use std::{
 
 use sched::{
     CpuSet, Dispatch, EntityId, MAX_PCPUS, Params, PolicyKind, Pool, PoolId, Refusal, Scheduler,
-    State, Stop,
+    State, Stop, Turn,
 };
 
 use crate::{
@@ -505,13 +505,12 @@ impl Engine<'_> {
         };
         let io = std::mem::take(&mut guest.io);
         self.note_run(pcpu, &run);
-        self.scheduler.note_io(pcpu, io, self.now);
         let kick = if why == Stop::Yielded {
             let siblings = self.siblings(who);
             let siblings = siblings.into_iter();
-            self.scheduler.yield_to(pcpu, siblings, self.now)
+            self.scheduler.yield_to(pcpu, io, siblings, self.now)
         } else {
-            self.scheduler.stop(pcpu, why, self.now)
+            self.scheduler.stop(pcpu, Turn { why, io }, self.now)
         };
         self.kick(kick);
         // A wake-up that came while it ran has it run once more, although there may be nothing to do.

@@ -3,7 +3,7 @@
 //! An entity's allocation is the greater of both parts (`Demand`). Each pays for what it runs, divided by its
 //! allocation; the one that has paid least is next. Who sleeps comes back no more than a slice behind.
 
-use super::{Ordered, Policy, PolicyKind, Ready};
+use super::{Moment, Ordered, Policy, PolicyKind, Ready};
 use crate::entity::{Entity, MILLION};
 
 /// The queue of one pCPU.
@@ -12,7 +12,7 @@ pub(crate) struct ByAllocation {
     waiting: Ordered,
     slice: u64,
     /// What the one that ran last had paid when it was taken.
-    paid: u64,
+    paid: Moment,
 }
 
 impl ByAllocation {
@@ -20,7 +20,7 @@ impl ByAllocation {
         ByAllocation {
             waiting: Ordered::new(capacity),
             slice,
-            paid: 0,
+            paid: Moment::ZERO,
         }
     }
 }
@@ -32,8 +32,8 @@ fn allocation(entity: &Entity) -> u64 {
 }
 
 /// What it costs an entity to run for so long.
-fn price(entity: &Entity, ticks: u64) -> u64 {
-    ticks.saturating_mul(1000) / (allocation(entity) / 1000)
+fn price(entity: &Entity, ticks: u64) -> i64 {
+    (ticks.saturating_mul(1000) / (allocation(entity) / 1000)) as i64
 }
 
 impl Policy for ByAllocation {
@@ -46,16 +46,16 @@ impl Policy for ByAllocation {
     }
 
     fn enqueue(&mut self, entity: &mut Entity, why: Ready, _now: u64) {
-        match why {
-            Ready::Woken | Ready::Replenished => {
-                let behind = self.paid.saturating_sub(price(entity, self.slice));
-                entity.paid = entity.paid.max(behind);
-            }
-            Ready::Arrived => entity.paid = self.paid,
-            Ready::Yielded => entity.paid = entity.paid.max(self.paid) + price(entity, self.slice),
-            Ready::SliceOver | Ready::Preempted => {}
-        }
-        entity.rank = entity.paid;
+        // Who comes from elsewhere has paid nothing here.
+        let paid = entity.paid.unwrap_or(self.paid);
+        let paid = match why {
+            Ready::Woken | Ready::Replenished => paid.max(self.paid + -price(entity, self.slice)),
+            Ready::Arrived => self.paid,
+            Ready::Yielded => paid.max(self.paid) + price(entity, self.slice),
+            Ready::SliceOver | Ready::Preempted => paid,
+        };
+        entity.paid = Some(paid);
+        entity.rank = paid.rank();
         self.waiting.push(entity.id, entity.rank);
     }
 
@@ -66,7 +66,15 @@ impl Policy for ByAllocation {
     }
 
     fn charge(&mut self, entity: &mut Entity, ran: u64) {
-        entity.paid = entity.paid.saturating_add(price(entity, ran));
+        entity.paid = entity.paid.map(|paid| paid + price(entity, ran));
+    }
+
+    fn join(&mut self, entity: &mut Entity) {
+        entity.paid = entity.paid.or(Some(self.paid));
+    }
+
+    fn forget(&mut self, entity: &mut Entity) {
+        entity.paid = None;
     }
 
     fn share(&self, entity: &Entity) -> u64 {
@@ -74,7 +82,7 @@ impl Policy for ByAllocation {
     }
 
     fn gives_way(&self, running: &Entity, waiting: &Entity) -> Option<u64> {
-        let behind = waiting.paid.saturating_add(price(waiting, self.slice));
-        (behind < running.paid).then_some(self.slice / 8)
+        let behind = waiting.paid? + price(waiting, self.slice);
+        (behind < running.paid?).then_some(self.slice / 8)
     }
 }

@@ -12,7 +12,7 @@
 //!
 //! Units: virtual time is in ticks of an entity of weight 100.
 
-use super::{Ordered, Policy, PolicyKind, Ready};
+use super::{Moment, Ordered, Policy, PolicyKind, Ready};
 use crate::{
     entity::{Entity, EntityId},
     heap::KeyedHeap,
@@ -34,9 +34,9 @@ pub(crate) fn rate(weight: u32) -> u64 {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Virtual {
     /// Virtual time; unless `placed`, relative to the queue's.
-    time: i64,
+    time: Moment,
     /// Virtual deadline of its request.
-    deadline: i64,
+    deadline: Moment,
     rate: u64,
     /// `time` is in a queue's virtual time.
     placed: bool,
@@ -54,23 +54,18 @@ impl Virtual {
     }
 }
 
-/// A number of either sign as a key of the same order.
-fn key(time: i64) -> u64 {
-    time as u64 ^ 1 << 63
-}
-
 /// The queue of one pCPU.
 #[derive(Debug)]
 pub(crate) struct Fair {
     /// By virtual deadline.
     eligible: Ordered,
     /// Those ahead of the queue's virtual time when they came, by virtual time.
-    ahead: KeyedHeap<(i64, EntityId)>,
+    ahead: KeyedHeap<(Moment, EntityId)>,
     /// Deadlines of those in `ahead` are in the entities; their key when they become eligible, by entity.
-    deadlines: alloc::vec::Vec<i64>,
+    deadlines: alloc::vec::Vec<Moment>,
     slice: u64,
     /// Virtual time from which `lag` counts.
-    base: i64,
+    base: Moment,
     /// Sum of weights of the attached.
     weight: i64,
     /// Sum over the attached of weight times virtual time since `base`.
@@ -82,19 +77,19 @@ impl Fair {
         Fair {
             eligible: Ordered::new(capacity),
             ahead: KeyedHeap::new(capacity),
-            deadlines: alloc::vec![0; capacity],
+            deadlines: alloc::vec![Moment::ZERO; capacity],
             slice,
-            base: 0,
+            base: Moment::ZERO,
             weight: 0,
             lag: 0,
         }
     }
 
     /// The queue's virtual time; becomes the base, so that sums stay small.
-    fn now(&mut self) -> i64 {
+    fn now(&mut self) -> Moment {
         if self.weight > 0 {
             let ahead = self.lag / self.weight;
-            self.base += ahead;
+            self.base = self.base + ahead;
             self.lag -= ahead * self.weight;
         }
         self.base
@@ -103,7 +98,7 @@ impl Fair {
     fn attach(&mut self, entity: &Entity) {
         let weight = i64::from(entity.params.weight);
         self.weight += weight;
-        self.lag += weight * (entity.virt.time - self.base);
+        self.lag += weight * entity.virt.time.since(self.base);
     }
 
     fn detach(&mut self, entity: &Entity) {
@@ -114,7 +109,7 @@ impl Fair {
             self.base = entity.virt.time;
             self.lag = 0;
         } else {
-            self.lag -= weight * (entity.virt.time - self.base);
+            self.lag -= weight * entity.virt.time.since(self.base);
         }
     }
 
@@ -122,7 +117,7 @@ impl Fair {
     fn place(&mut self, entity: &mut Entity) {
         if !entity.virt.placed {
             entity.virt.placed = true;
-            entity.virt.time += self.now();
+            entity.virt.time = self.now() + entity.virt.time.since(Moment::ZERO);
             entity.virt.deadline = entity.virt.time + entity.virt.of(self.slice);
         }
     }
@@ -144,7 +139,7 @@ impl Policy for Fair {
         match why {
             Ready::Woken | Ready::Replenished | Ready::Arrived => {
                 let credit = slice / 2;
-                entity.virt.time = entity.virt.time.max(now - credit);
+                entity.virt.time = entity.virt.time.max(now + -credit);
                 // It asks for as much as it has needed of late.
                 let request = match why {
                     Ready::Woken => entity.virt.of(entity.expected_burst),
@@ -156,19 +151,19 @@ impl Policy for Fair {
             Ready::Yielded => {
                 // It gives up what it had to come, and begins another request.
                 let time = entity.virt.time.max(now);
-                self.lag += i64::from(entity.params.weight) * (time - entity.virt.time);
+                self.lag += i64::from(entity.params.weight) * time.since(entity.virt.time);
                 entity.virt.time = time;
                 entity.virt.deadline = time + slice;
             }
             Ready::SliceOver | Ready::Preempted => {}
         }
-        entity.rank = key(entity.virt.deadline);
+        entity.rank = entity.virt.deadline.rank();
         if entity.virt.time <= now {
             self.eligible.push(entity.id, entity.rank);
         } else {
             let index = entity.id.index();
             if self.deadlines.len() <= index {
-                self.deadlines.resize(index + 1, 0);
+                self.deadlines.resize(index + 1, Moment::ZERO);
             }
             self.deadlines[index] = entity.virt.deadline;
             self.ahead.push(entity.id, (entity.virt.time, entity.id));
@@ -182,7 +177,7 @@ impl Policy for Fair {
                 && time <= now
             {
                 self.ahead.pop();
-                self.eligible.push(id, key(self.deadlines[id.index()]));
+                self.eligible.push(id, self.deadlines[id.index()].rank());
             }
         }
         // Rounding, or those who are attached and run, may leave nobody behind the mean.
@@ -202,7 +197,7 @@ impl Policy for Fair {
 
     fn charge(&mut self, entity: &mut Entity, ran: u64) {
         let passed = entity.virt.of(ran);
-        entity.virt.time += passed;
+        entity.virt.time = entity.virt.time + passed;
         self.lag += i64::from(entity.params.weight) * passed;
         if entity.virt.time >= entity.virt.deadline {
             entity.virt.deadline = entity.virt.time + entity.virt.of(self.slice);
@@ -223,7 +218,8 @@ impl Policy for Fair {
             entity.virt.placed = false;
             // Within a slice, either way: what a queue owes or is owed, another should not pay in full.
             let slice = entity.virt.of(self.slice);
-            entity.virt.time = (entity.virt.time - self.now()).clamp(-slice, slice);
+            let behind = entity.virt.time.since(self.now());
+            entity.virt.time = Moment::ZERO + behind.clamp(-slice, slice);
         }
     }
 

@@ -17,7 +17,7 @@ pub mod round_robin;
 pub mod sjf;
 
 use alloc::boxed::Box;
-use core::fmt;
+use core::{cmp::Ordering, fmt, ops::Add};
 
 use crate::{
     entity::{Entity, EntityId},
@@ -121,10 +121,49 @@ pub(crate) enum Ready {
     Yielded,
 }
 
+/// A point in a count that may wrap, as the virtual time of a low weight does after months: earlier is less. All that are
+/// compared lie within half the range of each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Moment(u64);
+
+impl Moment {
+    /// Where counting begins.
+    pub(crate) const ZERO: Self = Moment(0);
+
+    /// The time from another one to this one.
+    pub(crate) fn since(self, other: Self) -> i64 {
+        self.0.wrapping_sub(other.0) as i64
+    }
+
+    /// As a [`rank`](Entity::rank).
+    pub(crate) fn rank(self) -> u64 {
+        self.0
+    }
+}
+
+impl Ord for Moment {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.since(*other).cmp(&0)
+    }
+}
+
+impl PartialOrd for Moment {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Add<i64> for Moment {
+    type Output = Self;
+    fn add(self, time: i64) -> Self {
+        Moment(self.0.wrapping_add_signed(time))
+    }
+}
+
 /// Entities by key, and in order of arrival where keys are equal.
 #[derive(Debug)]
 pub(crate) struct Ordered {
-    heap: KeyedHeap<(u64, u64)>,
+    heap: KeyedHeap<(Moment, u64)>,
     arrivals: u64,
 }
 
@@ -139,15 +178,15 @@ impl Ordered {
     #[inline(always)]
     pub(crate) fn push(&mut self, id: EntityId, key: u64) {
         self.arrivals += 1;
-        self.heap.push(id, (key, self.arrivals));
+        self.heap.push(id, (Moment(key), self.arrivals));
     }
 
     /// As `push`, but before all others of the same key.
     pub(crate) fn push_first(&mut self, id: EntityId, key: u64) {
-        self.heap.push(id, (key, 0));
+        self.heap.push(id, (Moment(key), 0));
     }
 
-    pub(crate) fn peek(&self) -> Option<(u64, EntityId)> {
+    pub(crate) fn peek(&self) -> Option<(Moment, EntityId)> {
         self.heap.peek().map(|((key, _), id)| (key, id))
     }
 

@@ -52,6 +52,22 @@ pub enum Stop {
     Retired,
 }
 
+/// How the turn of an entity on its pCPU ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// Why it leaves the pCPU.
+    pub why: Stop,
+    /// What it has asked devices for meanwhile, in bytes: where it waits next may depend on it.
+    pub io: u64,
+}
+
+impl From<Stop> for Turn {
+    /// A turn in which no device was asked for anything.
+    fn from(why: Stop) -> Self {
+        Turn { why, io: 0 }
+    }
+}
+
 /// What a queue did about a wake-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Woken {
@@ -154,7 +170,7 @@ impl Queue {
     /// wait here.
     pub(crate) fn insert(&mut self, mut entity: Box<Entity>, now: u64) {
         let Queue { entities, rest, .. } = self;
-        let index = entity.id.index();
+        let id = entity.id;
         rest.metrics.entities += 1;
         let before = entity.home.replace(rest.pcpu);
         let moved = before.is_some_and(|before| before != rest.pcpu);
@@ -170,7 +186,11 @@ impl Queue {
             }
             _ => {}
         }
-        entities[index] = Some(entity);
+        let waits = entity.state == State::Waiting;
+        entities[id.index()] = Some(entity);
+        if waits {
+            self.consider(id, now);
+        }
     }
 
     /// Takes an entity out that does not run. It keeps its state.
@@ -188,13 +208,6 @@ impl Queue {
             rest.last = None;
         }
         Some(entity)
-    }
-
-    /// If this one waits: perhaps the one that runs should give way to it.
-    pub(crate) fn consider_if_waiting(&mut self, id: EntityId, now: u64) {
-        if self.get(id).is_some_and(|e| e.state == State::Waiting) {
-            self.consider(id, now);
-        }
     }
 
     /// One has begun to wait: perhaps the one that runs should give way.
@@ -314,11 +327,14 @@ impl Queue {
 
     /// The running entity leaves the pCPU.
     #[inline(always)]
-    pub(crate) fn stop(&mut self, why: Stop, now: u64) -> Option<Left> {
+    pub(crate) fn stop(&mut self, turn: Turn, now: u64) -> Option<Left> {
         let Queue { entities, rest, .. } = self;
         let id = rest.running?;
         let entity = find(entities, id)?;
-        rest.stop(entity, why, now);
+        if turn.io > 0 {
+            rest.note_io(entity, turn.io, now);
+        }
+        rest.stop(entity, turn.why, now);
         if let Some(to) = rest.promised_to.take() {
             // If it could go on, and others are here to run instead.
             let goes = entity.state == State::Waiting && entity.allowed.contains(to);
@@ -516,18 +532,6 @@ impl Queue {
                 )
             })
             .filter(|&(_, share, _)| share > 0)
-    }
-
-    /// The running one has asked devices for so many bytes.
-    pub(crate) fn note_io(&mut self, bytes: u64, now: u64) {
-        let Queue { entities, rest, .. } = self;
-        if let Some(entity) = rest.running.and_then(|id| find(entities, id)) {
-            entity.metrics.io = entity.metrics.io.saturating_add(bytes);
-            // So that no sum of a half-life overflows.
-            let bytes = bytes.min(u64::from(u32::MAX));
-            entity.io.add(bytes, now);
-            rest.policy.note_io(bytes, now);
-        }
     }
 
     pub(crate) fn metrics_of(&self, id: EntityId, now: u64) -> Option<Metrics> {

@@ -253,6 +253,15 @@ impl Rest {
         }
     }
 
+    /// The running one has asked devices for so many bytes.
+    pub(super) fn note_io(&mut self, entity: &mut Entity, bytes: u64, now: u64) {
+        entity.metrics.io = entity.metrics.io.saturating_add(bytes);
+        // So that no sum of a half-life overflows.
+        let bytes = bytes.min(u64::from(u32::MAX));
+        entity.io.add(bytes, now);
+        self.policy.note_io(bytes, now);
+    }
+
     /// The running one leaves the pCPU.
     #[inline(always)]
     pub(super) fn stop(&mut self, entity: &mut Entity, why: Stop, now: u64) {

@@ -23,7 +23,7 @@ use crate::{
     entity::{CAPS, Entity, EntityId, PRIORITIES, Params, PoolId, Refusal, State, WEIGHTS},
     metrics::{Metrics, PcpuMetrics},
     policy::PolicyKind,
-    queue::{Dispatch, Left, Neighbours, Queue, Stop, Woken},
+    queue::{Dispatch, Left, Neighbours, Queue, Stop, Turn, Woken},
 };
 
 pub use admission::RESERVABLE;
@@ -83,6 +83,13 @@ pub struct Pick {
     pub run: Option<Dispatch>,
     /// Another pCPU to interrupt: it idles, and something waits here that it could run.
     pub kick: Option<usize>,
+}
+
+/// An entity was put into a queue.
+#[derive(Clone, Copy, Debug)]
+struct Placed {
+    /// The pCPU to interrupt, if any.
+    kick: Option<usize>,
 }
 
 /// One pCPU. Each in a cache line of its own.
@@ -279,11 +286,11 @@ impl Scheduler {
         Ok(allowed)
     }
 
-    /// Puts an entity that lies in no queue where it may be, best where there is the most room. Where it is put.
+    /// Puts an entity that lies in no queue where it may be, best where there is the most room.
     ///
     /// # Errors
     /// All those pCPUs are offline; the entity comes back.
-    fn place(&self, entity: Box<Entity>, now: u64) -> Result<usize, Box<Entity>> {
+    fn place(&self, entity: Box<Entity>, now: u64) -> Result<Placed, Box<Entity>> {
         let crowd = |pcpu: &usize| {
             let queue = self.pcpus[*pcpu].queue.lock();
             (
@@ -298,9 +305,16 @@ impl Scheduler {
             return Err(entity);
         };
         let id = entity.id;
+        let before = locked.queue.run_until();
         self.put_in(pcpu, &mut locked, entity, now);
-        locked.queue.consider_if_waiting(id, now);
-        Ok(pcpu)
+        let state = locked.queue.get(id).map_or(State::Retired, |e| e.state);
+        let kick = match state {
+            State::Waiting => self.look(pcpu, locked, id, before),
+            // The pCPU may idle, and not know of it.
+            State::Blocked { until: Some(_) } | State::Throttled { .. } => Some(pcpu),
+            _ => None,
+        };
+        Ok(Placed { kick })
     }
 
     /// None of the pCPUs that these parameters allow is online.
@@ -398,8 +412,7 @@ impl Scheduler {
         drop(locked);
         entity.set_params(params, allowed, self.slice_of(&params), now);
         match self.place(entity, now) {
-            // It may have a deadline there.
-            Ok(place) => of(Some(place)),
+            Ok(place) => of(place.kick),
             Err(entity) => {
                 self.put_back(pcpu, entity, now);
                 CpuSet::EMPTY
@@ -412,16 +425,6 @@ impl Scheduler {
         if let Some(mut locked) = self.lock(pcpu) {
             self.put_in(pcpu, &mut locked, entity, now);
         }
-    }
-
-    /// One that may run in these places was put into the queue of `pcpu`: whom to interrupt.
-    fn kick_for(&self, pcpu: usize, allowed: CpuSet, now: u64) -> Option<usize> {
-        let idle = self.idle();
-        if idle.contains(pcpu) {
-            return Some(pcpu);
-        }
-        self.idle_one(allowed)
-            .or_else(|| self.lock(pcpu)?.kick_if(pcpu, now))
     }
 
     fn is_away(&self, pcpu: usize) -> bool {
@@ -575,62 +578,74 @@ impl Scheduler {
         Pick { run, kick }
     }
 
-    /// What runs on `pcpu` has asked devices for so many bytes. Told before it is stopped, its next turn may depend on it.
-    pub fn note_io(&self, pcpu: usize, bytes: u64, now: u64) {
-        if bytes > 0
-            && let Some(mut locked) = self.lock(pcpu)
-        {
-            locked.queue.note_io(bytes, now);
+    /// The entity that runs on `pcpu` leaves it. Whom to interrupt, if anyone. Nothing happens if none runs.
+    pub fn stop(&self, pcpu: usize, turn: impl Into<Turn>, now: u64) -> Option<usize> {
+        let mut locked = self.lock(pcpu)?;
+        let left = locked.queue.stop(turn.into(), now)?;
+        self.move_if_due(pcpu, locked, left, now)
+    }
+
+    /// As `stop` with [`Stop::Yielded`], after `io` bytes; and the first of these entities that waits on this pCPU runs next there:
+    /// the yielding one waits for one of them, as for a spinlock's holder.
+    pub fn yield_to(
+        &self,
+        pcpu: usize,
+        io: u64,
+        ids: impl Iterator<Item = EntityId>,
+        now: u64,
+    ) -> Option<usize> {
+        let mut locked = self.lock(pcpu)?;
+        locked.queue.favour(ids);
+        let why = Stop::Yielded;
+        let left = locked.queue.stop(Turn { why, io }, now)?;
+        self.move_if_due(pcpu, locked, left, now)
+    }
+
+    /// One has stopped on `pcpu`, and may belong elsewhere. Whom to interrupt, if anyone.
+    #[inline]
+    fn move_if_due(&self, pcpu: usize, locked: Locked<'_>, left: Left, now: u64) -> Option<usize> {
+        match left {
+            Left::Stays => None,
+            Left::GoesTo(to, id) => self.hand_over(locked, to, id, now),
+            Left::HasToGo(id) => self.send_away(pcpu, locked, id, now),
         }
     }
 
-    /// The entity that runs on `pcpu` leaves it. Whom to interrupt, if anyone. Nothing happens if none runs.
-    pub fn stop(&self, pcpu: usize, why: Stop, now: u64) -> Option<usize> {
-        let mut locked = self.lock(pcpu)?;
-        let id = match locked.queue.stop(why, now)? {
-            Left::Stays => return None,
-            Left::GoesTo(to, id) => {
-                let entity = self.take_out(&mut locked, id, now)?;
-                drop(locked);
-                let mut locked = self.lock(to)?;
-                self.put_in(to, &mut locked, entity, now);
-                drop(locked);
-                let idle = CpuSet::from_bits(self.idle.load(Ordering::SeqCst));
-                return idle.contains(to).then_some(to);
-            }
-            Left::HasToGo(id) => id,
-        };
-        let allowed = locked.queue.get(id)?.allowed;
-        // It has been given other places while it ran.
+    /// One that has just stopped was promised to another pCPU.
+    #[inline(never)]
+    fn hand_over(
+        &self,
+        mut locked: Locked<'_>,
+        to: usize,
+        id: EntityId,
+        now: u64,
+    ) -> Option<usize> {
         let entity = self.take_out(&mut locked, id, now)?;
         drop(locked);
-        let state = entity.state;
+        let mut locked = self.lock(to)?;
+        let before = locked.queue.run_until();
+        self.put_in(to, &mut locked, entity, now);
+        self.look(to, locked, id, before)
+    }
+
+    /// One that has just stopped was given other places while it ran.
+    #[inline(never)]
+    fn send_away(
+        &self,
+        pcpu: usize,
+        mut locked: Locked<'_>,
+        id: EntityId,
+        now: u64,
+    ) -> Option<usize> {
+        let entity = self.take_out(&mut locked, id, now)?;
+        drop(locked);
         match self.place(entity, now) {
-            Ok(place) => match state {
-                State::Waiting => self.kick_for(place, allowed, now),
-                // It has a timer there, which that pCPU does not know of.
-                State::Blocked { until: Some(_) } | State::Throttled { .. } => Some(place),
-                _ => None,
-            },
+            Ok(place) => place.kick,
             Err(entity) => {
                 self.put_back(pcpu, entity, now);
                 None
             }
         }
-    }
-
-    /// As `stop` with [`Stop::Yielded`]; and the first of these entities that waits on this pCPU runs next there: the yielding one
-    /// waits for one of them, as for a spinlock's holder.
-    pub fn yield_to(
-        &self,
-        pcpu: usize,
-        ids: impl Iterator<Item = EntityId>,
-        now: u64,
-    ) -> Option<usize> {
-        if let Some(mut locked) = self.lock(pcpu) {
-            locked.queue.favour(ids);
-        }
-        self.stop(pcpu, Stop::Yielded, now)
     }
 
     /// Keeps an entity from running until it is resumed; wake-ups are remembered. Returns the pCPU that it runs on, to be
@@ -763,13 +778,6 @@ impl Scheduler {
 struct Locked<'s> {
     queue: MutexGuard<'s, Queue>,
     pcpu: &'s Pcpu,
-}
-
-impl Locked<'_> {
-    /// The pCPU, if what runs there is to be stopped now.
-    fn kick_if(&self, pcpu: usize, now: u64) -> Option<usize> {
-        (self.queue.run_until() <= now).then_some(pcpu)
-    }
 }
 
 impl Drop for Locked<'_> {

@@ -10,13 +10,13 @@ fn a_waiting_sibling_is_given_the_pcpu() {
         ids.iter().for_each(|&id| _ = s.wake(id, 0));
         let first = s.pick(0, 0).run.unwrap().id;
         let sibling = *ids.iter().rev().find(|&&id| id != first).unwrap();
-        s.yield_to(0, [first, sibling].into_iter(), MS);
+        s.yield_to(0, 0, [first, sibling].into_iter(), MS);
         assert_eq!(s.pick(0, MS).run.unwrap().id, sibling);
         s.stop(0, Stop::Interrupted, 2 * MS);
         // A favoured one that is paused before it runs is not picked.
         let next = s.pick(0, 2 * MS).run.unwrap().id;
         let other = *ids.iter().find(|&&id| id != next).unwrap();
-        s.yield_to(0, [other].into_iter(), 3 * MS);
+        s.yield_to(0, 0, [other].into_iter(), 3 * MS);
         s.pause(other, 3 * MS);
         assert_ne!(s.pick(0, 3 * MS).run.unwrap().id, other);
     }
@@ -58,7 +58,7 @@ impl Pair {
             let stop = run.until.min(s.run_until(0)).min(until);
             if self.pair.contains(&run.id) && self.now + patience < stop {
                 self.now += patience;
-                s.yield_to(0, self.pair.into_iter(), self.now);
+                s.yield_to(0, 0, self.pair.into_iter(), self.now);
             } else {
                 self.now = stop.max(self.now);
                 s.stop(0, Stop::Interrupted, self.now);
