@@ -28,13 +28,15 @@ impl ByClock {
         self.every.store(every, Ordering::Relaxed);
     }
 
-    /// The caller comes by at `now`: whether it has to look.
+    /// The caller comes by at `now`: whether it has to look, which it does then.
+    #[inline]
     pub fn look(&self, now: u64) -> bool {
-        let on = self.every.load(Ordering::Relaxed) != 0;
-        if on {
+        let every = self.every.load(Ordering::Relaxed);
+        let due = every != 0 && now.wrapping_sub(self.looked.load(Ordering::Relaxed)) >= every;
+        if due {
             self.looked.store(now, Ordering::Relaxed);
         }
-        on
+        due
     }
 
     /// When to look again at the latest; `None`: never.
@@ -60,7 +62,9 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(clock.again_at(), Some(1500));
         }
-        assert!(clock.look(1200));
-        assert_eq!(clock.again_at(), Some(1700));
+        assert!(!clock.look(1499), "who comes by early costs nothing");
+        assert_eq!(clock.again_at(), Some(1500));
+        assert!(clock.look(1600));
+        assert_eq!(clock.again_at(), Some(2100));
     }
 }

@@ -133,6 +133,7 @@ pub fn wake_up_at() -> Option<u64> {
 
 /// Does what is due without an interrupt at this host TSC, which is now. Whether there is input to [`read`], or a
 /// guest to resume. The first processor's business.
+#[inline]
 pub fn attend(now: u64) -> bool {
     if BY_CLOCK.look(now) || NEXT_LOOK.load(Ordering::Relaxed) <= now {
         CONSOLE.lock().pump();

@@ -117,6 +117,7 @@ pub fn wake_up_at() -> Option<u64> {
 }
 
 /// Does what is due without an interrupt at this host TSC, which is now. The first processor's business.
+#[inline]
 pub fn attend(now: u64) {
     if BY_CLOCK.look(now) {
         PORT.lock().pump_and_note();

@@ -55,13 +55,14 @@ pub fn is_waiting() -> bool {
     RANG.load(Ordering::Acquire) || wake_up_at().is_some_and(|at| at <= time::now_tsc())
 }
 
-/// Serves all doors if one has rung, with interrupts on. The first processor's loop calls this.
-pub fn serve(operate: &dyn Operate) {
+/// Serves all doors if one has rung, with interrupts on; whether one has. The first processor's loop calls this.
+pub fn serve(operate: &dyn Operate) -> bool {
     if !is_waiting() {
-        return;
+        return false;
     }
     RANG.store(false, Ordering::Relaxed);
     NEXT.store(u64::MAX, Ordering::Relaxed);
     // A table of many VMs, say, is long work.
     interrupts::open(|| DOORS.iter().for_each(|door| door(operate)));
+    true
 }

@@ -130,15 +130,17 @@ pub fn init_timer() {
     }
 }
 
-/// Arms the calling processor's timer for `tsc`: soon after, `timer_due` is set. It may come early when
-/// the moment is further away than the timer can count. Arming again replaces the earlier deadline.
+/// Arms the calling processor's timer for `tsc`: soon after, `timer_due` is set. It may come early: when the moment is
+/// further away than the timer can count, and when it was armed for an earlier one. That is left as it is, since
+/// to write to the timer costs much, and most who put others in their place do so before their time is over.
 pub fn arm_timer(tsc: u64) {
     /// In TSC ticks, minutes: no timer counts further, and a product of it stays small.
     const FURTHEST: u64 = 1 << 40;
     let armed = &percpu::current().timer_armed;
     let tsc = tsc.max(1);
     // Nobody else writes to it, but for this processor's interrupt, and interrupts are off.
-    if armed.load(Ordering::Relaxed) == tsc {
+    let before = armed.load(Ordering::Relaxed);
+    if before != 0 && before <= tsc {
         return;
     }
     armed.store(tsc, Ordering::Relaxed);

@@ -126,8 +126,9 @@ impl Terminal for SerialTerminal {
 }
 
 /// Rings when something is due without an interrupt at this host TSC, which is now. The first processor's business.
+#[inline]
 pub fn attend(now: u64) {
-    keyboard::attend();
+    keyboard::attend(now);
     if NEXT.load(Ordering::Relaxed) <= now {
         doors::ring();
     }

@@ -18,9 +18,10 @@ mod long_work;
 mod scheduling;
 mod slots;
 mod tables;
+mod turn;
 mod verbs;
 
-use alloc::{boxed::Box, format, string::String, sync::Arc, vec::Vec};
+use alloc::{boxed::Box, format, string::String, vec::Vec};
 use core::{
     convert::Infallible,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -34,20 +35,16 @@ use manage::{
     config::{self, AfterLastVm, Config, ConsoleKind, Pools},
     console::{ConsoleId, Input},
     lifecycle::Life,
-    trace::{INJECTED_NMI, Kind, OWN_TIMER, Why},
+    trace::Kind,
 };
-use sched::{Dispatch, EntityId, Outcome, Scheduler, Stop};
+use sched::{EntityId, Outcome, Scheduler};
 use spin::Once;
 use virt::{Backend, svm::Svm, vtx::Vtx};
-use vmm::{
-    host::{Attention, Host, Traced},
-    vcpu::{Pause, Vcpu},
-    vm::Vm,
-};
+use vmm::vm::Vm;
 
 pub use long_work::LongWork;
 use slots::{Plan, Slot, Slots, VmNumber};
-use verbs::Published;
+use turn::Entities;
 
 use crate::{
     boot::Machine,
@@ -68,24 +65,11 @@ trait Runner: Sync {
     fn wake(&self, entity: EntityId) -> Outcome;
     fn alarm(&self, vm: VmNumber);
     fn run(&'static self, cpu: &'static PerCpu) -> !;
-    /// Does other work between two pieces of this pCPU's long work.
+    /// Does one round of this pCPU's loop between two pieces of its long work.
     fn give_way(&'static self, cpu: &'static PerCpu);
 }
 
 static WORLD: Once<&'static dyn Runner> = Once::new();
-
-/// One vCPU and where it belongs.
-struct Entity<B: Backend> {
-    vm: VmNumber,
-    /// Which of its VM's.
-    number: u8,
-    /// Host TSC when it first ran, 0 before; noted only for figures.
-    first_run: AtomicU64,
-    /// The vCPUs of its VM.
-    siblings: Arc<Kick>,
-    vcpu: Lock<Vcpu<B::Vcpu>>,
-    exits: Published,
-}
 
 /// Everything that runs on this host.
 struct World<B: Backend> {
@@ -98,7 +82,7 @@ struct World<B: Backend> {
     figures: bool,
     sched: Scheduler,
     pools: Pools,
-    entities: Lock<Vec<Option<Arc<Entity<B>>>>>,
+    entities: Entities<B>,
     slots: Lock<Slots<B>>,
     /// Host TSC at which the first VM's wait, or its time to shut down, is over; `u64::MAX` if there is none.
     next_due: AtomicU64,
@@ -216,8 +200,8 @@ fn launch<B: Backend>(machine: &Machine) -> Result<Infallible, String> {
         figures: config.host.figures,
         sched: scheduling::scheduler(&config.host.pools),
         pools: config.host.pools,
-        // What a VM that comes and goes leaves behind must not depend on how many came before.
-        entities: Lock::new(Vec::with_capacity(MAX_VCPUS)),
+        // All at once: what a VM that comes and goes leaves behind must not depend on how many came before.
+        entities: Entities::new(MAX_VCPUS),
         slots: Lock::new(Slots::new(slots)),
         next_due: AtomicU64::new(u64::MAX),
         jobs: AtomicBool::new(false),
@@ -315,82 +299,6 @@ impl<B: Backend> World<B> {
         info!("{text}");
     }
 
-    /// Runs one vCPU until it pauses.
-    fn run_vcpu(&'static self, cpu: &'static PerCpu, run: Dispatch) {
-        let id = run.id;
-        let entity = match self.entities.lock().get(id.0 as usize) {
-            Some(Some(entity)) => Some(Arc::clone(entity)),
-            _ => None,
-        };
-        let Some(entity) = entity else {
-            self.stop(cpu, Stop::Retired);
-            return;
-        };
-        if self.figures && entity.first_run.load(Ordering::Relaxed) == 0 {
-            entity.first_run.store(time::now_tsc(), Ordering::Relaxed);
-        }
-        let (pause, io) = {
-            let mut vcpu = entity.vcpu.lock();
-            let io = vcpu.io_bytes();
-            vcpu.load(cpu.number);
-            let whose = (entity.vm.0, entity.number);
-            let pause = match trace::is_on() {
-                false => vcpu.run(&mut HostCpu::<B, false>::new(self, cpu, run.stolen, whose)),
-                true => {
-                    let (detail, extra) = match run.timer {
-                        Some(ticks) => (OWN_TIMER, time::ticks_to_ns(ticks) / 1000),
-                        None => (0, 0),
-                    };
-                    let extra = u16::try_from(extra).unwrap_or(u16::MAX);
-                    trace::record(Kind::SwitchIn, whose, detail, extra);
-                    let pause =
-                        vcpu.run(&mut HostCpu::<B, true>::new(self, cpu, run.stolen, whose));
-                    let why = match pause {
-                        Pause::SliceOver => Why::SliceOver,
-                        Pause::Yielded => Why::Yielded,
-                        Pause::Idle { .. } => Why::Idle,
-                        Pause::Ended => Why::Ended,
-                    };
-                    trace::record(Kind::SwitchOut, whose, why as u16, 0);
-                    pause
-                }
-            };
-            vcpu.unload();
-            entity.exits.publish(vcpu.counters());
-            (pause, vcpu.io_bytes() - io)
-        };
-        if io > 0 {
-            self.sched.note_io(cpu.number, io, time::now_tsc());
-        }
-        match pause {
-            Pause::SliceOver => self.stop(cpu, Stop::Interrupted),
-            Pause::Idle { until } => self.stop(cpu, Stop::Blocked { until }),
-            Pause::Yielded => {
-                // Whom it waits for is one of its own VM, if anyone.
-                let siblings = entity.siblings.entities.get().into_iter().flatten();
-                let after = siblings.clone().skip_while(|&&other| other != id).skip(1);
-                let in_turn = after.chain(siblings.take_while(|&&other| other != id));
-                let now = time::now_tsc();
-                let kick = self.sched.yield_to(cpu.number, in_turn.copied(), now);
-                self.kick(kick);
-            }
-            Pause::Ended => {
-                // The kick that ended the VM must not bring this vCPU to rest a second time.
-                self.stop(cpu, Stop::Retired);
-                let vm = entity.vm;
-                // Else this pCPU would hold the VM's memory while the VM is made anew.
-                drop(entity);
-                self.at_rest(vm);
-            }
-        }
-    }
-
-    /// What ran on this pCPU has left it.
-    fn stop(&self, cpu: &PerCpu, why: Stop) {
-        let kick = self.sched.stop(cpu.number, why, time::now_tsc());
-        self.kick(kick);
-    }
-
     /// This pCPU does long work, until it picks again: others run what waits here.
     fn begin_long_work(&self) {
         let kick = self.sched.go_away(percpu::current().number);
@@ -476,18 +384,18 @@ impl<B: Backend> World<B> {
         warn!("the serial port lost input: {dropped} bytes for want of room, {overruns} overruns");
     }
 
-    /// Host work between vCPUs and after each host interrupt.
+    /// Host work between vCPUs and after each host interrupt. The host TSC behind the interrupts.
     #[inline(always)]
-    fn host_work(&self, cpu: &PerCpu) {
+    fn host_work(&self, cpu: &PerCpu) -> u64 {
         interrupts::window();
-        if cpu.number != 0 {
-            return;
-        }
         let now = time::now_tsc();
-        control::attend(now);
-        if console::attend(now) {
-            self.serve_console();
+        if cpu.number == 0 {
+            control::attend(now);
+            if console::attend(now) {
+                self.serve_console();
+            }
         }
+        now
     }
 
     /// Input has come, or a guest can go on writing.
@@ -499,14 +407,28 @@ impl<B: Backend> World<B> {
         }
     }
 
-    /// What this pCPU does beside running vCPUs and making VMs.
-    fn other_work(&self, cpu: &PerCpu) {
+    /// One round of this pCPU's loop: all that is due, and a turn of a vCPU. `false`: there was nothing to do but to sleep.
+    fn round(&'static self, cpu: &'static PerCpu) -> bool {
+        let now = self.other_work(cpu);
+        self.do_jobs(cpu) || self.run_next(cpu, now)
+    }
+
+    /// What this pCPU does beside running vCPUs and making VMs. The host TSC behind it.
+    #[inline(always)]
+    fn other_work(&self, cpu: &PerCpu) -> u64 {
+        let now = self.host_work(cpu);
+        match cpu.number {
+            0 => self.first_ones_work(cpu, now),
+            _ => now,
+        }
+    }
+
+    /// What only the first pCPU does. The host TSC behind it.
+    #[inline(always)]
+    fn first_ones_work(&self, cpu: &PerCpu, mut now: u64) -> u64 {
+        let mut is_later = false;
         loop {
-            self.host_work(cpu);
-            if cpu.number != 0 {
-                return;
-            }
-            doors::serve(self);
+            is_later |= doors::serve(self);
             if self.power_off.load(Ordering::Relaxed) {
                 control::flush();
                 power::off();
@@ -515,11 +437,16 @@ impl<B: Backend> World<B> {
             if !console::has_work() {
                 break;
             }
+            now = self.host_work(cpu);
         }
-        let now = time::now_tsc();
-        self.look_at_clock(now);
+        is_later |= self.look_at_clock(now);
         if display::is_due(now) {
             self.show_display();
+            is_later = true;
+        }
+        match is_later {
+            true => time::now_tsc(),
+            false => now,
         }
     }
 
@@ -578,101 +505,14 @@ impl<B: Backend> Runner for World<B> {
         }
         cpu.long_work.enter_loop();
         loop {
-            self.other_work(cpu);
-            self.do_jobs(cpu);
-            let pick = self.sched.pick(cpu.number, time::now_tsc());
-            self.kick(pick.kick);
-            match pick.run {
-                Some(run) => self.run_vcpu(cpu, run),
-                None => self.sleep(cpu),
+            if !self.round(cpu) {
+                self.sleep(cpu);
             }
         }
     }
 
     fn give_way(&'static self, cpu: &'static PerCpu) {
-        self.one_round(cpu);
-    }
-}
-
-/// The pCPU under a running vCPU. Its two kinds make two run loops: one has no code for traces.
-struct HostCpu<B: Backend, const TRACED: bool> {
-    world: &'static World<B>,
-    cpu: &'static PerCpu,
-    /// For records: the VM's number and the vCPU's.
-    whose: (u16, u8),
-    /// What was stolen from the vCPU, in ticks.
-    stolen: u64,
-}
-
-impl<B: Backend, const TRACED: bool> HostCpu<B, TRACED> {
-    fn new(world: &'static World<B>, cpu: &'static PerCpu, stolen: u64, whose: (u16, u8)) -> Self {
-        HostCpu {
-            world,
-            cpu,
-            whose,
-            stolen,
-        }
-    }
-}
-
-impl<B: Backend, const TRACED: bool> Host for HostCpu<B, TRACED> {
-    const TRACES: bool = TRACED;
-
-    fn trace(&mut self, what: Traced) {
-        let (kind, detail, extra) = match what {
-            Traced::Entry | Traced::Exit { .. } if !trace::has_exits() => return,
-            Traced::Entry => (Kind::Entry, 0, 0),
-            Traced::Exit { kind, port } => (Kind::Exit, kind as u16, port),
-            Traced::Interrupt(vector) => (Kind::Inject, u16::from(vector), 0),
-            Traced::Nmi => (Kind::Inject, INJECTED_NMI, 0),
-            Traced::DeviceWork => (Kind::Device, 0, 0),
-        };
-        trace::record(kind, self.whose, detail, extra);
-    }
-
-    fn now(&self) -> u64 {
-        time::now_tsc()
-    }
-
-    fn run_until(&self) -> u64 {
-        self.cpu.kicked.store(false, Ordering::Relaxed);
-        self.world.sched.run_until(self.cpu.number)
-    }
-
-    fn has_less_time(&self) -> bool {
-        self.cpu.kicked.load(Ordering::Relaxed)
-    }
-
-    fn stolen_ns(&self) -> u64 {
-        time::ticks_to_ns(self.stolen)
-    }
-
-    fn arm_timer(&mut self, host_tsc: u64) {
-        interrupts::arm_timer(host_tsc);
-    }
-
-    fn interrupts_wait_until(&self) -> u64 {
-        match self.cpu.number {
-            0 => console::look_again_at()
-                .unwrap_or(u64::MAX)
-                .min(control::look_again_at().unwrap_or(u64::MAX)),
-            _ => u64::MAX,
-        }
-    }
-
-    fn take_interrupts(&mut self) -> Attention {
-        self.world.host_work(self.cpu);
-        match self.world.is_wanted(self.cpu) {
-            true => Attention::GiveWay,
-            false => Attention::GoOn,
-        }
-    }
-
-    fn take_nmi(&mut self) {
-        fault::on_nmi();
-    }
-
-    fn note(&mut self, line: String) {
-        info!("{line}");
+        self.round(cpu);
+        self.begin_long_work();
     }
 }

@@ -72,6 +72,15 @@ impl<K: Copy + Ord> KeyedHeap<K> {
         Some(first)
     }
 
+    /// Takes the only entity out; `None`: there is none, or there are others.
+    #[inline(always)]
+    pub(crate) fn pop_only(&mut self) -> Option<EntityId> {
+        if !self.others.is_empty() {
+            return None;
+        }
+        self.pop().map(|(_, id)| id)
+    }
+
     /// Takes an entity out; its key, if it was there.
     pub(crate) fn remove(&mut self, id: EntityId) -> Option<K> {
         match *self.places.get(id.index())? {

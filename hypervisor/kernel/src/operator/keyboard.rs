@@ -2,9 +2,8 @@
 //!
 //! The keyboard's interrupt collects them, or where it has none, or does not come in time, whoever looks.
 
-use core::sync::atomic::{AtomicBool, Ordering};
-
 use drivers::{
+    by_clock::ByClock,
     firmware::Firmware,
     power::Emulator,
     ps2::{Keyboard, PcPorts},
@@ -37,8 +36,8 @@ static KEYS: Lock<Keys> = Lock::new(Keys {
     keyboard: None,
     codes: ByteQueue::new(),
 });
-/// It is looked at, whether or not it interrupts.
-static POLLED: AtomicBool = AtomicBool::new(false);
+/// When it is looked at, whether or not it interrupts.
+static BY_CLOCK: ByClock = ByClock::off();
 
 /// Finds the keyboard, and lets it interrupt the calling processor, the first one.
 pub fn start(firmware: &Firmware) {
@@ -53,7 +52,9 @@ pub fn start(firmware: &Firmware) {
         && keyboard.enable_interrupt();
     // As for the serial port: Bochs 2.7 holds a host interrupt back from a guest that was entered with IF = 0.
     let polled = !routed || power::emulator() == Some(Emulator::Bochs);
-    POLLED.store(polled, Ordering::Relaxed);
+    if polled {
+        BY_CLOCK.start(time::us_to_ticks(LOOK_EVERY_US));
+    }
     KEYS.lock().keyboard = Some(keyboard);
 }
 
@@ -81,19 +82,17 @@ pub fn on_interrupt() {
     }
 }
 
-/// Looks at a keyboard that does not interrupt in time.
-pub(super) fn attend() {
-    if POLLED.load(Ordering::Relaxed) {
+/// Looks at a keyboard that does not interrupt in time, at this host TSC.
+#[inline]
+pub(super) fn attend(now: u64) {
+    if BY_CLOCK.look(now) {
         on_interrupt();
     }
 }
 
 /// Host TSC at which a halted processor has to [`attend`]; `u64::MAX` if never.
 pub(super) fn wake_up_at() -> u64 {
-    match POLLED.load(Ordering::Relaxed) {
-        true => time::now_tsc().saturating_add(time::us_to_ticks(LOOK_EVERY_US)),
-        false => u64::MAX,
-    }
+    BY_CLOCK.again_at().unwrap_or(u64::MAX)
 }
 
 /// Whether no scan code waits.

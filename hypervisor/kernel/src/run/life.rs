@@ -29,9 +29,10 @@ use vmm::{
 
 use super::scheduling::decision_cost;
 use super::{
-    Entity, GuestConsole, Kick, NS_PER_SECOND, NoConsole, Runner, WORLD, World,
+    GuestConsole, Kick, NS_PER_SECOND, NoConsole, Runner, WORLD, World,
     slots::{Plan, Slot, VmNumber},
     tables::GuestTables,
+    turn::Entity,
     verbs::Published,
 };
 use crate::{
@@ -140,16 +141,18 @@ impl<B: Backend> World<B> {
     }
 
     /// Whether a pCPU is needed for something else than running vCPUs.
+    #[inline]
     pub(super) fn is_wanted(&self, cpu: &PerCpu) -> bool {
-        (cpu.number == 0 && doors::is_waiting())
-            || (self.jobs.load(Ordering::Relaxed)
-                && self.does_jobs(cpu)
-                && !cpu.long_work.is_between())
+        (cpu.number == 0 && doors::is_waiting()) || self.has_job_for(cpu)
     }
 
-    /// Whether this pCPU makes VMs: the first one, to which the operator talks, only where there is no other.
-    fn does_jobs(&self, cpu: &PerCpu) -> bool {
-        cpu.number != 0 || self.others.load(Ordering::Relaxed) == 0
+    /// Whether a VM is to be made or removed, by this pCPU: the first one, to which the operator talks, does that only where there is
+    /// no other, and none does so between two pieces of other long work.
+    #[inline]
+    fn has_job_for(&self, cpu: &PerCpu) -> bool {
+        self.jobs.load(Ordering::Relaxed)
+            && (cpu.number != 0 || self.others.load(Ordering::Relaxed) == 0)
+            && !cpu.long_work.is_between()
     }
 
     /// There is a VM to be made or removed: has a pCPU do it.
@@ -168,11 +171,19 @@ impl<B: Backend> World<B> {
         }
     }
 
-    /// Makes and removes VMs, if that is this pCPU's business. In its loop, with no lock held.
-    pub(super) fn do_jobs(&self, cpu: &PerCpu) {
-        if !self.jobs.load(Ordering::Relaxed) || !self.does_jobs(cpu) {
-            return;
+    /// Makes and removes VMs, if there are any to be and that is this pCPU's business; whether there were. In its
+    /// loop, with no lock held.
+    #[inline]
+    pub(super) fn do_jobs(&self, cpu: &PerCpu) -> bool {
+        let any = self.has_job_for(cpu);
+        if any {
+            self.do_all_jobs();
         }
+        any
+    }
+
+    #[inline(never)]
+    fn do_all_jobs(&self) {
         self.jobs.store(false, Ordering::Relaxed);
         self.begin_long_work();
         while let Some(job) = self.next_job() {
@@ -270,17 +281,22 @@ impl<B: Backend> World<B> {
         }
     }
 
-    /// Looks whose wait, or time to shut down, is over at this host TSC, which is now. The first processor's business.
+    /// Looks whose wait, or time to shut down, is over at this host TSC, which is now; whether there was anything to do.
+    /// The first processor's business.
     #[inline]
-    pub(super) fn look_at_clock(&self, now: u64) {
-        if now >= self.next_due.load(Ordering::Relaxed) {
+    pub(super) fn look_at_clock(&self, now: u64) -> bool {
+        let due = now >= self.next_due.load(Ordering::Relaxed);
+        if due {
             self.is_due(now);
         }
+        due
     }
 
     /// Somebody's wait, or time to shut down, is over, or a watchdog was not fed.
     #[inline(never)]
     fn is_due(&self, now: u64) {
+        // Before the look: what comes up from here on makes it earlier again.
+        self.next_due.store(u64::MAX, Ordering::Relaxed);
         let mut next = u64::MAX;
         let mut any_job = false;
         let mut forced = Vec::new();
@@ -528,21 +544,14 @@ impl<B: Backend> World<B> {
     }
 
     fn place(&self, id: EntityId, entity: Entity<B>) {
-        let mut entities = self.entities.lock();
-        let index = id.0 as usize;
-        if entities.len() <= index {
-            entities.resize_with(index + 1, || None);
-        }
-        entities[index] = Some(Arc::new(entity));
+        self.entities.put(id, Some(Arc::new(entity)));
     }
 
     /// Forgets an entity that does not run.
     fn bury(&self, id: EntityId) {
         let removed = self.sched.remove(id, time::now_tsc());
         debug_assert!(removed, "a running vCPU cannot be buried");
-        if let Some(entity) = self.entities.lock().get_mut(id.0 as usize) {
-            *entity = None;
-        }
+        self.entities.put(id, None);
     }
 
     /// Takes a VM down that does not run: nothing is left of it.
@@ -663,8 +672,9 @@ impl<B: Backend> World<B> {
 
     fn log_exits(&self, name: &str, entities: &[EntityId]) {
         for id in entities {
-            let entity = self.entities.lock().get(id.0 as usize).cloned().flatten();
-            let Some(entity) = entity else { continue };
+            let Some(entity) = self.entities.get(*id) else {
+                continue;
+            };
             let vcpu = entity.vcpu.lock();
             let mut line = format!("{name}: vCPU {} exits:", vcpu.id().0);
             for (kind, count) in Exit::NAMES
@@ -684,10 +694,7 @@ impl<B: Backend> World<B> {
 
     /// What `cargo xtask bench` reads of a VM that has come to rest (docs/MEASURING.md).
     fn say_figures(&self, name: &str, number: VmNumber, live: &Live<B>) {
-        let boot = live.entities.first().and_then(|id| {
-            let entities = self.entities.lock();
-            entities.get(id.0 as usize).cloned().flatten()
-        });
+        let boot = live.entities.first().and_then(|&id| self.entities.get(id));
         let Some(boot) = boot else { return };
         let first_run = boot.first_run.load(Ordering::Relaxed);
         let since = |start: u64| first_run.wrapping_sub(start);

@@ -100,15 +100,4 @@ impl<B: Backend> World<B> {
         this.set(Doing::Loop);
         result
     }
-
-    /// One round of this pCPU's loop, without jobs and without sleep.
-    pub(super) fn one_round(&'static self, cpu: &'static PerCpu) {
-        self.other_work(cpu);
-        let pick = self.sched.pick(cpu.number, time::now_tsc());
-        self.kick(pick.kick);
-        if let Some(run) = pick.run {
-            self.run_vcpu(cpu, run);
-        }
-        self.begin_long_work();
-    }
 }

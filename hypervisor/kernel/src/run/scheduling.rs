@@ -125,7 +125,7 @@ impl<B: Backend> World<B> {
             Some(State::Retired) | None => "off",
         };
         let metrics = self.sched.metrics(id, now).unwrap_or_default();
-        let entity = self.entities.lock().get(id.0 as usize).cloned().flatten();
+        let entity = self.entities.get(id);
         // One that runs has its lock taken; nobody waits for that here.
         let counters = entity.map(|entity| match entity.vcpu.try_lock() {
             Some(vcpu) => *vcpu.counters(),

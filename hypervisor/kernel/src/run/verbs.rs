@@ -56,9 +56,8 @@ impl Default for Published {
 }
 
 impl Published {
-    /// Publishes them, from time to time.
-    pub(super) fn publish(&self, counters: &ExitCounters) {
-        let now = time::now_tsc();
+    /// Publishes them, from time to time; the host TSC is `now`.
+    pub(super) fn publish(&self, counters: &ExitCounters, now: u64) {
         if now >= self.due.load(Ordering::Relaxed) {
             let next = now + time::us_to_ticks(PUBLISH_EVERY_US);
             self.due.store(next, Ordering::Relaxed);

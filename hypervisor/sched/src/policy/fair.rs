@@ -171,6 +171,11 @@ impl Policy for Fair {
     }
 
     fn take(&mut self, _now: u64) -> Option<EntityId> {
+        if self.eligible.is_empty()
+            && let Some(only) = self.ahead.pop_only()
+        {
+            return Some(only);
+        }
         if self.ahead.peek().is_some() {
             let now = self.now();
             while let Some(((time, _), id)) = self.ahead.peek()

@@ -186,6 +186,10 @@ impl Ordered {
         self.heap.push(id, (Moment(key), 0));
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.heap.peek().is_none()
+    }
+
     pub(crate) fn peek(&self) -> Option<(Moment, EntityId)> {
         self.heap.peek().map(|((key, _), id)| (key, id))
     }

@@ -80,18 +80,20 @@ impl Rest {
     }
 
     /// One is attached: for the sums.
+    #[inline(always)]
     pub(super) fn join_crowd(&mut self, entity: &Entity, now: u64) {
         if let Some(crowd) = &mut self.crowd {
-            let share = self.policy.share(entity);
-            crowd.join(share, had(&*self.policy, entity), now);
+            let (share, had) = in_crowd(&*self.policy, entity);
+            crowd.join(share, had, now);
         }
     }
 
     /// One is no longer attached: for the sums.
+    #[inline(always)]
     pub(super) fn leave_crowd(&mut self, entity: &Entity, now: u64) {
         if let Some(crowd) = &mut self.crowd {
-            let share = self.policy.share(entity);
-            crowd.leave(share, had(&*self.policy, entity), now);
+            let (share, had) = in_crowd(&*self.policy, entity);
+            crowd.leave(share, had, now);
         }
     }
 
@@ -305,6 +307,7 @@ impl Rest {
     }
 
     /// The one that ran changes to a state in which it is not attached.
+    #[inline(always)]
     fn detach(&mut self, entity: &mut Entity, state: State, now: u64) {
         entity.state = state;
         self.policy.leave(entity);
@@ -319,6 +322,12 @@ pub(crate) enum Neighbours {
     None,
     /// Entities may come from them, or go to them.
     Some,
+}
+
+/// What an entity is due beside the others of its pool, and has had of late.
+#[inline(never)]
+fn in_crowd(policy: &dyn Policy, entity: &Entity) -> (u64, Recent) {
+    (policy.share(entity), had(policy, entity))
 }
 
 /// What an entity has had of late, as far as that matters to the policy.

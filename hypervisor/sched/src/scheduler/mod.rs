@@ -579,6 +579,7 @@ impl Scheduler {
     }
 
     /// The entity that runs on `pcpu` leaves it. Whom to interrupt, if anyone. Nothing happens if none runs.
+    #[inline(always)]
     pub fn stop(&self, pcpu: usize, turn: impl Into<Turn>, now: u64) -> Option<usize> {
         let mut locked = self.lock(pcpu)?;
         let left = locked.queue.stop(turn.into(), now)?;
@@ -602,7 +603,7 @@ impl Scheduler {
     }
 
     /// One has stopped on `pcpu`, and may belong elsewhere. Whom to interrupt, if anyone.
-    #[inline]
+    #[inline(always)]
     fn move_if_due(&self, pcpu: usize, locked: Locked<'_>, left: Left, now: u64) -> Option<usize> {
         match left {
             Left::Stays => None,

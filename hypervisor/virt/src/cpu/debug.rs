@@ -8,6 +8,9 @@ use core::arch::asm;
 ///
 /// The hypervisor itself sets no breakpoints, and both vendors clear DR7 on an exit, so a
 /// guest's addresses may stay in the registers while the host runs.
+///
+/// Writing them serializes, and few guests use them. So while no vCPU is loaded they hold what they hold after reset
+/// ([`GuestDebug::prepare`], [`GuestDebug::save`]), and `load` writes only what differs from that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestDebug {
     /// DR0 to DR3.
@@ -28,8 +31,26 @@ impl GuestDebug {
         }
     }
 
-    /// Puts the values into the registers.
+    /// Brings the registers of the calling pCPU into the state after reset, before a vCPU is loaded on it.
+    pub fn prepare() {
+        Self::new().write();
+    }
+
+    fn is_as_after_reset(&self) -> bool {
+        let [dr0, dr1, dr2, dr3] = self.dr;
+        dr0 | dr1 | dr2 | dr3 | (self.dr6 ^ Self::DR6_RESET) == 0
+    }
+
+    /// Puts the values into the registers, which are as after reset.
     pub fn load(&self) {
+        if !self.is_as_after_reset() {
+            self.write();
+        }
+    }
+
+    /// Writes the registers.
+    #[inline(never)]
+    pub fn write(&self) {
         let [dr0, dr1, dr2, dr3] = self.dr;
         // SAFETY: breakpoints are off while the host runs (DR7), so any address is harmless.
         // DR0-DR3 take any value; the upper half of DR6 is cleared as MOV to DR6 demands.
@@ -43,7 +64,8 @@ impl GuestDebug {
     }
 
     /// Reads the registers.
-    pub fn save() -> Self {
+    #[inline(always)]
+    pub fn read() -> Self {
         let (dr0, dr1, dr2, dr3): (u64, u64, u64, u64);
         // SAFETY: reading debug registers at privilege level 0 has no side effect; DR7.GD is
         // clear while the host runs.
@@ -56,6 +78,15 @@ impl GuestDebug {
         GuestDebug {
             dr: [dr0, dr1, dr2, dr3],
             dr6: Self::read_dr6(),
+        }
+    }
+
+    /// Takes the values out of the registers, and leaves those as after reset.
+    #[inline(always)]
+    pub fn save(&mut self) {
+        *self = Self::read();
+        if !self.is_as_after_reset() {
+            Self::new().write();
         }
     }
 

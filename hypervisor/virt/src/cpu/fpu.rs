@@ -205,15 +205,18 @@ impl GuestFpu {
         let area = self.area.as_ptr();
         if self.features.xsave {
             // All components, also those off in the guest's XCR0 now: it may turn them on again. XCR0 may be the guest's
-            // already, if its vCPU was set up just now; what XRSTOR then left alone would be another guest's.
-            self.features.write_xcr0(self.features.mask);
+            // already, if its vCPU was set up just now; what XRSTOR then left alone would be another guest's. Most often
+            // `save` has left it so: XSETBV serializes, to look does not.
+            if self.features.read_xcr0() != self.features.mask {
+                // SAFETY: `prepare` ran, and has written this value.
+                unsafe { FpuFeatures::put_xcr0(self.features.mask) };
+            }
             // SAFETY: the area is 64-byte aligned, as long as the components of `mask` need,
             // and holds what `save` or `new` wrote, so nothing in it is reserved.
             unsafe {
                 asm!("xrstor64 [{}]", in(reg) area, in("eax") self.features.mask as u32,
                      in("edx") (self.features.mask >> 32) as u32, options(readonly, nostack, preserves_flags));
             }
-            // XSETBV serializes.
             if self.xcr0 != self.features.mask {
                 // SAFETY: `prepare` ran; `set_xcr0` has checked the value, or it was read from the register.
                 unsafe { FpuFeatures::put_xcr0(self.xcr0) };

@@ -28,7 +28,7 @@ use mem::{HostMemory, Hpa, Owner, PAGE_SIZE};
 
 use self::features::{Capabilities, Leaves, SvmFeatures, VM_CR, VmCr};
 use self::permissions::{IOPM_BYTES, MSRPM_BYTES};
-use crate::cpu::{FpuFeatures, msr, rdmsr, wrmsr};
+use crate::cpu::{FpuFeatures, GuestDebug, msr, rdmsr, wrmsr};
 use crate::preflight::Preflight;
 use crate::{Backend, TscScaling, VcpuSetup, VirtError};
 
@@ -171,6 +171,7 @@ impl Backend for Svm {
         }
         // SAFETY: the kernel is compiled without SSE and relies on no fault of FPU instructions.
         unsafe { shared.fpu.prepare() };
+        GuestDebug::prepare();
         shared.pcpus[cpu]
             .host_vmcb
             .store(host_vmcb.0, Ordering::Relaxed);

@@ -28,7 +28,7 @@ use mem::nested::Ept;
 use mem::{HostMemory, Hpa, Owner, PAGE_SIZE};
 use x86_64::registers::control::{Cr0, Cr4, Cr4Flags};
 
-use crate::cpu::{FpuFeatures, msr, rdmsr, wrmsr};
+use crate::cpu::{FpuFeatures, GuestDebug, msr, rdmsr, wrmsr};
 use crate::preflight::{Feature, Need, Preflight, Status};
 use crate::{Backend, TscScaling, VcpuSetup, VirtError};
 
@@ -190,6 +190,7 @@ impl Backend for Vtx {
         unsafe { shared.mitigations.enable() };
         // SAFETY: the hypervisor itself never relies on FPU faults.
         unsafe { shared.fpu.prepare() };
+        GuestDebug::prepare();
         // Firmware or an earlier hypervisor may have left translations under our tags.
         let caps = shared.capabilities.ept_vpid;
         if caps.contains(EptVpid::INVEPT_ALL) {

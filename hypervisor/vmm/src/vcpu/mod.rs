@@ -133,6 +133,8 @@ struct Rest {
     device_bytes: u64,
     /// Accesses of emulated instructions to devices.
     device_accesses: u64,
+    /// What [`Vcpu::take_io_bytes`] has told of, in bytes.
+    io_told: u64,
 }
 
 /// What an emulated instruction reached, beyond devices that speak up by themselves.
@@ -191,6 +193,7 @@ impl<V: VirtualCpu> Vcpu<V> {
             pause_seen: 0,
             device_bytes: 0,
             device_accesses: 0,
+            io_told: 0,
         };
         Some(Vcpu {
             hw,
@@ -216,12 +219,14 @@ impl<V: VirtualCpu> Vcpu<V> {
         &self.counters
     }
 
-    /// What it has asked devices for so far, in bytes: what their work moved and cost ([`Budget`](devices::work::Budget)), and
-    /// [`ACCESS_BYTES`] for each access by a port or a register in memory. Its own local APIC is no device.
-    pub fn io_bytes(&self) -> u64 {
+    /// What it has asked devices for since this was last called, in bytes: what their work moved and cost
+    /// ([`Budget`](devices::work::Budget)), and [`ACCESS_BYTES`] for each access by a port or a register in memory. Its own local
+    /// APIC is no device.
+    pub fn take_io_bytes(&mut self) -> u64 {
         // Exits are counted anyway; the emulator counts beside that what a string instruction does in one.
         let accesses = self.counters[Exit::PORT_IO] + self.rest.device_accesses;
-        self.rest.device_bytes + accesses * ACCESS_BYTES
+        let all = self.rest.device_bytes + accesses * ACCESS_BYTES;
+        all - core::mem::replace(&mut self.rest.io_told, all)
     }
 
     /// Loads the vCPU on pCPU `pcpu`; before `run`.

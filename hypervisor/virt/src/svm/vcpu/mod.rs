@@ -498,7 +498,7 @@ impl VirtualCpu for SvmVcpu {
         self.loaded = false;
         // SAFETY: `load` put this state into the registers of this pCPU, and the host uses none.
         unsafe { self.fpu.save() };
-        self.debug = GuestDebug::save();
+        self.debug.save();
         if !self.shared.capabilities.virtual_spec_ctrl() {
             self.spec_ctrl.unload();
         }

@@ -160,7 +160,7 @@ impl Registers for SvmVcpu {
 
     fn breakpoints(&self) -> [u64; 4] {
         if self.loaded {
-            GuestDebug::save().dr
+            GuestDebug::read().dr
         } else {
             self.debug.dr
         }
@@ -168,11 +168,11 @@ impl Registers for SvmVcpu {
 
     fn set_breakpoints(&mut self, addresses: [u64; 4]) {
         if self.loaded {
-            self.debug = GuestDebug::save();
+            self.debug = GuestDebug::read();
         }
         self.debug.dr = addresses;
         if self.loaded {
-            self.debug.load();
+            self.debug.write();
         }
     }
 
@@ -306,7 +306,7 @@ impl Registers for SvmVcpu {
         self.update_cpl();
         self.debug.dr = state.dr;
         if self.loaded {
-            self.debug.load();
+            self.debug.write();
         }
         self.fpu.set_xcr0(state.xcr0, self.loaded);
         self.flush_guest_tlb();

@@ -457,12 +457,13 @@ impl VirtualCpu for VtxVcpu {
             self.initialized = true;
             self.initialize();
         }
-        self.write_host_state();
         self.due
             .set(Due::BUFFERS, self.shared.mitigations.clear_buffers);
         self.due.set(Due::L1D, self.shared.mitigations.flush_l1d);
         if self.last_cpu != Some(cpu) {
             self.last_cpu = Some(cpu);
+            // The VMCS keeps it, and it does not change while this pCPU runs guests.
+            self.write_host_state();
             self.due |= Due::FLUSH;
             // SAFETY: `Backend::enable` ran on this pCPU.
             unsafe { self.shared.flush_ept(self.setup.nested_root) };
@@ -485,7 +486,7 @@ impl VirtualCpu for VtxVcpu {
         }
         // SAFETY: loaded on this pCPU.
         unsafe { self.fpu.save() };
-        self.debug = GuestDebug::save();
+        self.debug.save();
         self.spec_ctrl.unload();
         for (i, number) in self.switched_msrs() {
             // SAFETY: the processor has the register.

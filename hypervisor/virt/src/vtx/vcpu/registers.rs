@@ -142,7 +142,7 @@ impl Registers for VtxVcpu {
 
     fn breakpoints(&self) -> [u64; 4] {
         if self.is_loaded() {
-            GuestDebug::save().dr
+            GuestDebug::read().dr
         } else {
             self.debug.dr
         }
@@ -150,11 +150,11 @@ impl Registers for VtxVcpu {
 
     fn set_breakpoints(&mut self, addresses: [u64; 4]) {
         if self.is_loaded() {
-            self.debug = GuestDebug::save();
+            self.debug = GuestDebug::read();
         }
         self.debug.dr = addresses;
         if self.is_loaded() {
-            self.debug.load();
+            self.debug.write();
         }
     }
 
@@ -244,7 +244,7 @@ impl Registers for VtxVcpu {
         state.gdtr = self.gdtr();
         state.idtr = self.idtr();
         let debug = if self.is_loaded() {
-            GuestDebug::save()
+            GuestDebug::read()
         } else {
             self.debug
         };
@@ -278,7 +278,7 @@ impl Registers for VtxVcpu {
             dr6: state.dr6,
         };
         if self.is_loaded() {
-            self.debug.load();
+            self.debug.write();
         }
         self.set_xcr0(state.xcr0);
         self.write(Field::GuestActivity, 0);
