@@ -133,17 +133,22 @@ pub fn init_timer() {
 /// Arms the calling processor's timer for `tsc`: soon after, `timer_due` is set. It may come early: when the moment is
 /// further away than the timer can count, and when it was armed for an earlier one. That is left as it is, since
 /// to write to the timer costs much, and most who put others in their place do so before their time is over.
+#[inline]
 pub fn arm_timer(tsc: u64) {
-    /// In TSC ticks, minutes: no timer counts further, and a product of it stays small.
-    const FURTHEST: u64 = 1 << 40;
     let armed = &percpu::current().timer_armed;
     let tsc = tsc.max(1);
     // Nobody else writes to it, but for this processor's interrupt, and interrupts are off.
     let before = armed.load(Ordering::Relaxed);
-    if before != 0 && before <= tsc {
-        return;
+    if before == 0 || before > tsc {
+        armed.store(tsc, Ordering::Relaxed);
+        write_timer(tsc);
     }
-    armed.store(tsc, Ordering::Relaxed);
+}
+
+/// Has the calling processor's timer interrupt at this TSC.
+fn write_timer(tsc: u64) {
+    /// In TSC ticks, minutes: no timer counts further, and a product of it stays small.
+    const FURTHEST: u64 = 1 << 40;
     match TIMER_RATIO.load(Ordering::Relaxed) {
         // SAFETY: a ratio of 0 means that the processors have deadline mode, and `init_timer` chose it.
         0 => unsafe { apic().set_deadline(tsc) },

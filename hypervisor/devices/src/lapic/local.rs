@@ -81,9 +81,20 @@ impl VectorSet {
         half(self.0[usize::from((number / 2) & 3)], number)
     }
 
+    #[inline(always)]
     fn highest(&self) -> Option<u8> {
-        let word = self.0.iter().rposition(|&w| w != 0)?;
-        Some((word * 64) as u8 + (63 - self.0[word].leading_zeros()) as u8)
+        // At each look for interrupts, and most often there is none.
+        let [a, b, c, d] = self.0;
+        if a | b | c | d == 0 {
+            return None;
+        }
+        let (first, word) = match (d, c, b) {
+            (1.., _, _) => (192, d),
+            (0, 1.., _) => (128, c),
+            (0, 0, 1..) => (64, b),
+            (0, 0, 0) => (0, a),
+        };
+        Some(first + word.checked_ilog2()? as u8)
     }
 }
 

@@ -11,6 +11,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use manage::trace::{INJECTED_NMI, Kind, OWN_TIMER, Why};
 use sched::{Dispatch, EntityId, Stop, Turn};
+use spin::Mutex;
 use virt::Backend;
 use vmm::{
     host::{Attention, Host, Traced},
@@ -33,13 +34,14 @@ pub(super) struct Entity<B: Backend> {
     pub(super) exits: Published,
 }
 
-/// The vCPUs of all VMs, by handle. Each has a lock of its own, so that pCPUs that look theirs up do not wait for each other.
-pub(super) struct Entities<B: Backend>(Box<[Lock<Option<Arc<Entity<B>>>>]>);
+/// The vCPUs of all VMs, by handle. Each has a lock of its own, so that pCPUs that look theirs up do not wait for each other;
+/// no interrupt handler takes one.
+pub(super) struct Entities<B: Backend>(Box<[Mutex<Option<Arc<Entity<B>>>>]>);
 
 impl<B: Backend> Entities<B> {
     /// Room for so many.
     pub(super) fn new(capacity: usize) -> Self {
-        Entities((0..capacity).map(|_| Lock::new(None)).collect())
+        Entities((0..capacity).map(|_| Mutex::new(None)).collect())
     }
 
     /// The vCPU of this handle, if there is one.

@@ -448,6 +448,7 @@ impl Drop for SvmVcpu {
 impl VirtualCpu for SvmVcpu {
     const LOADS_PDPTES: bool = false;
 
+    #[inline(always)]
     fn load(&mut self, cpu: usize) {
         assert!(!self.loaded, "vCPU loaded twice");
         let host_vmcb = self.shared.pcpus[cpu].host_vmcb.load(Ordering::Relaxed);
@@ -493,6 +494,7 @@ impl VirtualCpu for SvmVcpu {
         unsafe { self.fpu.load() };
     }
 
+    #[inline(always)]
     fn unload(&mut self) {
         assert!(self.loaded, "vCPU not loaded");
         self.loaded = false;
