@@ -295,8 +295,6 @@ impl<B: Backend> World<B> {
     /// Somebody's wait, or time to shut down, is over, or a watchdog was not fed.
     #[inline(never)]
     fn is_due(&self, now: u64) {
-        // Before the look: what comes up from here on makes it earlier again.
-        self.next_due.store(u64::MAX, Ordering::Relaxed);
         let mut next = u64::MAX;
         let mut any_job = false;
         let mut forced = Vec::new();
