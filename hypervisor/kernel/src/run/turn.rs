@@ -36,7 +36,10 @@ pub(super) struct Entity<B: Backend> {
 
 /// The vCPUs of all VMs, by handle. Each has a lock of its own, so that pCPUs that look theirs up do not wait for each other;
 /// no interrupt handler takes one.
-pub(super) struct Entities<B: Backend>(Box<[Mutex<Option<Arc<Entity<B>>>>]>);
+pub(super) struct Entities<B: Backend>(Box<[Place<B>]>);
+
+/// Where the vCPU of a handle is, if there is one.
+type Place<B> = Mutex<Option<Arc<Entity<B>>>>;
 
 impl<B: Backend> Entities<B> {
     /// Room for so many.
