@@ -114,8 +114,8 @@ pub struct Args {
     host_cpus: Option<u32>,
     /// Give the machine a second serial port, Plinth's control channel, as this socket
     /// [default: target/plinth-control.sock, but none with --headless].
-    #[arg(long, value_name = "SOCKET", num_args = 0..=1, default_missing_value = "")]
-    control: Option<PathBuf>,
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<Option<PathBuf>>,
     /// Take no keys, only print what comes out.
     #[arg(long)]
     headless: bool,
@@ -528,8 +528,8 @@ fn describe(args: &Args, folder: &ImageFolder) -> anyhow::Result<Machine> {
 /// The socket of the control channel, if there is to be one.
 fn control_socket(args: &Args) -> anyhow::Result<Option<PathBuf>> {
     let path = match &args.control {
-        Some(path) if !path.as_os_str().is_empty() => path.clone(),
-        Some(_) => ctl::default_socket(),
+        Some(Some(path)) => path.clone(),
+        Some(None) => ctl::default_socket(),
         None if args.headless => return Ok(None),
         None => ctl::default_socket(),
     };
@@ -678,6 +678,24 @@ mod tests {
         assert_eq!(keys.pass(b"ls x\r"), (&b"ls x\r"[..], false));
         assert_eq!(keys.pass(b"\x1d"), (&b"\x1d"[..], false));
         assert_eq!(keys.pass(b"xyz"), (&b""[..], true));
+    }
+
+    #[test]
+    fn the_control_channels_socket_may_be_left_out() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: Args,
+        }
+        let control = |words: &[&str]| {
+            let words = ["run"].iter().chain(words);
+            <Line as clap::Parser>::try_parse_from(words).map(|line| line.args.control)
+        };
+        assert_eq!(control(&["--headless"]).unwrap(), None);
+        let left_out = control(&["--control", "--headless"]);
+        assert_eq!(left_out.unwrap(), Some(None));
+        let named = control(&["--control", "a.sock"]);
+        assert_eq!(named.unwrap(), Some(Some("a.sock".into())));
     }
 
     #[test]
