@@ -51,9 +51,7 @@ pub fn has_room_for(bytes: u64) -> bool {
     let wanted = bytes + SPARE_BYTES;
     let missing = wanted.saturating_sub(state.heap.free() as u64);
     if missing > 0 {
-        let grown = state.map_more(missing);
-        // SAFETY: the bytes were just mapped right behind the heap's end, for the heap, for ever.
-        unsafe { state.heap.extend(grown as usize) };
+        state.grow(missing);
     }
     state.heap.free() as u64 >= wanted
 }
@@ -72,15 +70,20 @@ impl State {
         self.end - start
     }
 
+    /// Makes the heap larger by up to `bytes`, in whole 2 MiB pages.
+    fn grow(&mut self, bytes: u64) {
+        let grown = self.map_more(bytes);
+        // SAFETY: the bytes were just mapped right behind the heap's end, for the heap, for ever.
+        unsafe { self.heap.extend(grown as usize) };
+    }
+
     fn allocate(&mut self, layout: Layout) -> Option<NonNull<u8>> {
         if let Ok(block) = self.heap.allocate_first_fit(layout) {
             return Some(block);
         }
         // Room for the block at any alignment, and for the allocator's own bookkeeping.
         let bytes = layout.size().checked_add(layout.align())?.checked_add(64)?;
-        let grown = self.map_more(bytes as u64);
-        // SAFETY: the bytes were just mapped right behind the heap's end, for the heap, for ever.
-        unsafe { self.heap.extend(grown as usize) };
+        self.grow(bytes as u64);
         self.heap.allocate_first_fit(layout).ok()
     }
 }

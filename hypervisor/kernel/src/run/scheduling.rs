@@ -112,8 +112,14 @@ impl<B: Backend> World<B> {
         })
     }
 
-    /// Figures of a vCPU.
-    pub(super) fn vcpu(&self, slot: &Slot<B>, number: u16, id: EntityId) -> VcpuStats {
+    /// Figures of a vCPU, with its histogram or without.
+    pub(super) fn vcpu(
+        &self,
+        slot: &Slot<B>,
+        number: u16,
+        id: EntityId,
+        shows: Shows,
+    ) -> VcpuStats {
         let now = time::now_tsc();
         let state = self.sched.state(id);
         let words = match state {
@@ -144,7 +150,7 @@ impl<B: Backend> World<B> {
             switches,
             io_bytes,
             latency_ns,
-        } = figures(&metrics);
+        } = figures(&metrics, shows);
         VcpuStats {
             vcpu: number,
             pcpu: self.sched.home_of(id).unwrap_or_default() as u32,
@@ -195,9 +201,6 @@ impl<B: Backend> World<B> {
                     sum.add(&metrics);
                 }
                 all.add(&sum);
-                let mut vcpu = self.vcpus(slot);
-                // So that the answer for many VMs stays short.
-                vcpu.iter_mut().for_each(|vcpu| vcpu.latency_ns.clear());
                 let sched = slot.plan.sched.lock();
                 let weight = match sched.reservation {
                     None => sched.weight,
@@ -207,8 +210,9 @@ impl<B: Backend> World<B> {
                 VmStats {
                     summary: self.summary(slot),
                     weight,
-                    total: figures(&sum),
-                    vcpu,
+                    total: figures(&sum, Shows::Histogram),
+                    // So that the answer for many VMs stays short.
+                    vcpu: self.vcpus(slot, Shows::Figures),
                 }
             })
             .collect();
@@ -218,7 +222,7 @@ impl<B: Backend> World<B> {
             at_ns,
             pcpus: (0..percpu::count()).map(pcpu).collect(),
             fairness_permille,
-            total: figures(&all),
+            total: figures(&all, Shows::Histogram),
             vms,
         }
     }
@@ -433,8 +437,17 @@ fn out_of_range<T: core::fmt::Display>(
     format!("{what}: {value} is out of range; allowed: {least} to {most}")
 }
 
+/// What is shown of somebody's latencies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Shows {
+    /// Averages and percentiles only.
+    Figures,
+    /// The histogram, too.
+    Histogram,
+}
+
 /// Of one vCPU, or of several together.
-fn figures(metrics: &Metrics) -> Figures {
+fn figures(metrics: &Metrics, shows: Shows) -> Figures {
     Figures {
         run_ns: time::ticks_to_ns(metrics.run),
         wait_ns: time::ticks_to_ns(metrics.steal()),
@@ -449,7 +462,7 @@ fn figures(metrics: &Metrics) -> Figures {
         // The classes of the histogram that have some, each by its longest time.
         latency_ns: (1..)
             .zip(metrics.latency)
-            .filter(|(_, count)| *count > 0)
+            .filter(|(_, count)| shows == Shows::Histogram && *count > 0)
             .map(|(bits, count)| (time::ticks_to_ns(1 << bits).max(1), u64::from(count)))
             .collect(),
     }

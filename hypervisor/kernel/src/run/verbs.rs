@@ -28,7 +28,7 @@ use vmm::{vcpu::ExitCounters, vm::EndReason};
 use super::{
     World,
     life::NO_HEAP,
-    scheduling::parameters,
+    scheduling::{Shows, parameters},
     slots::{Plan, Slot, Slots},
 };
 use crate::{cpu, log, memory, percpu, sync::Lock, time, trace};
@@ -234,17 +234,27 @@ impl<B: Backend> World<B> {
             vcpus: config.vcpus,
             memory_bytes: config.memory,
             uptime_ns,
-            run_ns: self.vcpus(slot).iter().map(|vcpu| vcpu.run_ns).sum(),
+            run_ns: self.run_ns(slot),
             starts: slot.life.starts(),
             last_end: slot.last_end.clone(),
         }
     }
 
-    pub(super) fn vcpus(&self, slot: &Slot<B>) -> Vec<VcpuStats> {
+    /// What a VM's vCPUs have run, together.
+    fn run_ns(&self, slot: &Slot<B>) -> u64 {
+        let now = time::now_tsc();
+        let entities = slot.live.iter().flat_map(|live| &live.entities);
+        entities
+            .filter_map(|&id| self.sched.metrics(id, now))
+            .map(|metrics| time::ticks_to_ns(metrics.run))
+            .sum()
+    }
+
+    pub(super) fn vcpus(&self, slot: &Slot<B>, shows: Shows) -> Vec<VcpuStats> {
         let entities = slot.live.iter().flat_map(|live| &live.entities);
         (0..)
             .zip(entities)
-            .map(|(number, &entity)| self.vcpu(slot, number, entity))
+            .map(|(number, &entity)| self.vcpu(slot, number, entity, shows))
             .collect()
     }
 
@@ -274,7 +284,7 @@ impl<B: Backend> World<B> {
             }),
             disks: config.disks.iter().map(disk).collect(),
             sched: parameters(&slot.plan.sched.lock()),
-            vcpu: self.vcpus(slot),
+            vcpu: self.vcpus(slot, Shows::Histogram),
         }
     }
 

@@ -85,13 +85,6 @@ pub struct Pick {
     pub kick: Option<usize>,
 }
 
-/// An entity was put into a queue.
-#[derive(Clone, Copy, Debug)]
-struct Placed {
-    /// The pCPU to interrupt, if any.
-    kick: Option<usize>,
-}
-
 /// One pCPU. Each in a cache line of its own.
 #[derive(Debug)]
 #[repr(align(64))]
@@ -286,11 +279,11 @@ impl Scheduler {
         Ok(allowed)
     }
 
-    /// Puts an entity that lies in no queue where it may be, best where there is the most room.
+    /// Puts an entity that lies in no queue where it may be, best where there is the most room. The pCPU to interrupt, if any.
     ///
     /// # Errors
     /// All those pCPUs are offline; the entity comes back.
-    fn place(&self, entity: Box<Entity>, now: u64) -> Result<Placed, Box<Entity>> {
+    fn place(&self, entity: Box<Entity>, now: u64) -> Result<Option<usize>, Box<Entity>> {
         let crowd = |pcpu: &usize| {
             let queue = self.pcpus[*pcpu].queue.lock();
             (
@@ -308,13 +301,12 @@ impl Scheduler {
         let before = locked.queue.run_until();
         self.put_in(pcpu, &mut locked, entity, now);
         let state = locked.queue.get(id).map_or(State::Retired, |e| e.state);
-        let kick = match state {
+        Ok(match state {
             State::Waiting => self.look(pcpu, locked, id, before),
             // The pCPU may idle, and not know of it.
             State::Blocked { until: Some(_) } | State::Throttled { .. } => Some(pcpu),
             _ => None,
-        };
-        Ok(Placed { kick })
+        })
     }
 
     /// None of the pCPUs that these parameters allow is online.
@@ -412,7 +404,7 @@ impl Scheduler {
         drop(locked);
         entity.set_params(params, allowed, self.slice_of(&params), now);
         match self.place(entity, now) {
-            Ok(place) => of(place.kick),
+            Ok(kick) => of(kick),
             Err(entity) => {
                 self.put_back(pcpu, entity, now);
                 CpuSet::EMPTY
@@ -641,7 +633,7 @@ impl Scheduler {
         let entity = self.take_out(&mut locked, id, now)?;
         drop(locked);
         match self.place(entity, now) {
-            Ok(place) => place.kick,
+            Ok(kick) => kick,
             Err(entity) => {
                 self.put_back(pcpu, entity, now);
                 None
