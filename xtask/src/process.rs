@@ -20,6 +20,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::signal::{Signal, kill, killpg},
     unistd::Pid,
 };
@@ -168,10 +169,40 @@ pub fn status_of(command: &mut Command) -> anyhow::Result<ExitStatus> {
     Ok(child.wait()?)
 }
 
+/// The workstation's processors that each have a child to themselves, once for each of these.
+static TAKEN: Mutex<Vec<usize>> = Mutex::new(Vec::new());
+
+/// One of the workstation's processors, for all threads of a child. Another child gets another one while
+/// there are enough.
+struct Processor(usize);
+
+impl Processor {
+    /// One of those that `allowed` has; `None`: it has none.
+    fn take(allowed: &CpuSet) -> Option<Self> {
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        let children = |cpu| taken.iter().filter(|other| **other == cpu).count();
+        let cpu = (0..CpuSet::count())
+            .filter(|&cpu| allowed.is_set(cpu).unwrap_or(false))
+            .min_by_key(|&cpu| children(cpu))?;
+        taken.push(cpu);
+        Some(Processor(cpu))
+    }
+}
+
+impl Drop for Processor {
+    fn drop(&mut self) {
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = taken.iter().position(|cpu| *cpu == self.0) {
+            taken.swap_remove(index);
+        }
+    }
+}
+
 /// A child in a process group of its own, all of it ended when dropped.
 pub struct Guarded {
     child: Child,
     _listed: Listed,
+    _processor: Option<Processor>,
 }
 
 impl Guarded {
@@ -179,7 +210,11 @@ impl Guarded {
     ///
     /// # Errors
     /// It could not be started.
-    pub fn spawn(mut command: Command) -> anyhow::Result<Self> {
+    pub fn spawn(command: Command) -> anyhow::Result<Self> {
+        Self::start(command, None)
+    }
+
+    fn start(mut command: Command, processor: Option<Processor>) -> anyhow::Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         let child = command
             .process_group(0)
@@ -189,7 +224,25 @@ impl Guarded {
         Ok(Guarded {
             child,
             _listed: Listed::new(group),
+            _processor: processor,
         })
+    }
+
+    /// As [`Guarded::spawn`], and all threads of the child share one of the workstation's processors.
+    ///
+    /// # Errors
+    /// It could not be started, or the system does not let us choose processors.
+    pub fn spawn_on_one_processor(command: Command) -> anyhow::Result<Self> {
+        let this_thread = Pid::from_raw(0);
+        let allowed = sched_getaffinity(this_thread).context("which processors are ours")?;
+        let processor = Processor::take(&allowed).context("no processor is ours")?;
+        let mut one = CpuSet::new();
+        one.set(processor.0)?;
+        // A child has the processors of the thread that starts it.
+        sched_setaffinity(this_thread, &one).context("choosing a processor")?;
+        let child = Self::start(command, Some(processor));
+        sched_setaffinity(this_thread, &allowed).context("having all processors again")?;
+        child
     }
 
     /// The child, to take its pipes.
@@ -303,6 +356,32 @@ mod tests {
             assert!(Instant::now() < deadline, "grandchild still runs");
             thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    #[test]
+    fn children_on_one_processor_each_have_their_own() {
+        let before = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        let ours = |set: &CpuSet| {
+            (0..CpuSet::count())
+                .filter(|&cpu| set.is_set(cpu).unwrap())
+                .count()
+        };
+        let children: Vec<_> = (0..2)
+            .map(|_| {
+                let mut command = dies_with_us("sleep");
+                command.arg("600");
+                Guarded::spawn_on_one_processor(command).unwrap()
+            })
+            .collect();
+        let theirs: Vec<_> = children
+            .iter()
+            .map(|child| sched_getaffinity(pid_of(&child.child)).unwrap())
+            .collect();
+        assert!(theirs.iter().all(|set| ours(set) == 1));
+        assert_eq!(theirs[0] != theirs[1], ours(&before) > 1);
+        assert_eq!(sched_getaffinity(Pid::from_raw(0)).unwrap(), before);
+        drop(children);
+        assert!(TAKEN.lock().unwrap().is_empty());
     }
 
     #[test]

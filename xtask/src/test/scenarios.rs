@@ -406,7 +406,8 @@ fn catalogued() -> Vec<Scenario> {
         (Place::QEMU_BIOS, "u-boot", 1, false),
         (Place::Bochs, "grub-rescue", 1, false),
         (Place::QEMU_BIOS, "memtest86+", 2, true),
-        (Place::Qemu10X2Apic, "linux-newest-cloud", 2, false),
+        (Place::Qemu10X2Apic, "linux-6.12-cloud", 2, false),
+        (Place::Qemu10X2Apic, "linux-newest-cloud", 2, true),
         (Place::Qemu10, "linux-newest-cloud", 2, true),
         (Place::Qemu10, "linux-6.12-cloud", 4, true),
     ];
