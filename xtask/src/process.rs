@@ -20,7 +20,7 @@ use std::{
 
 use anyhow::{Context, anyhow, bail};
 use nix::{
-    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity},
     sys::signal::{Signal, kill, killpg},
     unistd::Pid,
 };
@@ -177,13 +177,15 @@ static TAKEN: Mutex<Vec<usize>> = Mutex::new(Vec::new());
 struct Processor(usize);
 
 impl Processor {
-    /// One of those that `allowed` has; `None`: it has none.
+    /// One of those that `allowed` has; `None`: it has none. Among equals the one that we run on, to which the system
+    /// has not given other work just now: children of other programs are not known here.
     fn take(allowed: &CpuSet) -> Option<Self> {
         let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
         let children = |cpu| taken.iter().filter(|other| **other == cpu).count();
+        let here = sched_getcpu().ok();
         let cpu = (0..CpuSet::count())
             .filter(|&cpu| allowed.is_set(cpu).unwrap_or(false))
-            .min_by_key(|&cpu| children(cpu))?;
+            .min_by_key(|&cpu| (children(cpu), Some(cpu) != here))?;
         taken.push(cpu);
         Some(Processor(cpu))
     }
