@@ -285,10 +285,15 @@ impl Bandwidth {
     pub(crate) fn refill(&mut self, now: u64, woken: bool) {
         if now >= self.refill_at {
             // Debts are paid, savings are not kept; time in which it was not ready is no period.
-            self.left = self.left.min(0) + self.budget as i64;
+            let budget = self.budget as i64;
+            self.left = self.left.min(0) + budget;
             self.refill_at += self.period;
             if self.refill_at <= now {
-                self.left = self.left.max(self.budget as i64);
+                if self.left < budget {
+                    let more = (now - self.refill_at) / self.period + 1;
+                    let paid = self.budget.saturating_mul(more).min(i64::MAX as u64);
+                    self.left = self.left.saturating_add_unsigned(paid).min(budget);
+                }
                 self.refill_at = now + self.period;
             }
         } else if woken && self.reserved && self.left > 0 {
@@ -317,8 +322,8 @@ impl Recent {
 
     pub(crate) fn add(&mut self, ran: u64, now: u64) {
         let epoch = now >> Self::HALF_LIFE_BITS;
-        // Most often this is the same one.
-        if epoch != self.epoch {
+        // Most often this is the same one; to another pCPU's clock it may be the one before.
+        if epoch > self.epoch {
             self.ticks = self.at(now);
             self.epoch = epoch;
         }
@@ -328,7 +333,7 @@ impl Recent {
     /// Takes so much away again.
     pub(crate) fn remove(&mut self, ticks: u64, now: u64) {
         self.ticks = self.at(now).saturating_sub(ticks);
-        self.epoch = now >> Self::HALF_LIFE_BITS;
+        self.epoch = self.epoch.max(now >> Self::HALF_LIFE_BITS);
     }
 
     /// What is left of it at this tick.
@@ -458,5 +463,54 @@ impl Entity {
             State::Blocked { .. } => self.metrics.blocked += passed,
             State::Running { .. } | State::Held | State::Retired => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A budget of 10 in each 100 ticks, of which 45 were used by tick 50.
+    fn overdrawn() -> Bandwidth {
+        let reservation = Reservation {
+            budget: 10,
+            period: 100,
+        };
+        let mut bandwidth = Bandwidth::reserved(reservation, 0);
+        bandwidth.charge(45);
+        bandwidth
+    }
+
+    #[test]
+    fn debts_are_paid_also_by_who_sleeps() {
+        // Period by period, or all at once: -35 at first.
+        let mut ready = overdrawn();
+        for (period, left) in [(1, -25), (2, -15), (3, -5), (4, 5), (5, 10)] {
+            ready.refill(period * 100, false);
+            assert_eq!(ready.left, left, "{period}");
+            let mut sleeps = overdrawn();
+            sleeps.refill(period * 100 + 7, true);
+            assert_eq!(sleeps.left, left, "{period}");
+            assert!(sleeps.refill_at > period * 100 + 7);
+        }
+        // Nothing is saved.
+        let mut long = overdrawn();
+        long.refill(u64::MAX / 2, true);
+        assert_eq!(long.left, 10);
+    }
+
+    #[test]
+    fn a_clock_that_runs_back_a_little_halves_nothing_twice() {
+        let epoch = 1 << Recent::HALF_LIFE_BITS;
+        let mut recent = Recent::default();
+        recent.add(1000, epoch - 1);
+        recent.add(0, epoch + 1);
+        assert_eq!(recent.at(epoch + 1), 500);
+        // Another pCPU's clock, and this one's again.
+        recent.add(8, epoch - 1);
+        recent.remove(8, epoch - 1);
+        recent.add(0, epoch + 1);
+        assert_eq!(recent.at(epoch + 1), 500);
+        assert_eq!(recent.at(3 * epoch), 125);
     }
 }

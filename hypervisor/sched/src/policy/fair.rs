@@ -43,8 +43,13 @@ pub(crate) struct Virtual {
 }
 
 impl Virtual {
-    /// Sets how fast its virtual time passes.
+    /// Sets how fast its virtual time passes. What it owes or is owed while it has no place in a queue remains the same time.
     pub(crate) fn set_rate(&mut self, rate: u64) {
+        if !self.placed && self.rate > 0 {
+            let before = i128::from(self.time.since(Moment::ZERO));
+            let after = before * i128::from(rate) / i128::from(self.rate);
+            self.time = Moment::ZERO + after as i64;
+        }
         self.rate = rate;
     }
 

@@ -25,6 +25,13 @@ impl Priority {
             slice,
         }
     }
+
+    /// Its place: when it began to wait, later by so much for each level below the highest.
+    fn rank(&self, entity: &Entity) -> u64 {
+        let below = u64::from(PRIORITIES.end().saturating_sub(entity.params.priority));
+        let delay = below * SLICES_PER_LEVEL * self.slice;
+        entity.waits_since.saturating_add(delay)
+    }
 }
 
 impl Policy for Priority {
@@ -39,11 +46,14 @@ impl Policy for Priority {
     fn enqueue(&mut self, entity: &mut Entity, why: Ready, _now: u64) {
         // Who was interrupted has not had its turn: it keeps its place.
         if why != Ready::Preempted {
-            let below = u64::from(PRIORITIES.end().saturating_sub(entity.params.priority));
-            let delay = below * SLICES_PER_LEVEL * self.slice;
-            entity.rank = entity.waits_since.saturating_add(delay);
+            entity.rank = self.rank(entity);
         }
         self.waiting.push(entity.id, entity.rank);
+    }
+
+    fn join(&mut self, entity: &mut Entity) {
+        // Its place was another policy's, or that of another level.
+        entity.rank = self.rank(entity);
     }
 
     fn gives_way(&self, running: &Entity, waiting: &Entity) -> Option<u64> {

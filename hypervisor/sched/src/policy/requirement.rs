@@ -44,6 +44,12 @@ impl ByRequirement {
         let share = held.max(io).max(entity.recent.share(now)).min(MILLION);
         (share * 100 / u64::from(entity.params.weight)).min(MILLION)
     }
+
+    /// Its place: when it began to wait, later by its dominant share.
+    fn rank(&self, entity: &Entity, now: u64) -> u64 {
+        let delay = self.dominant_share(entity, now) * SLICES * self.slice / MILLION;
+        entity.waits_since.saturating_add(delay)
+    }
 }
 
 impl Policy for ByRequirement {
@@ -57,10 +63,14 @@ impl Policy for ByRequirement {
 
     fn enqueue(&mut self, entity: &mut Entity, why: Ready, now: u64) {
         if why != Ready::Preempted {
-            let delay = self.dominant_share(entity, now) * SLICES * self.slice / MILLION;
-            entity.rank = entity.waits_since.saturating_add(delay);
+            entity.rank = self.rank(entity, now);
         }
         self.waiting.push(entity.id, entity.rank);
+    }
+
+    fn join(&mut self, entity: &mut Entity) {
+        // Its place was another policy's, or by other demands. It has been charged up to now.
+        entity.rank = self.rank(entity, entity.since);
     }
 
     fn note_io(&mut self, bytes: u64, now: u64) {

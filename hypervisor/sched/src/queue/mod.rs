@@ -417,18 +417,22 @@ impl Queue {
         if throttled {
             rest.timers.remove(id);
         }
-        if rest.running == Some(id) {
+        let runs = rest.running == Some(id);
+        if runs {
             rest.charge(entity, now);
             rest.leave_crowd(entity, now);
             rest.policy.leave(entity);
-            entity.set_params(params, allowed, rest.slice, now);
+        }
+        if entity.params.weight != params.weight {
+            // What it owes or is owed is time, whatever its weight.
+            rest.policy.forget(entity);
+        }
+        entity.set_params(params, allowed, rest.slice, now);
+        if runs {
             rest.policy.join(entity);
             rest.join_crowd(entity, now);
             rest.run_until = rest.run_until.min(now);
-            return;
-        }
-        entity.set_params(params, allowed, rest.slice, now);
-        if waited || throttled {
+        } else if waited || throttled {
             self.ready(id, now);
         }
     }
@@ -444,10 +448,14 @@ impl Queue {
         if let Some(entity) = running.and_then(|id| find(entities, id)) {
             rest.charge(entity, now);
         }
-        let mut waited: Vec<EntityId> = Vec::new();
+        let mut ready: Vec<EntityId> = Vec::new();
         for entity in entities.iter_mut().flatten() {
-            if rest.unqueue(entity, now) {
-                waited.push(entity.id);
+            let throttled = matches!(entity.state, State::Throttled { .. });
+            if throttled {
+                rest.timers.remove(entity.id);
+            }
+            if rest.unqueue(entity, now) || throttled {
+                ready.push(entity.id);
             }
         }
         if let Some(entity) = running.and_then(|id| find(entities, id)) {
@@ -456,6 +464,8 @@ impl Queue {
         }
         for entity in entities.iter_mut().flatten() {
             rest.policy.forget(entity);
+            // The budgets of caps are parts of a slice.
+            entity.set_params(entity.params, entity.allowed, slice, now);
         }
         rest.policy = kind.make(slice, *capacity);
         rest.slice = slice;
@@ -464,10 +474,8 @@ impl Queue {
             rest.join_crowd(entity, now);
             rest.run_until = rest.run_until.min(now);
         }
-        for id in waited {
-            if let Some(entity) = find(entities, id) {
-                rest.enqueue(entity, Ready::Arrived, now);
-            }
+        for id in ready {
+            self.ready(id, now);
         }
     }
 

@@ -406,15 +406,16 @@ impl Scheduler {
         match self.place(entity, now) {
             Ok(kick) => of(kick),
             Err(entity) => {
-                self.put_back(pcpu, entity, now);
+                self.lay_aside(entity, now);
                 CpuSet::EMPTY
             }
         }
     }
 
-    /// Puts one that cannot be anywhere else back to the pCPU from which it was taken.
-    fn put_back(&self, pcpu: usize, entity: Box<Entity>, now: u64) {
-        if let Some(mut locked) = self.lock(pcpu) {
+    /// Puts one whose pCPUs are all offline to one of them, where it never runs.
+    fn lay_aside(&self, entity: Box<Entity>, now: u64) {
+        let pcpu = entity.allowed.lowest();
+        if let Some((pcpu, mut locked)) = pcpu.and_then(|pcpu| Some((pcpu, self.lock(pcpu)?))) {
             self.put_in(pcpu, &mut locked, entity, now);
         }
     }
@@ -423,17 +424,13 @@ impl Scheduler {
         CpuSet::from_bits(self.away.load(Ordering::SeqCst)).contains(pcpu)
     }
 
-    /// `pcpu`, which runs nothing now, does something else for a while, until it picks again: others take over what waits there.
-    /// Whom to interrupt, if anyone.
+    /// `pcpu`, which runs nothing now, does something else for a while, until it picks again: others take over what waits there, and
+    /// what it was interrupted for. Whom to interrupt, if anyone.
     pub fn go_away(&self, pcpu: usize) -> Option<usize> {
-        let bit = CpuSet::of(pcpu).bits();
-        self.away.fetch_or(bit, Ordering::SeqCst);
-        self.idle.fetch_and(!bit, Ordering::SeqCst);
         let this = self.pcpus.get(pcpu)?;
-        if this.movable.load(Ordering::SeqCst) == 0 {
-            return None;
-        }
-        self.idle_one(self.pools[usize::from(this.pool.0)].cpus)
+        self.away.fetch_or(this.bit, Ordering::SeqCst);
+        self.idle.fetch_and(!this.bit, Ordering::SeqCst);
+        self.idle_for_waiting(this.pool)
     }
 
     /// The pCPUs that found nothing to run.
@@ -575,7 +572,7 @@ impl Scheduler {
     pub fn stop(&self, pcpu: usize, turn: impl Into<Turn>, now: u64) -> Option<usize> {
         let mut locked = self.lock(pcpu)?;
         let left = locked.queue.stop(turn.into(), now)?;
-        self.move_if_due(pcpu, locked, left, now)
+        self.move_if_due(locked, left, now)
     }
 
     /// As `stop` with [`Stop::Yielded`], after `io` bytes; and the first of these entities that waits on this pCPU runs next there:
@@ -591,16 +588,16 @@ impl Scheduler {
         locked.queue.favour(ids);
         let why = Stop::Yielded;
         let left = locked.queue.stop(Turn { why, io }, now)?;
-        self.move_if_due(pcpu, locked, left, now)
+        self.move_if_due(locked, left, now)
     }
 
-    /// One has stopped on `pcpu`, and may belong elsewhere. Whom to interrupt, if anyone.
+    /// One has stopped, and may belong elsewhere. Whom to interrupt, if anyone.
     #[inline(always)]
-    fn move_if_due(&self, pcpu: usize, locked: Locked<'_>, left: Left, now: u64) -> Option<usize> {
+    fn move_if_due(&self, locked: Locked<'_>, left: Left, now: u64) -> Option<usize> {
         match left {
             Left::Stays => None,
             Left::GoesTo(to, id) => self.hand_over(locked, to, id, now),
-            Left::HasToGo(id) => self.send_away(pcpu, locked, id, now),
+            Left::HasToGo(id) => self.send_away(locked, id, now),
         }
     }
 
@@ -623,19 +620,13 @@ impl Scheduler {
 
     /// One that has just stopped was given other places while it ran.
     #[inline(never)]
-    fn send_away(
-        &self,
-        pcpu: usize,
-        mut locked: Locked<'_>,
-        id: EntityId,
-        now: u64,
-    ) -> Option<usize> {
+    fn send_away(&self, mut locked: Locked<'_>, id: EntityId, now: u64) -> Option<usize> {
         let entity = self.take_out(&mut locked, id, now)?;
         drop(locked);
         match self.place(entity, now) {
             Ok(kick) => kick,
             Err(entity) => {
-                self.put_back(pcpu, entity, now);
+                self.lay_aside(entity, now);
                 None
             }
         }
@@ -716,8 +707,9 @@ impl Scheduler {
     /// Those that may run nowhere else stay and never run. Returns the pCPUs to interrupt.
     pub fn take_offline(&self, pcpu: usize, now: u64) -> CpuSet {
         let _admission = self.admission.lock();
-        let bit = CpuSet::of(pcpu);
-        self.online.fetch_and(!bit.bits(), Ordering::Relaxed);
+        let bit = CpuSet::of(pcpu).bits();
+        self.online.fetch_and(!bit, Ordering::Relaxed);
+        self.idle.fetch_and(!bit, Ordering::SeqCst);
         let mut kicks = CpuSet::EMPTY;
         for number in 0..self.homes.len() {
             if self.homes[number].load(Ordering::Acquire) as usize != pcpu {

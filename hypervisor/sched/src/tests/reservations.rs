@@ -1,9 +1,5 @@
 //! Reservations: admission, what they give, and what happens when they change while guests run.
 
-use std::{vec, vec::Vec};
-
-use proptest::prelude::*;
-
 use super::*;
 
 fn reserving(budget: u64, period: u64) -> Params {
@@ -11,41 +7,6 @@ fn reserving(budget: u64, period: u64) -> Params {
         reservation: Some(Reservation { budget, period }),
         ..Params::default()
     }
-}
-
-/// All entities want to run all the time from one tick to another; who has stopped at the end can go on.
-fn all_spin(s: &Scheduler, from: u64, end: u64) {
-    let mut now = from;
-    let mut on: Vec<bool> = vec![false; s.pcpus()];
-    loop {
-        for (pcpu, runs) in on.iter_mut().enumerate() {
-            if !*runs {
-                *runs = s.pick(pcpu, now).run.is_some();
-            }
-        }
-        if now >= end {
-            break;
-        }
-        let next = |(pcpu, runs): (usize, &bool)| match runs {
-            true => s.run_until(pcpu),
-            false => s.next_deadline(pcpu).unwrap_or(u64::MAX),
-        };
-        let next = on.iter().enumerate().map(next).min().unwrap_or(end);
-        now = next.clamp(now, end);
-        for (pcpu, runs) in on.iter_mut().enumerate() {
-            if *runs && (now >= s.run_until(pcpu) || now >= end) {
-                s.stop(pcpu, Stop::Interrupted, now);
-                *runs = false;
-            }
-        }
-        if now >= end {
-            break;
-        }
-    }
-}
-
-fn ran(s: &Scheduler, id: EntityId, now: u64) -> u64 {
-    s.metrics(id, now).unwrap().run
 }
 
 #[test]
@@ -303,7 +264,7 @@ fn who_gives_its_reservation_back_is_owed_nothing() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(100))]
+    #![proptest_config(draw(100))]
 
     /// However often an operator changes one reservation: another one gets its budget in each of its periods, and the changed
     /// one gets no more than the largest that it had would have given it, and a budget.
