@@ -266,7 +266,12 @@ pub fn all() -> Vec<Scenario> {
         let body = screen::keyboard_and_screen;
         all.push(Scenario::new(place, "shell-on-screen", (9, 5), body));
         all.push(Scenario::new(place, "soak", (30, 60), soak::short));
-        all.push(slow(Scenario::new(place, "soak-long", 1000, soak::long)));
+        all.push(slow(Scenario::new(
+            place,
+            "soak-long",
+            (180, 1000),
+            soak::long,
+        )));
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
         all.push(Scenario::new(place, "host-backend", 4, host::backend).selftest());

@@ -1,7 +1,7 @@
 //! One machine under test: its serial line, its log file and its time.
 //!
 //! Invariants: the machine does not outlive the session; all that it sent is in the log
-//! file; no wait goes beyond the session's deadline.
+//! file; no wait goes beyond the session's deadline, which moves only where a scenario asks for it.
 
 use std::fs::File;
 use std::io::Write;
@@ -51,6 +51,11 @@ impl Session {
     /// Since when the machine runs.
     pub fn started(&self) -> Instant {
         self.started
+    }
+
+    /// Gives the scenario at least so much time from now on: for one that goes round after round, each with a limit of its own.
+    pub fn allow(&mut self, time: Duration) {
+        self.deadline = self.deadline.max(Instant::now() + time);
     }
 
     /// All that the machine has sent, as lines.

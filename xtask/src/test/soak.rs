@@ -597,6 +597,8 @@ fn rounds(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String>
     let mut dice = [1, 2].map(|door| Dice::new(seed, door, amount));
     let mut before = None;
     for round in 0..=amount.rounds {
+        // Each may take as long as a whole scenario of another kind.
+        operator.session.allow(start.place.patience());
         let [first, second] = &mut dice;
         thread::scope(|scope| {
             let door = scope.spawn(|| program.round(first, amount.verbs));
@@ -620,9 +622,10 @@ fn rounds(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String>
     operator.session.send("host power-off\r")?;
     session.wait_for_power_off(limits.command)?;
     Ok(format!(
-        "seed {seed}, {} rounds, {} requests done",
+        "seed {seed}, {} rounds, {} requests done, {} lines said again",
         amount.rounds + 1,
-        program.done
+        program.done,
+        program.client.made_again()
     ))
 }
 
