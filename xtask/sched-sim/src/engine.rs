@@ -13,8 +13,8 @@ use std::{
 };
 
 use sched::{
-    CpuSet, Dispatch, EntityId, MAX_PCPUS, Params, PolicyKind, Pool, PoolId, Refusal, Scheduler,
-    State, Stop, Turn,
+    CpuSet, Dispatch, EntityId, MAX_PCPUS, Params, PolicyKind, Pool, Refusal, Scheduler, State,
+    Stop, Turn,
 };
 
 use crate::{
@@ -175,6 +175,7 @@ pub fn simulate_all(workload: &Workload, policies: &[PolicyKind], config: &Confi
 fn demands(workload: &Workload, config: &Config) -> HashMap<VcpuRef, Ns> {
     let mut alone = workload.clone();
     alone.pcpus = workload.vcpus().clamp(1, MAX_PCPUS);
+    alone.pools.clear();
     for vm in &mut alone.vms {
         vm.params = Params::default();
     }
@@ -191,12 +192,18 @@ fn demands(workload: &Workload, config: &Config) -> HashMap<VcpuRef, Ns> {
 
 /// Runs a workload under a policy. Demands are not found out: all are taken to want all of a processor.
 pub fn simulate(workload: &Workload, policy: PolicyKind, config: &Config) -> Outcome {
-    let pool = Pool {
-        cpus: CpuSet::first(workload.pcpus),
+    let all = [CpuSet::first(workload.pcpus)];
+    let cpus = match &workload.pools[..] {
+        [] => &all[..],
+        pools => pools,
+    };
+    let pool = |&cpus| Pool {
+        cpus,
         policy,
         slice: config.slice,
     };
-    let scheduler = Scheduler::new(workload.pcpus, workload.vcpus(), &[pool]);
+    let pools: Vec<Pool> = cpus.iter().map(pool).collect();
+    let scheduler = Scheduler::new(workload.pcpus, workload.vcpus(), &pools);
     let mut engine = Engine {
         config,
         end: workload.duration,
@@ -218,6 +225,7 @@ pub fn simulate(workload: &Workload, policy: PolicyKind, config: &Config) -> Out
     engine.finish();
     let vcpus = engine.guests.iter().map(|guest| VcpuOutcome {
         vcpu: guest.who,
+        pool: guest.params.pool,
         weight: guest.params.weight,
         demand: workload.duration,
         totals: guest.totals,
@@ -249,10 +257,7 @@ impl Engine<'_> {
                 let who = VcpuRef { vm, vcpu };
                 let rng = Rng::part(self.config.seed, number);
                 number += 1;
-                let mut params = Params {
-                    pool: PoolId(0),
-                    ..spec.params
-                };
+                let mut params = spec.params;
                 if policy != PolicyKind::Reservation {
                     // Other policies refuse what they cannot keep.
                     params.reservation = None;
@@ -332,7 +337,7 @@ impl Engine<'_> {
                 continue;
             }
             let could_run = |guest: &Guest| {
-                guest.params.affinity.contains(number)
+                self.scheduler.check(&guest.params).is_ok_and(|places| places.contains(number))
                     // Who has reserved stays where it was admitted.
                     && guest.params.reservation.is_none()
                     && self.scheduler.state(guest.id) == Some(State::Waiting)

@@ -5,7 +5,7 @@
 //! Jobs that are not done when the simulation ends count with the time that they have taken so far:
 //! else a policy that starves them would look good.
 
-use sched::{Metrics, PolicyKind, Refusal};
+use sched::{Metrics, PolicyKind, PoolId, Refusal};
 use serde::Serialize;
 
 use crate::{Ns, workload::VcpuRef};
@@ -81,6 +81,8 @@ pub struct Interval {
 pub struct VcpuOutcome {
     /// Which one.
     pub vcpu: VcpuRef,
+    /// Its CPU pool.
+    pub pool: PoolId,
     /// Its weight.
     pub weight: u32,
     /// What it would have run on a processor for itself.
@@ -129,21 +131,24 @@ impl Outcome {
     }
 
     /// How fair it was: Jain's index of what each vCPU got of what it was entitled to, which is what
-    /// max-min fairness by weight and demand gives it of the time that all got together.
+    /// max-min fairness by weight and demand gives it of the time that all of its pool got together.
     pub fn jain(&self) -> f64 {
-        let all: Ns = self.vcpus.iter().map(|outcome| outcome.totals.run).sum();
-        let claims: Vec<_> = self
-            .vcpus
-            .iter()
-            .map(|outcome| (outcome.demand as f64, f64::from(outcome.weight)))
-            .collect();
-        let got: Vec<_> = self
-            .vcpus
-            .iter()
-            .zip(entitlements(all as f64, &claims))
-            .filter(|(_, entitled)| *entitled > 0.0)
-            .map(|(outcome, entitled)| outcome.totals.run as f64 / entitled)
-            .collect();
+        let mut pools: Vec<PoolId> = self.vcpus.iter().map(|outcome| outcome.pool).collect();
+        pools.sort_unstable();
+        pools.dedup();
+        let mut got = Vec::new();
+        for pool in pools {
+            let of_it = || self.vcpus.iter().filter(|outcome| outcome.pool == pool);
+            let all: Ns = of_it().map(|outcome| outcome.totals.run).sum();
+            let claims: Vec<_> = of_it()
+                .map(|outcome| (outcome.demand as f64, f64::from(outcome.weight)))
+                .collect();
+            let parts = of_it()
+                .zip(entitlements(all as f64, &claims))
+                .filter(|(_, entitled)| *entitled > 0.0)
+                .map(|(outcome, entitled)| outcome.totals.run as f64 / entitled);
+            got.extend(parts);
+        }
         jain(&got)
     }
 

@@ -1,6 +1,6 @@
 //! The workloads that are made up: each shows one question that a scheduler has to answer.
 
-use sched::{Demand, Params, Reservation};
+use sched::{CpuSet, Demand, Params, PoolId, Reservation};
 
 use crate::{
     MS, Ns, US,
@@ -12,7 +12,7 @@ use crate::{
 type Make = fn() -> Workload;
 
 /// All of them, in the order in which they are shown.
-pub const ALL: [Make; 10] = [
+pub const ALL: [Make; 11] = [
     shares,
     interactive,
     real_time,
@@ -23,6 +23,7 @@ pub const ALL: [Make; 10] = [
     resources,
     calm,
     abuse,
+    apart,
 ];
 
 /// A VM of equal vCPUs.
@@ -109,6 +110,7 @@ fn workload(name: &str, pcpus: usize, duration: Ns, about: &str, vms: Vec<Vm>) -
         name: name.into(),
         about: about.into(),
         pcpus,
+        pools: Vec::new(),
         duration,
         vms,
     }
@@ -315,13 +317,12 @@ fn calm() -> Workload {
     )
 }
 
-fn abuse() -> Workload {
-    let mut vms = neighbours();
-    let abuser = vms.len();
-    let target = |vcpu| Step::Wake(VcpuRef { vm: abuser, vcpu });
-    vms.push(Vm {
+/// One that spins on two vCPUs and floods a third with interrupts from a fourth; it is VM number `own`.
+fn abuser(own: usize, params: Params) -> Vm {
+    let target = |vcpu| Step::Wake(VcpuRef { vm: own, vcpu });
+    Vm {
         name: "abuser".into(),
-        params: Params::default(),
+        params,
         measured: false,
         vcpus: vec![
             Program::Spin,
@@ -340,7 +341,12 @@ fn abuse() -> Workload {
             },
             Program::Served(vec![Step::Compute(Span::Exactly(5 * US))]),
         ],
-    });
+    }
+}
+
+fn abuse() -> Workload {
+    let mut vms = neighbours();
+    vms.push(abuser(vms.len(), Params::default()));
     workload(
         "abuse",
         2,
@@ -349,6 +355,26 @@ fn abuse() -> Workload {
          a fourth. The table counts the neighbours' jobs only: what do they wait more than in `calm`?",
         vms,
     )
+}
+
+fn apart() -> Workload {
+    let mut vms = neighbours();
+    let params = Params {
+        pool: PoolId(1),
+        ..Params::default()
+    };
+    vms.push(abuser(vms.len(), params));
+    let workload = workload(
+        "apart",
+        3,
+        2_000 * MS,
+        "The same abuser in a CPU pool of its own, with a third processor. What do the neighbours wait more than in `calm`? Nothing.",
+        vms,
+    );
+    Workload {
+        pools: vec![CpuSet::first(2), CpuSet::of(2)],
+        ..workload
+    }
 }
 
 #[cfg(test)]

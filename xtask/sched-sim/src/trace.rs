@@ -250,6 +250,7 @@ pub fn import(name: &str, text: &str) -> Result<Workload, TraceError> {
         return Err(TraceError::NothingRan);
     }
     Ok(Workload {
+        pools: Vec::new(),
         name: name.into(),
         about: format!(
             "Recorded: {} vCPUs of {} VMs on {} processors, played again with the same bursts and pauses.",

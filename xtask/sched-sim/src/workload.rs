@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use sched::Params;
+use sched::{CpuSet, Params};
 
 use crate::{
     Ns,
@@ -22,6 +22,8 @@ pub struct Workload {
     pub about: String,
     /// Physical processors.
     pub pcpus: usize,
+    /// How they are divided into CPU pools, to which the VMs' terms refer; without any, all are one pool.
+    pub pools: Vec<CpuSet>,
     /// How long it is simulated.
     pub duration: Ns,
     /// The VMs.

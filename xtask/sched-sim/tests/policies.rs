@@ -7,13 +7,15 @@ mod common;
 
 use common::{config, draw, params, plain, run_between, spin, spinners, vm, workload};
 use proptest::prelude::*;
-use sched::{Demand, Params, PolicyKind, RESERVABLE, Reservation, SLICES_PER_LEVEL};
+use sched::{
+    CpuSet, Demand, Params, PolicyKind, PoolId, RESERVABLE, Reservation, SLICES_PER_LEVEL,
+};
 use sched_sim::{
     MS, Ns, US,
     engine::{Config, simulate},
     rng::Span,
-    stats::{Outcome, entitlements},
-    workload::{Arrival, Program, Step, VcpuRef, Vm, Waker},
+    stats::{Interval, Outcome, entitlements},
+    workload::{Arrival, Program, Step, VcpuRef, Vm, Waker, Workload},
 };
 
 const SLICE: Ns = MS;
@@ -284,51 +286,101 @@ proptest! {
     fn an_abuser_gets_its_share_only(
         spins in 1usize..6, flood in 1u64..50, nap in 1u64..2_000, pcpus in 1usize..=2,
     ) {
-        let flood = flood * US;
-        let desk = |first| Program::Loop {
-            first,
-            pause: Span::Around(10 * MS),
-            by: Waker::Device,
-            steps: vec![Step::Compute(Span::Around(500 * US))],
-        };
-        let neighbours: Vec<_> = (0..3).map(|n| vm("desk", params(), vec![desk(n * MS)])).collect();
-        let abuser = neighbours.len();
+        let neighbours = desks();
+        let own = neighbours.len();
         let calm = plain(pcpus, 400 * MS, neighbours.clone());
         let calm = simulate(&calm, PolicyKind::Fair, &config(SLICE));
-        let mut vcpus = spin(spins);
-        let target = VcpuRef { vm: abuser, vcpu: spins };
-        vcpus.push(Program::Served(vec![Step::Compute(Span::Exactly(flood))]));
-        vcpus.push(Program::Loop {
-            first: 0,
-            pause: Span::Exactly(1),
-            by: Waker::Timer,
-            steps: vec![Step::Wake(target), Step::Compute(Span::Exactly(flood))],
-        });
-        // It blocks just before its slice is over, to come back as one that was idle.
-        vcpus.push(Program::Loop {
-            first: 0,
-            pause: Span::Exactly(nap * US),
-            by: Waker::Timer,
-            steps: vec![Step::Compute(Span::Exactly(SLICE - 50 * US))],
-        });
-        let count = (vcpus.len() + abuser) as u64;
+        let abuser = abuser(own, spins, flood * US, nap * US);
+        let count = (abuser.vcpus.len() + own) as u64;
         let mut vms = neighbours;
-        vms.push(Vm { measured: false, ..vm("abuser", params(), vcpus) });
+        vms.push(abuser);
         let workload = plain(pcpus, 400 * MS, vms);
         for policy in starving_nobody() {
             let outcome = simulate(&workload, policy, &config(SLICE));
-            for desk in outcome.vcpus.iter().filter(|vcpu| vcpu.vcpu.vm < abuser) {
+            for desk in outcome.vcpus.iter().filter(|vcpu| vcpu.vcpu.vm < own) {
                 // Two slices of each other vCPU between a wake-up and the next run, at the very most.
                 let longest = desk.totals.longest_wait;
                 prop_assert!(longest <= 2 * count * SLICE, "{}: {:?}", policy, desk);
             }
             if policy == PolicyKind::Fair {
-                let work = |outcome: &Outcome| (0..abuser).map(|vm| outcome.run_of(vm)).sum::<Ns>();
+                let work = |outcome: &Outcome| (0..own).map(|vm| outcome.run_of(vm)).sum::<Ns>();
                 prop_assert!(work(&outcome) * 100 >= work(&calm) * 80, "{} {}", work(&outcome), work(&calm));
                 let awt = outcome.summary().awt.unwrap() - calm.summary().awt.unwrap();
                 prop_assert!(awt <= 2.0 * SLICE as f64, "neighbours wait {} ns longer", awt);
             }
         }
+    }
+
+    /// In a pool of its own it touches nobody: all others run, wait and are done as they would be without it, to the nanosecond.
+    #[test]
+    fn an_abuser_in_another_pool_touches_nobody(
+        spins in 1usize..6, flood in 1u64..50, nap in 1u64..2_000, pcpus in 1usize..=2, others in spinners(0..3),
+    ) {
+        let mut neighbours = desks();
+        neighbours.extend(others.vms);
+        let own = neighbours.len();
+        let calm = plain(pcpus, 200 * MS, neighbours.clone());
+        let mut abuser = abuser(own, spins, flood * US, nap * US);
+        abuser.params.pool = PoolId(1);
+        let mut vms = neighbours;
+        vms.push(abuser);
+        let apart = Workload {
+            pools: vec![CpuSet::first(pcpus), CpuSet::of(pcpus)],
+            ..plain(pcpus + 1, 200 * MS, vms)
+        };
+        for policy in PolicyKind::ALL {
+            let [calm, apart] = [&calm, &apart].map(|w| simulate(w, policy, &Config { slice: SLICE, timeline: Ns::MAX, ..Config::default() }));
+            prop_assert_eq!(&calm.jobs, &apart.jobs, "{}", policy);
+            for (one, other) in calm.vcpus.iter().zip(&apart.vcpus) {
+                prop_assert_eq!(one.totals, other.totals, "{}", policy);
+                prop_assert_eq!(one.metrics, other.metrics, "{}", policy);
+            }
+            let (theirs, its): (Vec<&Interval>, Vec<&Interval>) = apart.timeline.iter().partition(|i| i.vcpu.vm < own);
+            prop_assert!(calm.timeline.iter().eq(theirs));
+            prop_assert!(!its.is_empty() && its.iter().all(|i| i.pcpu == pcpus));
+            prop_assert!(apart.run_of(own) * 10 >= apart.duration * 9, "it is busy");
+        }
+    }
+}
+
+/// Three VMs that answer to people.
+fn desks() -> Vec<Vm> {
+    let desk = |first| Program::Loop {
+        first,
+        pause: Span::Around(10 * MS),
+        by: Waker::Device,
+        steps: vec![Step::Compute(Span::Around(500 * US))],
+    };
+    (0..3)
+        .map(|n| vm("desk", params(), vec![desk(n * MS)]))
+        .collect()
+}
+
+/// One that spins, floods itself with interrupts, each answered for so long, and naps for so long just before its slices end; it
+/// is VM number `own`.
+fn abuser(own: usize, spins: usize, flood: Ns, nap: Ns) -> Vm {
+    let mut vcpus = spin(spins);
+    let target = VcpuRef {
+        vm: own,
+        vcpu: spins,
+    };
+    vcpus.push(Program::Served(vec![Step::Compute(Span::Exactly(flood))]));
+    vcpus.push(Program::Loop {
+        first: 0,
+        pause: Span::Exactly(1),
+        by: Waker::Timer,
+        steps: vec![Step::Wake(target), Step::Compute(Span::Exactly(flood))],
+    });
+    // It blocks just before its slice is over, to come back as one that was idle.
+    vcpus.push(Program::Loop {
+        first: 0,
+        pause: Span::Exactly(nap),
+        by: Waker::Timer,
+        steps: vec![Step::Compute(Span::Exactly(SLICE - 50 * US))],
+    });
+    Vm {
+        measured: false,
+        ..vm("abuser", params(), vcpus)
     }
 }
 

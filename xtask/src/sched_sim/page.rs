@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use sched::PolicyKind;
 use sched_sim::{
     stats::{Outcome, Summary},
     workload::Workload,
@@ -24,7 +25,7 @@ pub fn milliseconds(ns: f64) -> String {
     format!("{ms:.digits$}")
 }
 
-fn or_dash(value: Option<f64>, write: impl Fn(f64) -> String) -> String {
+fn or_dash<T>(value: Option<T>, write: impl Fn(T) -> String) -> String {
     value.map_or_else(|| "-".into(), write)
 }
 
@@ -142,9 +143,10 @@ pub fn whole(results: &[(Workload, Vec<Outcome>)], plots: &[&str]) -> String {
         }
     }
     text += "## What an abuser costs its neighbours\n\n\
-             Waiting time of the neighbours' jobs without (`calm`) and with the abuser (`abuse`), in milliseconds. Fair policies \
-             let it have what nobody else wants, and its part of the rest.\n\n";
-    text += &markdown(&comparison(results, "calm", "abuse"));
+             Waiting time of the neighbours' jobs without an abuser (`calm`), with it in their pool (`abuse`), and with it in another \
+             (`apart`); and the longest that one of their vCPUs waited without a break. In milliseconds. Fair policies let it have what nobody \
+             else wants, and its part of the rest; in another pool it takes nothing.\n\n";
+    text += &markdown(&comparison(results, ["calm", "abuse", "apart"]));
     text
 }
 
@@ -152,7 +154,7 @@ pub fn whole(results: &[(Workload, Vec<Outcome>)], plots: &[&str]) -> String {
 type Column = (&'static str, &'static str, fn(&Summary) -> String);
 
 /// What tells most of each workload: workload, head of the column, figure.
-const TELLING: [Column; 7] = [
+const TELLING: [Column; 8] = [
     ("shares", "weights 1:2:4, Jain", |s| {
         format!("{:.3}", s.jain)
     }),
@@ -168,6 +170,9 @@ const TELLING: [Column; 7] = [
     ("web", "web, AWT ms", |s| or_dash(s.awt, milliseconds)),
     ("batch", "batch, AWT ms", |s| or_dash(s.awt, milliseconds)),
     ("abuse", "beside an abuser, AWT ms", |s| {
+        or_dash(s.awt, milliseconds)
+    }),
+    ("apart", "it in another pool, AWT ms", |s| {
         or_dash(s.awt, milliseconds)
     }),
 ];
@@ -201,29 +206,41 @@ pub fn replaced(page: &str, [begin, end]: [&str; 2], text: &str) -> Option<Strin
     Some(format!("{before}{begin}\n{text}{end}{after}"))
 }
 
-/// Waiting times in two workloads, side by side.
-fn comparison(results: &[(Workload, Vec<Outcome>)], one: &str, other: &str) -> Vec<Vec<String>> {
-    let of = |name: &str| {
-        let found = results.iter().find(|(workload, _)| workload.name == name);
-        found.map_or(&[][..], |(_, outcomes)| outcomes)
+/// Waiting times in some workloads, side by side, of VMs whose jobs count.
+fn comparison(results: &[(Workload, Vec<Outcome>)], names: [&str; 3]) -> Vec<Vec<String>> {
+    let of = |name: &str| results.iter().find(|(workload, _)| workload.name == name);
+    let longest = |workload: &Workload, outcome: &Outcome| {
+        let counts = outcome
+            .vcpus
+            .iter()
+            .filter(|vcpu| workload.vms[vcpu.vcpu.vm].measured);
+        let longest = counts.map(|vcpu| vcpu.totals.longest_wait).max();
+        milliseconds(longest.unwrap_or(0) as f64)
     };
-    let mut rows = vec![vec![
-        "policy".to_owned(),
-        format!("AWT, {one}"),
-        format!("AWT, {other}"),
-        format!("p99, {one}"),
-        format!("p99, {other}"),
-    ]];
-    for (one, other) in of(one).iter().zip(of(other)) {
-        let (a, b) = (one.summary(), other.summary());
-        let p99 = |s: &Summary| or_dash(s.p99.map(|ns| ns as f64), milliseconds);
-        rows.push(vec![
-            one.policy.name().into(),
-            or_dash(a.awt, milliseconds),
-            or_dash(b.awt, milliseconds),
-            p99(&a),
-            p99(&b),
-        ]);
+    let figures: [(&str, &dyn Fn(&Workload, &Outcome) -> String); 3] = [
+        ("AWT", &|_, outcome| {
+            or_dash(outcome.summary().awt, milliseconds)
+        }),
+        ("p99", &|_, outcome| {
+            or_dash(outcome.summary().p99.map(|ns| ns as f64), milliseconds)
+        }),
+        ("longest", &longest),
+    ];
+    let mut head = vec!["policy".to_owned()];
+    for (figure, _) in figures {
+        head.extend(names.map(|name| format!("{figure}, {name}")));
+    }
+    let mut rows = vec![head];
+    for (index, policy) in PolicyKind::ALL.into_iter().enumerate() {
+        let mut row = vec![policy.name().to_owned()];
+        for (_, figure) in figures {
+            row.extend(names.map(|name| {
+                let found = of(name)
+                    .and_then(|(workload, outcomes)| Some(figure(workload, outcomes.get(index)?)));
+                or_dash(found, |text| text)
+            }));
+        }
+        rows.push(row);
     }
     rows
 }

@@ -117,6 +117,7 @@ pub fn workload() -> impl Strategy<Value = Workload> {
             name: "random".into(),
             about: String::new(),
             pcpus,
+            pools: Vec::new(),
             duration: 150 * MS,
             vms: vms
                 .into_iter()
@@ -132,6 +133,7 @@ pub fn spinners(count: Range<usize>) -> impl Strategy<Value = Workload> {
         name: "spinners".into(),
         about: String::new(),
         pcpus,
+        pools: Vec::new(),
         duration: 500 * MS,
         vms: weights
             .into_iter()
@@ -146,6 +148,7 @@ pub fn plain(pcpus: usize, duration: Ns, vms: Vec<Vm>) -> Workload {
         name: "test".into(),
         about: String::new(),
         pcpus,
+        pools: Vec::new(),
         duration,
         vms,
     }
