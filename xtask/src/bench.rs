@@ -97,6 +97,8 @@ pub fn run(args: &Args) -> anyhow::Result<Code> {
     }
     let results = measure(&builder, &guests, places, args.runs)?;
     println!("{}", markdown(&report::table(&results)));
+    println!("The scheduler's decision:\n");
+    println!("{}", markdown(&report::decisions(&results)));
     println!("Exits while Linux boots:\n");
     println!("{}", markdown(&report::exits(&results)));
     print!("{}", report::remarks(&results));
@@ -366,14 +368,15 @@ fn measure_operations(machine: &Machine) -> anyhow::Result<Figures> {
     for (key, unit) in [
         ("kernel-to-entry", Unit::Instructions),
         ("vm-start", Unit::Instructions),
-        ("sched-decision-4", Unit::Instructions),
-        ("sched-decision-64", Unit::Instructions),
-        ("sched-decision-1024", Unit::Instructions),
         ("vm-overhead-bytes", Unit::Bytes),
     ] {
         if let Some(&value) = host.get(key) {
             found.insert(key.into(), Figure::once(value, unit));
         }
+    }
+    for (kind, cost) in figures::parse_decisions(&log, VM) {
+        let key = format!("{}{kind}", report::DECISIONS);
+        found.insert(key, Figure::once(cost, Unit::Instructions));
     }
     Ok(found)
 }

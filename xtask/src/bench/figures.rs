@@ -134,6 +134,12 @@ pub fn parse_host(log: &str, vm: &str) -> BTreeMap<String, u64> {
     after(log, &format!("{vm}: figures: "))
 }
 
+/// What a decision of the scheduler costs: `POLICY-VCPUS` and instructions.
+/// Empty for a Plinth that does not say it.
+pub fn parse_decisions(log: &str, vm: &str) -> BTreeMap<String, u64> {
+    after(log, &format!("{vm}: decisions: "))
+}
+
 /// Exits of the VM's first vCPU by kind.
 pub fn parse_exits(log: &str, vm: &str) -> BTreeMap<String, u64> {
     after(log, &format!("{vm}: vCPU 0 exits: "))

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, fmt::Write};
 
+use sched::PolicyKind;
+
 use super::figures::{Figures, Place, Unit};
 use crate::table::{grouped, markdown};
 
@@ -32,7 +34,7 @@ const fn operation(
 }
 
 /// All operations, in the order of the tables. Figures that are not listed follow.
-pub const OPERATIONS: [Operation; 36] = [
+pub const OPERATIONS: [Operation; 33] = [
     operation("floor", "nothing (the measurement itself)", Some(4), None),
     operation("cpuid", "CPUID", Some(2835), Some(250)),
     operation("hypercall", "hypercall", Some(3070), Some(250)),
@@ -107,24 +109,6 @@ pub const OPERATIONS: [Operation; 36] = [
     operation(
         "vcpu-switch",
         "of that, from HLT to the other vCPU's handler",
-        None,
-        None,
-    ),
-    operation(
-        "sched-decision-4",
-        "scheduler's decision among 4 vCPUs",
-        None,
-        None,
-    ),
-    operation(
-        "sched-decision-64",
-        "scheduler's decision among 64 vCPUs",
-        None,
-        None,
-    ),
-    operation(
-        "sched-decision-1024",
-        "scheduler's decision among 1,024 vCPUs",
         None,
         None,
     ),
@@ -258,7 +242,7 @@ pub fn table(results: &Results) -> Vec<Vec<String>> {
         .to_vec(),
     ];
     for (key, title) in results.rows() {
-        if key.starts_with(EXITS) {
+        if key.starts_with(EXITS) || key.starts_with(DECISIONS) {
             continue;
         }
         let operation = find(&key);
@@ -285,6 +269,42 @@ pub fn table(results: &Results) -> Vec<Vec<String>> {
             or_dash(bar),
             bar.map_or_else(String::new, |bar| judge(results, &key, bar)),
         ]);
+    }
+    rows
+}
+
+/// The beginning of the keys of the scheduler's decisions, before `POLICY-VCPUS`.
+pub const DECISIONS: &str = "sched-decision-";
+
+/// Numbers of vCPUs among whom the scheduler's decision is measured.
+const AMONG: [u64; 3] = [4, 64, 1024];
+
+/// The scheduler's decision by policy: cells, the head first. The bar: from the least number of vCPUs to the greatest it grows by no
+/// more than the logarithm does.
+pub fn decisions(results: &Results) -> Vec<Vec<String>> {
+    let mut head = vec!["policy".to_owned(), "where".to_owned()];
+    head.extend(AMONG.map(|vcpus| format!("{} vCPUs", grouped(vcpus))));
+    head.extend(["growth", "bar", ""].map(str::to_owned));
+    let mut rows = vec![head];
+    let [least, _, greatest] = AMONG;
+    let bar = greatest.ilog2() / least.ilog2();
+    for policy in PolicyKind::ALL {
+        for place in results.places.keys() {
+            let costs =
+                AMONG.map(|vcpus| results.median(*place, &format!("{DECISIONS}{policy}-{vcpus}")));
+            let [Some(few), _, Some(many)] = costs else {
+                continue;
+            };
+            let met = many <= few * u64::from(bar);
+            let mut row = vec![policy.to_string(), place.title().to_owned()];
+            row.extend(costs.map(or_dash));
+            row.extend([
+                format!("{:.1}", many as f64 / few as f64),
+                bar.to_string(),
+                if met { "met" } else { "**not met**" }.to_owned(),
+            ]);
+            rows.push(row);
+        }
     }
     rows
 }
@@ -379,9 +399,13 @@ pub fn page(results: &Results) -> String {
          guest's TSC shows them, AMD-V in QEMU, VT-x in Bochs. KVM: Linux 6.1 as the host on the same \
          emulated AMD-V machine. On VT-x half as much again as the bar is allowed.\n\n\
          {}\n{}\n![The same as bars](results.svg)\n\n\
+         ## The scheduler's decision\n\n\
+         From the end of a slice to the next vCPU picked, on one processor where all want to run. Growth: from the fewest to the most; \
+         that of the logarithm is the bar.\n\n{}\n\
          ## Exits while Linux boots to /init and powers off\n\n{}",
         markdown(&table(results)),
         remarks(results).replace('\n', "\n\n"),
+        markdown(&decisions(results)),
         markdown(&exits(results)),
     )
 }
@@ -450,6 +474,39 @@ mod tests {
         let rows = table(&results(251));
         assert_eq!(rows[1][6], "**AMD-V not met**, VT-x met");
         assert!(!rows.iter().any(|row| row[0].contains("exits")));
+    }
+
+    #[test]
+    fn decisions_may_grow_as_the_logarithm() {
+        let mut results = results(1);
+        let figures = results.places.get_mut(&Place::QemuAmdv).unwrap();
+        for (key, cost) in [
+            ("fair-4", 100),
+            ("fair-64", 300),
+            ("fair-1024", 500),
+            ("sjf-4", 100),
+            ("sjf-64", 200),
+            ("sjf-1024", 501),
+        ] {
+            let figure = Figure::once(cost, Unit::Instructions);
+            figures.insert(format!("{DECISIONS}{key}"), figure);
+        }
+        let rows = decisions(&results);
+        assert_eq!(rows.len(), 3, "{rows:?}");
+        let fair = [
+            "fair",
+            "Plinth, AMD-V",
+            "100",
+            "300",
+            "500",
+            "5.0",
+            "5",
+            "met",
+        ];
+        assert_eq!(rows[1], fair);
+        assert_eq!(rows[2][7], "**not met**");
+        assert!(table(&results).iter().all(|row| !row[0].contains("sjf")));
+        assert!(json(&results).contains("\"sched-decision-sjf-64\""));
     }
 
     #[test]

@@ -27,7 +27,7 @@ use vmm::{
     vm::{EndReason, Environment, Vm, VmSpec, WatchdogAction, WatchdogSpec},
 };
 
-use super::scheduling::decision_cost;
+use super::scheduling::decision_costs;
 use super::{
     GuestConsole, Kick, NS_PER_SECOND, NoConsole, Runner, WORLD, World,
     slots::{Plan, Slot, VmNumber},
@@ -701,16 +701,14 @@ impl<B: Backend> World<B> {
         let heap = memory::heap_used().saturating_sub(live.begun.heap_bytes) as u64;
         self.say(&format!(
             "{name}: figures: kernel-to-entry {} vm-start {} guest-tsc-at-entry {} \
-             vm-overhead-bytes {} nested-table-bytes {} sched-decision-4 {} sched-decision-64 {} sched-decision-1024 {}",
+             vm-overhead-bytes {} nested-table-bytes {}",
             since(time::ENTRY_TSC.load(Ordering::Relaxed)),
             since(live.begun.tsc),
             since(live.vm.clock.to_host(0)),
             beside_tables + heap,
             live.tables.frames() * mem::PAGE_SIZE,
-            decision_cost(4),
-            decision_cost(64),
-            decision_cost(1024),
         ));
+        self.say(&format!("{name}: decisions:{}", decision_costs()));
     }
 
     /// Ends the host's work, as it is configured, when all VMs have ended.

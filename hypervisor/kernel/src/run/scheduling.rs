@@ -40,14 +40,26 @@ pub(super) fn scheduler(pools: &Pools) -> Scheduler {
     Scheduler::new(processors, MAX_VCPUS, &pools)
 }
 
+/// What one decision costs under each policy, among 4, 64 and 1,024 vCPUs: pairs of a name and [`decision_cost`].
+pub(super) fn decision_costs() -> String {
+    let mut pairs = String::new();
+    for policy in PolicyKind::ALL {
+        for vcpus in [4, 64, 1024] {
+            let cost = decision_cost(policy, vcpus);
+            pairs += &format!(" {policy}-{vcpus} {cost}");
+        }
+    }
+    pairs
+}
+
 /// TSC ticks that one decision takes among so many vCPUs that all want to run: to put one back and to pick the next. The
 /// median of a round, on a scheduler of its own.
-pub(super) fn decision_cost(vcpus: usize) -> u64 {
+fn decision_cost(policy: PolicyKind, vcpus: usize) -> u64 {
     const DECISIONS: usize = 101;
     const SLICE: u64 = 1_000_000;
     let pool = Pool {
         cpus: CpuSet::of(0),
-        policy: PolicyKind::default(),
+        policy,
         slice: SLICE,
     };
     let scheduler = Scheduler::new(1, vcpus, &[pool]);
