@@ -206,6 +206,9 @@ pub fn replaced(page: &str, [begin, end]: [&str; 2], text: &str) -> Option<Strin
     Some(format!("{before}{begin}\n{text}{end}{after}"))
 }
 
+/// A figure's name, and how it is written.
+type Compared<'a> = (&'static str, &'a dyn Fn(&Workload, &Outcome) -> String);
+
 /// Waiting times in some workloads, side by side, of VMs whose jobs count.
 fn comparison(results: &[(Workload, Vec<Outcome>)], names: [&str; 3]) -> Vec<Vec<String>> {
     let of = |name: &str| results.iter().find(|(workload, _)| workload.name == name);
@@ -217,7 +220,7 @@ fn comparison(results: &[(Workload, Vec<Outcome>)], names: [&str; 3]) -> Vec<Vec
         let longest = counts.map(|vcpu| vcpu.totals.longest_wait).max();
         milliseconds(longest.unwrap_or(0) as f64)
     };
-    let figures: [(&str, &dyn Fn(&Workload, &Outcome) -> String); 3] = [
+    let figures: [Compared<'_>; 3] = [
         ("AWT", &|_, outcome| {
             or_dash(outcome.summary().awt, milliseconds)
         }),
