@@ -21,12 +21,14 @@ use drivers::{
 };
 use manage::{
     command::Operate,
+    journal::Door,
     wire::{self, Channel, Hello},
 };
 
 use crate::{
     console, doors, info,
     interrupts::{self, vector},
+    journal::Noted,
     sync::Lock,
     time, warn,
 };
@@ -219,7 +221,8 @@ pub fn serve(operate: &dyn Operate) {
     let Some(mut served) = SERVED.lock().take() else {
         return;
     };
-    let next = served.turn(operate);
+    let door = Door::Channel;
+    let next = served.turn(&Noted { door, operate });
     *SERVED.lock() = Some(served);
     NEXT_SERVE.fetch_min(next, Ordering::Relaxed);
     let pause = time::us_to_ticks(RING_EVERY_US);

@@ -22,6 +22,7 @@ mod frame;
 mod gdt;
 mod idt;
 mod interrupts;
+mod journal;
 mod log;
 mod memory;
 mod operator;

@@ -14,13 +14,14 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use manage::{
     command::Operate,
     console::ConsoleId,
+    journal::Door,
     shell::{Action, Shell},
 };
 
 pub use keyboard::{on_interrupt as on_key, start as start_keyboard};
 pub use on_screen::{owns as owns_screen, read as read_local};
 
-use crate::{console, doors, sync::Lock, time};
+use crate::{console, doors, journal::Noted, sync::Lock, time};
 
 /// Bytes that a shell is given at a time, so that guests run in between.
 const BYTES_AT_ONCE: usize = 64;
@@ -141,8 +142,9 @@ pub fn wake_up_at() -> u64 {
 
 /// Serves the shells. With no lock held.
 pub fn serve(operate: &dyn Operate) {
-    let serial = serve_serial(operate);
-    let screen = on_screen::serve(operate);
+    let by = |door| Noted { door, operate };
+    let serial = serve_serial(&by(Door::Serial));
+    let screen = on_screen::serve(&by(Door::Screen));
     NEXT.store(serial.min(screen), Ordering::Relaxed);
 }
 

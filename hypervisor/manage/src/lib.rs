@@ -10,6 +10,7 @@ pub mod config;
 pub mod console;
 pub mod follow;
 pub mod grid;
+pub mod journal;
 pub mod lifecycle;
 pub mod limit;
 pub mod line_editor;

@@ -270,7 +270,37 @@ fn verbs(host: &Host, session: &mut Session, name: &str) -> Result<()> {
         .join(format!("{name}.trace.json"));
     let path = file.display().to_string();
     host.done(&["trace", "-o", &path, "--recorded"], "records")?;
-    trace_is_whole(&file)
+    trace_is_whole(&file)?;
+    noted(host, session)
+}
+
+/// What was asked for stands in the host's log, and on nobody's console.
+fn noted(host: &Host, session: &Session) -> Result<()> {
+    let log = host.done(&["log", "--lines", "1000"], "")?;
+    let mut lines = log.lines();
+    for wanted in [
+        "sched set two --weight 200: done, set",
+        "sched set two --affinity 0,7: refused, affinity: processor 7 is not in two's pool",
+        "vm pause two: done, paused",
+        "vm create \"name = 'three'; memory = '16M'; boot.kernel = 'stub'; ",
+        "pool set default --policy reservation --slice 2 ms: done, set",
+        "vm stop three --timeout 1: done, ",
+        "vm start one: refused, ",
+        "trace stop: done, stopped",
+    ] {
+        let entry = format!("operator (control channel): {wanted}");
+        ensure!(
+            lines.any(|line| line.contains(&entry)),
+            "the log has no {entry:?} in its place: {log}"
+        );
+    }
+    ensure!(
+        !log.contains("): vm show") && !log.contains("): vm list"),
+        "a look is noted: {log}"
+    );
+    let console = session.text();
+    ensure!(!console.contains("operator ("), "the console: {console}");
+    Ok(())
 }
 
 /// Processor time is kept for running VMs, up to what there is, and given back. One of them, `three`, computes all the time.

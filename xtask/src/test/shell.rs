@@ -139,6 +139,12 @@ pub fn verbs(rig: &Rig, start: &Start) -> Result<String> {
     operator.waits_for("two", "off")?;
     operator.asks("vm list", &["LAST END", "forced off"])?;
     operator.asks("vm stop two", &["error: "])?;
+    let noted = [
+        "operator (serial shell): vm pause two: done, paused",
+        "operator (serial shell): vm stop two --timeout 0: done, ",
+        "operator (serial shell): vm stop two: refused, ",
+    ];
+    operator.asks("log --lines 50", &noted)?;
     operator.says("vm start two")?;
     operator.waits_for("two", "running")?;
 
