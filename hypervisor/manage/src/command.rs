@@ -113,7 +113,12 @@ pub enum Request {
         slice_us: Option<u64>,
     },
     /// Figures of the host and its VMs since their start: [`Answer::Stats`].
-    Stats {},
+    Stats {
+        /// The name of the VM of which alone they are wanted.
+        // Left out where there is none: hosts of this version began without it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        vm: Option<String>,
+    },
     /// The newest lines of the host's log: [`Answer::Log`].
     Log {
         /// Only lines after the one with this number.
@@ -451,14 +456,14 @@ pub struct PoolDetails {
     pub reservable_permille: u32,
 }
 
-/// Figures of the host.
+/// Figures of the host, or of one VM alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostStats {
     /// Time since Plinth's start, when the figures were taken.
     pub at_ns: u64,
-    /// Host processors.
+    /// Host processors; none if one VM was asked about.
     pub pcpus: Vec<PcpuStats>,
-    /// VMs that are not off.
+    /// VMs that are not off, or the one that was asked about, however it is.
     pub vms: Vec<VmStats>,
     /// All their vCPUs together.
     #[serde(default)]
@@ -526,6 +531,39 @@ pub struct Figures {
     pub switches: u64,
     pub io_bytes: u64,
     pub latency_ns: Vec<(u64, u64)>,
+}
+
+impl From<Figures> for VcpuStats {
+    /// Of a vCPU of which nothing else is known.
+    fn from(figures: Figures) -> Self {
+        let Figures {
+            run_ns,
+            wait_ns,
+            throttled_ns,
+            average_wait_ns,
+            wakeups,
+            response_ns,
+            response_p99_ns,
+            bursts,
+            switches,
+            io_bytes,
+            latency_ns,
+        } = figures;
+        VcpuStats {
+            run_ns,
+            wait_ns,
+            throttled_ns,
+            average_wait_ns,
+            wakeups,
+            response_ns,
+            response_p99_ns,
+            bursts,
+            switches,
+            io_bytes,
+            latency_ns,
+            ..VcpuStats::default()
+        }
+    }
 }
 
 /// A line of the host's log.
@@ -601,6 +639,13 @@ mod tests {
                     timeout_s: None,
                 },
             ),
+            (r#"{"verb":"stats"}"#, Request::Stats { vm: None }),
+            (
+                r#"{"verb":"stats","vm":"a"}"#,
+                Request::Stats {
+                    vm: Some("a".into()),
+                },
+            ),
             (
                 r#"{"verb":"sched-set","vm":"a","change":{"weight":7}}"#,
                 Request::SchedSet {
@@ -616,8 +661,12 @@ mod tests {
             let written = serde_json::to_string(&request).unwrap();
             assert_eq!(serde_json::from_str::<Request>(&written).unwrap(), request);
         }
+        // As before there was a key for it.
+        let all = serde_json::to_string(&Request::Stats { vm: None }).unwrap();
+        assert_eq!(all, r#"{"verb":"stats"}"#);
         for text in [
             r#"{"verb":"vm-lst"}"#,
+            r#"{"verb":"stats","vms":"a"}"#,
             r#"{"verb":"vm-show"}"#,
             r#"{"verb":"vm-show","vm":"a","more":1}"#,
             r#"{"verb":"sched-set","vm":"a","change":{"weigth":7}}"#,

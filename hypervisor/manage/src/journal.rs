@@ -456,6 +456,7 @@ mod tests {
             Request::VmShow { vm: "web".into() },
             Request::HostShow {},
             Request::SchedShow {},
+            Request::Stats { vm: None },
             Request::Log {
                 after: None,
                 lines: None,

@@ -249,7 +249,7 @@ impl Shell {
         let Mode::Top(top, _) = &mut self.mode else {
             return;
         };
-        match operate.operate(&Request::Stats {}) {
+        match operate.operate(&Request::Stats { vm: None }) {
             Ok(Answer::Stats { stats }) => {
                 self.output += "\x1b[H";
                 for line in top.update(stats) {

@@ -518,14 +518,18 @@ fn host_stats(stats: &HostStats) -> String {
         .vms
         .iter()
         .map(|vm| (vm.summary.name.as_str(), vm.vcpu.as_slice()));
-    format!(
-        "at {}, fairness {}\n\n{}\n{}\n{}",
+    let head = format!(
+        "at {}, fairness {}\n\n",
         clock(stats.at_ns),
-        permille(stats.fairness_permille),
-        pcpus.render(),
-        figures_table(totals.chain([("all", &stats.total)])),
-        vcpu_table(vms)
-    )
+        permille(stats.fairness_permille)
+    );
+    // Of one VM alone there are no processors, and its own figures are all.
+    let (pcpus, all) = match stats.pcpus.is_empty() {
+        true => (String::new(), None),
+        false => (pcpus.render() + "\n", Some(("all", &stats.total))),
+    };
+    let (totals, vcpus) = (figures_table(totals.chain(all)), vcpu_table(vms));
+    head + &pcpus + &totals + "\n" + &vcpus
 }
 
 fn log_line(line: &LogLine) -> String {
@@ -597,6 +601,7 @@ fn trace_chunk(chunk: &TraceChunk) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::command::{PcpuStats, VmStats};
     use alloc::vec;
     use proptest::prelude::*;
 
@@ -709,6 +714,48 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn of_one_vm_its_own_figures_are_shown() {
+        let figures = Figures {
+            run_ns: 5_000_000,
+            ..Figures::default()
+        };
+        let mut stats = HostStats {
+            at_ns: 67_000_000_000,
+            pcpus: vec![],
+            vms: vec![VmStats {
+                summary: summary("web"),
+                weight: 100,
+                total: figures.clone(),
+                vcpu: vec![VcpuStats::from(figures.clone())],
+            }],
+            total: figures,
+            fairness_permille: 1000,
+        };
+        let first = |text: &str| -> Vec<String> {
+            let words = text.lines().map(|line| line.split_whitespace().next());
+            words.flatten().map(String::from).collect()
+        };
+        let stats_text = |stats: &HostStats| {
+            answer(&Answer::Stats {
+                stats: stats.clone(),
+            })
+        };
+        let text = stats_text(&stats);
+        assert_eq!(first(&text), ["at", "VM", "web", "VCPU", "web.0"], "{text}");
+        assert_eq!(text.matches("5.0 ms").count(), 2, "{text}");
+        stats.pcpus.push(PcpuStats {
+            pcpu: 0,
+            busy_ns: 1,
+            idle_ns: 1,
+            switches: 0,
+            queued: 0,
+        });
+        let text = stats_text(&stats);
+        let all = ["at", "PCPU", "0", "VM", "web", "all", "VCPU", "web.0"];
+        assert_eq!(first(&text), all, "{text}");
     }
 
     proptest! {

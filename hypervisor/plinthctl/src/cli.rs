@@ -170,6 +170,7 @@ fn of_verb(verb: &'static Verb, name: &'static str) -> Command {
         let arg = Arg::new(id(argument)).help(help);
         let arg = match argument.form {
             Form::Required => arg.value_name(argument.name).required(true),
+            Form::Optional => arg.value_name(argument.name),
             Form::Repeated => arg
                 .value_name(argument.name)
                 .action(ArgAction::Append)
@@ -259,7 +260,7 @@ pub fn words(verb: &Verb, matches: &ArgMatches) -> Vec<String> {
                     words.extend([argument.name.to_owned(), value.clone()]);
                 }
             }
-            Form::Required | Form::Repeated => {
+            Form::Required | Form::Optional | Form::Repeated => {
                 let values = matches.get_many::<String>(id).into_iter().flatten();
                 words.extend(values.cloned());
             }
@@ -320,6 +321,9 @@ mod tests {
                 force: true
             }
         );
+        assert_eq!(request(&["stats"]), Request::Stats { vm: None });
+        let vm = Some("web".into());
+        assert_eq!(request(&["--json", "stats", "web"]), Request::Stats { vm });
         assert_eq!(
             request(&["trace", "start", "--no-exits"]),
             Request::TraceStart { exits: Some(false) }

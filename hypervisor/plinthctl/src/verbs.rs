@@ -226,7 +226,7 @@ fn top(
     let mut view = Top::new(sort);
     let mut shown = 0;
     loop {
-        let stats: HostStats = match ask(client, &Request::Stats {})? {
+        let stats: HostStats = match ask(client, &Request::Stats { vm: None })? {
             Answer::Stats { stats } => stats,
             _ => {
                 return Err(Error::new(

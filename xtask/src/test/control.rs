@@ -217,6 +217,7 @@ fn verbs(host: &Host, session: &mut Session, name: &str) -> Result<()> {
     host.done(&["vm", "show", "two"], "two.1")?;
     host.done(&["host", "show"], "protocol")?;
     host.done(&["stats"], "one.0")?;
+    alone(host)?;
     // It has written to its serial port.
     let stats = host.done(&["--json", "stats"], "\"name\":\"one\"")?;
     let asked = Regex::new(r#""name":"one"[^\]]*"io_bytes":[1-9]"#)?;
@@ -272,6 +273,30 @@ fn verbs(host: &Host, session: &mut Session, name: &str) -> Result<()> {
     host.done(&["trace", "-o", &path, "--recorded"], "records")?;
     trace_is_whole(&file)?;
     noted(host, session)
+}
+
+/// Figures of one VM have nothing of the others.
+fn alone(host: &Host) -> Result<()> {
+    let text = host.done(&["stats", "two"], "two.1")?;
+    let others = text.contains("one") || text.contains("BUSY %") || text.contains("\nall ");
+    ensure!(!others, "not two's alone: {text}");
+    let text = host.done(&["--json", "stats", "two"], "stats")?;
+    let Answer::Stats { stats } = serde_json::from_str(&text)? else {
+        bail!("not figures: {text}");
+    };
+    let [vm] = &stats.vms[..] else {
+        bail!("not one VM: {text}");
+    };
+    ensure!(
+        stats.pcpus.is_empty() && vm.summary.name == "two" && vm.vcpu.len() == 2,
+        "not two's: {text}"
+    );
+    ensure!(
+        stats.total == vm.total && vm.total.run_ns > 0,
+        "not its sum: {text}"
+    );
+    host.expect(&["stats", "four"], exit::REFUSED, "not found")?;
+    Ok(())
 }
 
 /// What was asked for stands in the host's log, and on nobody's console.

@@ -124,6 +124,8 @@ pub fn verbs(rig: &Rig, start: &Start) -> Result<String> {
     operator.asks("host show", &["version     Plinth", "free", "TSC"])?;
     operator.asks("sched show", &["POOL", "WEIGHT", "one", "two"])?;
     operator.asks("stats", &["PCPU", "one.0", "two.0"])?;
+    let alone = operator.asks("stats two", &["two.0"])?;
+    ensure!(!alone.contains("one.0"), "not two's alone: {alone}");
     operator.asks("log --lines 50", &["two: starting"])?;
     operator.switches("log --follow --lines 1000\r", r"two: starting[^\n]*\n")?;
     operator.switches("q", PROMPT)?;

@@ -246,7 +246,7 @@ impl Dice {
             },
             36 => Request::TraceStop {},
             37 => Request::VmShow { vm },
-            38 => Request::Stats {},
+            38 => Request::Stats { vm: None },
             _ => Request::VmList {},
         }
     }
@@ -317,7 +317,7 @@ fn line(request: &Request) -> String {
         Request::TraceStart { .. } => "trace start".to_owned(),
         Request::TraceStop {} => "trace stop".to_owned(),
         Request::VmShow { vm } => format!("vm show {vm}"),
-        Request::Stats {} => "stats".to_owned(),
+        Request::Stats { .. } => "stats".to_owned(),
         _ => "vm list".to_owned(),
     }
 }

@@ -150,44 +150,24 @@ impl<B: Backend> World<B> {
             None => entity.exits.counters(),
         });
         let exits = Exit::NAMES.iter().zip(counters.unwrap_or([0; Exit::KINDS]));
-        let Figures {
-            run_ns,
-            wait_ns,
-            throttled_ns,
-            average_wait_ns,
-            wakeups,
-            response_ns,
-            response_p99_ns,
-            bursts,
-            switches,
-            io_bytes,
-            latency_ns,
-        } = figures(&metrics, shows);
         VcpuStats {
             vcpu: number,
             pcpu: self.sched.home_of(id).unwrap_or_default() as u32,
             state: String::from(words),
-            run_ns,
-            wait_ns,
-            throttled_ns,
-            average_wait_ns,
-            wakeups,
-            response_ns,
-            response_p99_ns,
-            bursts,
-            switches,
             migrations: metrics.migrations,
-            io_bytes,
-            latency_ns,
             exits: exits
                 .filter(|(_, count)| *count > 0)
                 .map(|(kind, count)| (String::from(*kind), count))
                 .collect(),
+            ..VcpuStats::from(figures(&metrics, shows))
         }
     }
 
-    /// Figures of the host and of all that is not off.
-    pub(super) fn stats(&self) -> HostStats {
+    /// Figures of the host and of all that is not off; or of the VM of this name alone.
+    ///
+    /// # Errors
+    /// There is no such VM.
+    pub(super) fn stats(&self, only: Option<&str>) -> Result<HostStats, Failure> {
         let now = time::now_tsc();
         let at_ns = time::ns();
         let pcpu = |number: usize| {
@@ -205,7 +185,10 @@ impl<B: Backend> World<B> {
         let mut all = Metrics::default();
         let vms: Vec<VmStats> = slots
             .iter()
-            .filter(|slot| slot.life.state() != VmState::Off)
+            .filter(|slot| match only {
+                Some(name) => slot.plan.config.name == name,
+                None => slot.life.state() != VmState::Off,
+            })
             .map(|slot| {
                 let entities = slot.live.iter().flat_map(|live| &live.entities);
                 let mut sum = Metrics::default();
@@ -228,15 +211,20 @@ impl<B: Backend> World<B> {
                 }
             })
             .collect();
+        let pcpus = match only {
+            Some(name) if vms.is_empty() => return Err(super::verbs::no_such_vm(name)),
+            Some(_) => Vec::new(),
+            None => (0..percpu::count()).map(pcpu).collect(),
+        };
         let mut parts: Vec<Part> = vms.iter().flat_map(VmStats::parts).collect();
         let fairness_permille = sched::fairness(&mut parts);
-        HostStats {
+        Ok(HostStats {
             at_ns,
-            pcpus: (0..percpu::count()).map(pcpu).collect(),
+            pcpus,
             fairness_permille,
             total: figures(&all, Shows::Histogram),
             vms,
-        }
+        })
     }
 
     /// The pools, and the parameters of all VMs.

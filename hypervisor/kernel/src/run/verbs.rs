@@ -366,8 +366,8 @@ impl<B: Backend> Operate for World<B> {
                 let name = |slot: &Slot<B>| (slot.number.0, slot.plan.config.name.clone());
                 slots.iter().map(name).collect()
             }),
-            Request::Stats {} => Ok(Answer::Stats {
-                stats: self.stats(),
+            Request::Stats { vm } => Ok(Answer::Stats {
+                stats: self.stats(vm.as_deref())?,
             }),
             Request::Log { after, lines } => {
                 let most = lines.unwrap_or(LOG_LINES).min(MAX_LOG_LINES);

@@ -455,7 +455,7 @@ fn memory_short() -> Step {
                         Err(failure) => return Err(words(&failure)),
                     }
                 }
-                ask(&Request::Stats {})?;
+                ask(&Request::Stats { vm: None })?;
                 ask(&Request::SchedShow {})?;
                 for name in operate.vm_names().into_iter().skip(names) {
                     ask(&destroy(&name, true))?;

@@ -140,7 +140,7 @@ fn options(verb: &Verb, given: &[&str]) -> Vec<String> {
     let options = verb
         .arguments
         .iter()
-        .filter(|a| matches!(a.form, Form::Option | Form::Flag) && !given.contains(&a.name));
+        .filter(|a| !a.is_by_place() && !given.contains(&a.name));
     options.map(|a| a.name.to_owned()).collect()
 }
 
@@ -176,6 +176,8 @@ mod tests {
             ("vm st", "start stop"),
             ("vm stop ", "db web web-2"),
             ("vm stop w", "web web-2"),
+            ("stats d", "db"),
+            ("stats db ", ""),
             ("vm stop web ", "--timeout"),
             ("vm stop web --", "--timeout"),
             ("vm stop --timeout 3 d", "db"),

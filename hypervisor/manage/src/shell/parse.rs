@@ -214,7 +214,7 @@ impl<'w> Values<'w> {
         end: usize,
     ) -> Result<Values<'w>, ParseError> {
         let mut values = Values::default();
-        let places: Vec<_> = verb.arguments.iter().filter(|a| is_by_place(a)).collect();
+        let places: Vec<_> = verb.positional().collect();
         let mut words = words.iter();
         let mut place = 0;
         while let Some(word) = words.next() {
@@ -255,7 +255,7 @@ impl<'w> Values<'w> {
             None => (word.text.as_str(), None),
         };
         let Some(argument) = verb.option(name) else {
-            let known = verb.arguments.iter().filter(|a| !is_by_place(a));
+            let known = verb.arguments.iter().filter(|a| !a.is_by_place());
             let known = known.map(|a| a.name);
             let hint = match known.clone().next() {
                 None => "it takes none".to_owned(),
@@ -319,10 +319,6 @@ impl<'w> Values<'w> {
     fn text(&self, name: &str) -> Option<String> {
         Some(self.given(name)?.text.clone())
     }
-}
-
-fn is_by_place(argument: &Argument) -> bool {
-    matches!(argument.form, Form::Required | Form::Repeated)
 }
 
 fn article(argument: &Argument) -> String {
@@ -511,7 +507,9 @@ fn command(verb: &Verb, values: &Values<'_>, end: usize) -> Result<Command, Pars
                 slice_us: slice.and_then(|text| config::duration_us(&text)),
             }
         }
-        VerbId::Stats => Request::Stats {},
+        VerbId::Stats => Request::Stats {
+            vm: values.by_place.first().map(|(_, word)| word.text.clone()),
+        },
         VerbId::Log => {
             let lines = values.number("--lines").unwrap_or(DEFAULT_LOG_LINES);
             if values.given("--follow").is_some() {
@@ -686,6 +684,9 @@ mod tests {
                 slice_us: Some(500)
             }
         );
+        assert_eq!(request("stats"), Request::Stats { vm: None });
+        assert_eq!(request("stats web"), Request::Stats { vm: Some(vm()) });
+        assert_eq!(parse("stats web").unwrap().vm.unwrap().at, 6..9);
         assert_eq!(
             request("log --lines 3"),
             Request::Log {
@@ -758,6 +759,11 @@ mod tests {
                 "vm show a b",
                 10..11,
                 "\"b\" is too much here: it is written: vm show VM",
+            ),
+            (
+                "stats a b",
+                8..9,
+                "\"b\" is too much here: it is written: stats [VM]",
             ),
             ("vm show Web", 8..11, "names are 1 to 32 of a to z"),
             ("vm stop web --timeout 3601", 22..26, "from 0 to 3600"),

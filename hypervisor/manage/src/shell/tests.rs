@@ -13,7 +13,7 @@ impl Operate for Fake {
     fn operate(&self, request: &Request) -> Result<Answer, Failure> {
         self.asked.borrow_mut().push(request.clone());
         match request {
-            Request::Stats {} => Ok(Answer::Stats {
+            Request::Stats { .. } => Ok(Answer::Stats {
                 stats: HostStats {
                     at_ns: self.asked.borrow().len() as u64 * 1_000_000_000,
                     pcpus: Vec::new(),
@@ -84,6 +84,7 @@ fn what_is_wrong_reaches_no_host() {
         ),
         ("vm pause somewhere", "vm list shows those that there are"),
         ("vm console wen", "there is no VM \"wen\""),
+        ("stats wen", "there is no VM \"wen\""),
     ] {
         let (shown, action) = typed(&mut shell, &host, &format!("{line}\r"));
         assert!(shown.contains(wanted) && shown.contains("^^^"), "{shown:?}");

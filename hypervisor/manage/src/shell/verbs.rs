@@ -67,6 +67,8 @@ pub enum Kind {
 pub enum Form {
     /// By its place; it may not be missing.
     Required,
+    /// By its place; it may be missing.
+    Optional,
     /// By its place; any number of them.
     Repeated,
     /// `--name VALUE` or `--name=VALUE`.
@@ -336,7 +338,11 @@ pub const VERBS: &[Verb] = &[
     verb(
         VerbId::Stats,
         &["stats"],
-        &[],
+        &[Argument {
+            form: Form::Optional,
+            about: "of this VM alone",
+            ..VM
+        }],
         "figures of processors and vCPUs since their start",
         "",
     ),
@@ -420,7 +426,7 @@ impl Verb {
             text += &match argument.form {
                 Form::Required => format!(" {name}"),
                 Form::Repeated => format!(" [{name}].."),
-                Form::Flag => format!(" [{name}]"),
+                Form::Optional | Form::Flag => format!(" [{name}]"),
                 Form::Option => format!(" [{name} {}]", argument.value_name()),
             };
         }
@@ -429,18 +435,25 @@ impl Verb {
 
     /// The arguments by place.
     pub fn positional(&self) -> impl Iterator<Item = &Argument> + Clone {
-        let by_place = |a: &&Argument| matches!(a.form, Form::Required | Form::Repeated);
-        self.arguments.iter().filter(by_place)
+        self.arguments.iter().filter(|a| a.is_by_place())
     }
 
     /// The option or flag of this name, dashes included.
     pub fn option(&self, name: &str) -> Option<&'static Argument> {
-        let named = |a: &&Argument| matches!(a.form, Form::Option | Form::Flag) && a.name == name;
+        let named = |a: &&Argument| !a.is_by_place() && a.name == name;
         self.arguments.iter().find(named)
     }
 }
 
 impl Argument {
+    /// Whether its place says which it is, and not its name.
+    pub const fn is_by_place(&self) -> bool {
+        match self.form {
+            Form::Required | Form::Optional | Form::Repeated => true,
+            Form::Option | Form::Flag => false,
+        }
+    }
+
     /// What stands for the value of an option in texts.
     pub fn value_name(&self) -> &'static str {
         match self.kind {

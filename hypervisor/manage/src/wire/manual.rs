@@ -36,7 +36,7 @@ fn kind_of_request(request: &Request) -> usize {
         Request::HostPowerOff {} => 11,
         Request::SchedShow {} => 12,
         Request::SchedSet { .. } => 13,
-        Request::Stats {} => 14,
+        Request::Stats { .. } => 14,
         Request::Log { .. } => 15,
         Request::TraceStart { .. } => 16,
         Request::TraceStop {} => 17,
