@@ -12,7 +12,7 @@ mod parse;
 mod verbs;
 mod words;
 
-pub use complete::{Completion, Names, complete};
+pub use complete::{Completion, Names, complete, value_at};
 pub use parse::{Command, ParseError, Parsed, nearest, parse, parse_words};
 pub use verbs::{Argument, Form, Kind, POLICIES, SORT_KEYS, VERBS, Verb, VerbId, help, reference};
 pub use words::{Word, joined, split};

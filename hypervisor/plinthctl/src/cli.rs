@@ -10,6 +10,8 @@ use manage::shell::{Argument, Form, Kind, VERBS, Verb, VerbId};
 pub const ADDRESS_VARIABLE: &str = "PLINTH_CONTROL";
 /// The address where neither says it: where `cargo xtask run` puts the socket.
 pub const DEFAULT_ADDRESS: &str = "target/plinth-control.sock";
+/// What the scripts of shells call; not one of the verbs that people are shown.
+pub const COMPLETE_NAMES: &str = "complete-names";
 /// Seconds that `--wait` waits, unless it says.
 const DEFAULT_WAIT_S: &str = "60";
 
@@ -33,7 +35,15 @@ pub fn verbs() -> impl Iterator<Item = &'static Verb> {
     VERBS.iter().filter(|verb| is_remote(verb))
 }
 
-/// The whole command line.
+/// What reads the command line: [`command`], and what the scripts of shells call.
+pub fn parser() -> Command {
+    // The line may begin with a dash, or be anything.
+    let line = Arg::new("line").required(true).allow_hyphen_values(true);
+    let names = Command::new(COMPLETE_NAMES).hide(true).arg(line);
+    command().subcommand(names)
+}
+
+/// The command line, as it is shown and completed.
 pub fn command() -> Command {
     let mut command = Command::new("plinthctl")
         .version(env!("CARGO_PKG_VERSION"))
@@ -290,7 +300,9 @@ mod tests {
 
     #[test]
     fn the_command_line_is_sound() {
-        command().debug_assert();
+        parser().debug_assert();
+        let help = parser().render_help().to_string();
+        assert!(help.contains("completions") && !help.contains(COMPLETE_NAMES));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 mod address;
 mod cli;
 mod client;
+mod completion;
 mod link;
 mod trace;
 mod verbs;
@@ -83,7 +84,7 @@ impl fmt::Display for Error {
 
 /// Runs the program with these arguments, the first of which is its own name.
 pub fn run(args: impl IntoIterator<Item = OsString>, mut terminal: Terminal<'_>) -> Exit {
-    let matches = match cli::command().try_get_matches_from(args) {
+    let matches = match cli::parser().try_get_matches_from(args) {
         Ok(matches) => matches,
         Err(error) => {
             let is_help = !error.use_stderr();

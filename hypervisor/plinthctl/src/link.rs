@@ -1,7 +1,7 @@
 //! Bytes to the host and back, each with a deadline.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{File, OpenOptions, TryLockError},
     io::{self, ErrorKind, Read, Write},
     net::{TcpStream, ToSocketAddrs},
     os::{
@@ -159,7 +159,7 @@ fn connect(to: &str, timeout: Duration) -> io::Result<TcpStream> {
     Err(last)
 }
 
-/// Opens a serial port: raw, 8 data bits, no parity, without waiting for a carrier.
+/// Opens a serial port that no other program of this kind has: raw, 8 data bits, no parity, without waiting for a carrier.
 fn open_tty(path: &Path, rate: BaudRate) -> io::Result<File> {
     let flags = OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
     let file = OpenOptions::new()
@@ -167,6 +167,15 @@ fn open_tty(path: &Path, rate: BaudRate) -> io::Result<File> {
         .write(true)
         .custom_flags(flags.bits())
         .open(path)?;
+    // Two programs on one line would take each other's answers.
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let text = "another program uses this port";
+            return Err(io::Error::new(ErrorKind::ResourceBusy, text));
+        }
+        Err(TryLockError::Error(error)) => return Err(error),
+    }
     let mut settings = tcgetattr(&file)?;
     cfmakeraw(&mut settings);
     settings.control_flags |= ControlFlags::CLOCAL | ControlFlags::CREAD;
@@ -176,4 +185,23 @@ fn open_tty(path: &Path, rate: BaudRate) -> io::Result<File> {
     // What was said to whoever had the port before.
     tcflush(&file, FlushArg::TCIOFLUSH)?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::{pty::openpty, unistd::ttyname};
+
+    #[test]
+    fn one_program_has_a_serial_port_at_a_time() {
+        let pair = openpty(None, None).unwrap();
+        let address = Address::Tty(ttyname(&pair.slave).unwrap(), 115_200);
+        let open = || Link::open(&address, Duration::from_secs(1));
+        let first = open().unwrap_or_else(|error| panic!("{error}"));
+        let error = open().map(drop).unwrap_err();
+        assert_eq!(error.exit, Exit::NoConnection);
+        assert!(error.message.contains("another program"), "{error}");
+        drop(first);
+        open().unwrap_or_else(|error| panic!("{error}"));
+    }
 }

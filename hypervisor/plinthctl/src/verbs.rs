@@ -19,7 +19,7 @@ use crate::{
     address::Address,
     cli,
     client::{Client, refused},
-    trace,
+    completion, trace,
 };
 
 /// How often `--wait` looks.
@@ -33,8 +33,10 @@ const CLEAR: &str = "\x1b[2J\x1b[H";
 /// # Errors
 /// With the status with which the program ends.
 pub fn execute(matches: &ArgMatches, terminal: &mut Terminal<'_>) -> Result<(), Error> {
-    if let Some(("completions", own)) = matches.subcommand() {
-        return completions(own, terminal);
+    match matches.subcommand() {
+        Some(("completions", own)) => return completions(own, terminal),
+        Some((cli::COMPLETE_NAMES, own)) => return complete_names(own, terminal),
+        _ => {}
     }
     let Some((verb, own)) = cli::asked(matches) else {
         let Some(("trace", own)) = matches.subcommand() else {
@@ -78,9 +80,16 @@ fn completions(matches: &ArgMatches, terminal: &mut Terminal<'_>) -> Result<(), 
     let Some(&shell) = matches.get_one::<clap_complete::Shell>("shell") else {
         return Err(Error::new(Exit::Usage, "which shell?"));
     };
-    let mut text = Vec::new();
-    clap_complete::generate(shell, &mut cli::command(), "plinthctl", &mut text);
+    let text = completion::script(shell);
     terminal.out.write_all(&text).map_err(|e| Error::output(&e))
+}
+
+/// What a shell's script asks for: see [`completion::names`].
+fn complete_names(matches: &ArgMatches, terminal: &mut Terminal<'_>) -> Result<(), Error> {
+    let line = matches.get_one::<String>("line");
+    let names = line.map_or_else(Vec::new, |line| completion::names(line));
+    let lines = names.into_iter().map(|name| name + "\n");
+    print(terminal, &lines.collect::<String>())
 }
 
 /// Words as the shell understands them.
@@ -91,12 +100,19 @@ fn parse(words: &[String]) -> Result<Command, Error> {
     Ok(parsed.command)
 }
 
-fn connect(matches: &ArgMatches) -> Result<Client, Error> {
-    let given = matches.get_one::<String>("connect").cloned();
-    let address: Address = given
+/// Where the host is, if the arguments say this of it.
+///
+/// # Errors
+/// It is no address.
+pub fn address(given: Option<String>) -> Result<Address, Error> {
+    given
         .or_else(|| std::env::var(cli::ADDRESS_VARIABLE).ok())
         .unwrap_or_else(|| format!("unix:{}", cli::DEFAULT_ADDRESS))
-        .parse()?;
+        .parse()
+}
+
+fn connect(matches: &ArgMatches) -> Result<Client, Error> {
+    let address = address(matches.get_one::<String>("connect").cloned())?;
     let seconds = matches.get_one::<u32>("timeout-answer").copied();
     let timeout = Duration::from_secs(seconds.unwrap_or(10).into());
     Client::connect(&address, timeout).map(|(client, _)| client)

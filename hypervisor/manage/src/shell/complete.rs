@@ -84,29 +84,36 @@ fn next_words(words: &[&str]) -> Vec<String> {
     next.map(|word| (*word).to_owned()).collect()
 }
 
-fn candidates(words: &[&str], typed: &str, names: &Names) -> Vec<String> {
+/// What stands at a place of a line.
+enum Place<'w> {
+    /// The next word of a verb.
+    Word,
+    /// A value, of which this is typed already.
+    Value(Kind, &'w str),
+    /// An option's name.
+    Option(&'static Verb),
+}
+
+/// What the word behind `words` is, of which `typed` is there.
+fn place<'w>(words: &[&str], typed: &'w str) -> Place<'w> {
     let verb = beginning_with(&[]).find(|verb| words.starts_with(verb.words));
     let Some(verb) = verb else {
-        return next_words(words);
+        return Place::Word;
     };
     let given = &words[verb.words.len()..];
     // After an option comes its value.
     if let Some(option) = given.last().and_then(|word| verb.option(word))
         && option.form == Form::Option
     {
-        return values(option.kind, given, names);
+        return Place::Value(option.kind, typed);
     }
-    if let Some((name, _)) = typed.split_once('=')
+    if let Some((name, value)) = typed.split_once('=')
         && let Some(option) = verb.option(name)
     {
-        let whole = |value: String| format!("{name}={value}");
-        return values(option.kind, given, names)
-            .into_iter()
-            .map(whole)
-            .collect();
+        return Place::Value(option.kind, value);
     }
     if typed.starts_with("--") {
-        return options(verb, given);
+        return Place::Option(verb);
     }
     let place = places(verb, given);
     let mut by_place = verb.positional();
@@ -115,8 +122,29 @@ fn candidates(words: &[&str], typed: &str, names: &Names) -> Vec<String> {
         .nth(place)
         .or_else(|| by_place.find(|argument| argument.form == Form::Repeated));
     match argument {
-        Some(argument) => values(argument.kind, given, names),
-        None => options(verb, given),
+        Some(argument) => Place::Value(argument.kind, typed),
+        None => Place::Option(verb),
+    }
+}
+
+/// The kind of value that the word behind `words` is, of which `typed` is there, and what is there of the value. `None`: it is no value.
+pub fn value_at<'w>(words: &[&str], typed: &'w str) -> Option<(Kind, &'w str)> {
+    match place(words, typed) {
+        Place::Value(kind, value) => Some((kind, value)),
+        Place::Word | Place::Option(_) => None,
+    }
+}
+
+fn candidates(words: &[&str], typed: &str, names: &Names) -> Vec<String> {
+    match place(words, typed) {
+        Place::Word => next_words(words),
+        Place::Option(verb) => options(verb, words),
+        Place::Value(kind, value) => {
+            // An option's name and = stand before its value.
+            let before = &typed[..typed.len() - value.len()];
+            let values = values(kind, words, names).into_iter();
+            values.map(|value| format!("{before}{value}")).collect()
+        }
     }
 }
 
@@ -144,14 +172,15 @@ fn options(verb: &Verb, given: &[&str]) -> Vec<String> {
     options.map(|a| a.name.to_owned()).collect()
 }
 
-fn values(kind: Kind, given: &[&str], names: &Names) -> Vec<String> {
+fn values(kind: Kind, words: &[&str], names: &Names) -> Vec<String> {
     match kind {
         Kind::Vm => names.vms.clone(),
         Kind::Pool => names.pools.clone(),
         Kind::Reservation => owned(&["none"]),
         Kind::Choice(words) => owned(words),
         Kind::Settings => owned(SETTINGS),
-        Kind::Verb => next_words(given),
+        // The words behind "help".
+        Kind::Verb => next_words(words.get(1..).unwrap_or_default()),
         Kind::Number(..) | Kind::Numbers | Kind::Time(..) => Vec::new(),
     }
 }
