@@ -14,10 +14,10 @@ use manage::{
     lifecycle::{After, Made, Off},
     restart::{Ending, MAX_QUICK_FAILURES},
 };
-use mem::Owner;
+use mem::{Hpa, Owner};
 use sched::EntityId;
 use spin::Once;
-use virt::{Backend, Exit, VcpuSetup};
+use virt::{Backend, CpuState, Exit, VcpuSetup};
 use vmm::{
     clock::TimeSource,
     display::{DisplayKind, DisplaySpec},
@@ -455,58 +455,21 @@ impl<B: Backend> World<B> {
                 format!("{e}")
             }
         })?;
-        let tables = interrupts::open(|| GuestTables::new(self.backend, id, &vm.memory))
-            .map_err(|e| format!("{e}"))?;
-        vm.set_nested(tables.clone());
-
-        let pcpu = percpu::current().number;
-        let params = self.params(plan, &plan.sched.lock())?;
-        let mut entities = Vec::new();
-        for (vcpu, vcpu_number) in (0..config.vcpus).zip(0..) {
-            let entity = match self.sched.add(params, time::now_tsc()) {
-                Ok(entity) => entity,
-                Err(why) => {
-                    for entity in entities {
-                        self.bury(entity);
-                    }
-                    return Err(format!("{why}"));
-                }
-            };
-            let made = self
-                .backend
-                .create_vcpu(VcpuSetup {
-                    vm: id,
-                    vcpu,
-                    tag: entity.0 + 1,
-                    nested_root: tables.root(),
-                })
-                .map_err(|e| format!("{e}"))
-                .and_then(|hw| {
-                    let start = (vcpu == 0).then_some(&entry);
-                    Vcpu::new(vm.clone(), VcpuId(u32::from(vcpu)), hw, start, pcpu)
-                        .ok_or_else(|| format!("there is no vCPU {vcpu}"))
-                });
-            entities.push(entity);
-            match made {
-                Ok(vcpu) => self.place(
-                    entity,
-                    Entity {
-                        vm: number,
-                        number: vcpu_number,
-                        first_run: AtomicU64::new(0),
-                        siblings: kick.clone(),
-                        vcpu: Lock::new(vcpu),
-                        exits: Published::default(),
-                    },
-                ),
-                Err(why) => {
-                    for entity in entities {
-                        self.bury(entity);
-                    }
-                    return Err(why);
-                }
+        let made = interrupts::open(|| GuestTables::new(self.backend, id, &vm.memory))
+            .map_err(|e| format!("{e}"))
+            .and_then(|tables| {
+                vm.set_nested(tables.clone());
+                let entities = self.make_vcpus(number, plan, &vm, &entry, tables.root(), &kick)?;
+                Ok((tables, entities))
+            });
+        let (tables, entities) = match made {
+            Ok(made) => made,
+            Err(why) => {
+                // Its memory is zeroed once more.
+                self.in_pieces(|| drop(vm));
+                return Err(why);
             }
-        }
+        };
         kick.entities.call_once(|| entities.clone());
         let boot = entities[0];
         let running = entities.len();
@@ -520,6 +483,61 @@ impl<B: Backend> World<B> {
             },
             boot,
         ))
+    }
+
+    /// Makes a VM's vCPUs, which do not run yet; the first one starts at `entry`.
+    ///
+    /// # Errors
+    /// One could not be made, or cannot be scheduled as the plan says; then none is left.
+    fn make_vcpus(
+        &self,
+        number: VmNumber,
+        plan: &Plan,
+        vm: &Arc<Vm>,
+        entry: &CpuState,
+        nested_root: Hpa,
+        kick: &Arc<Kick>,
+    ) -> Result<Vec<EntityId>, String> {
+        let pcpu = percpu::current().number;
+        let params = self.params(plan, &plan.sched.lock())?;
+        let mut entities = Vec::new();
+        let mut make = |vcpu: u16, vcpu_number: u8| {
+            let added = self.sched.add(params, time::now_tsc());
+            let entity = added.map_err(|why| format!("{why}"))?;
+            entities.push(entity);
+            let hw = self
+                .backend
+                .create_vcpu(VcpuSetup {
+                    vm: number.0,
+                    vcpu,
+                    tag: entity.0 + 1,
+                    nested_root,
+                })
+                .map_err(|e| format!("{e}"))?;
+            let start = (vcpu == 0).then_some(entry);
+            let vcpu = Vcpu::new(vm.clone(), VcpuId(u32::from(vcpu)), hw, start, pcpu)
+                .ok_or_else(|| format!("there is no vCPU {vcpu}"))?;
+            self.place(
+                entity,
+                Entity {
+                    vm: number,
+                    number: vcpu_number,
+                    first_run: AtomicU64::new(0),
+                    siblings: kick.clone(),
+                    vcpu: Lock::new(vcpu),
+                    exits: Published::default(),
+                },
+            );
+            Ok(())
+        };
+        let mut all = (0..plan.config.vcpus).zip(0..);
+        let made = all.try_for_each(|(vcpu, vcpu_number)| make(vcpu, vcpu_number));
+        if made.is_err() {
+            for &entity in &entities {
+                self.bury(entity);
+            }
+        }
+        made.map(|()| entities)
     }
 
     /// Has the vCPUs of a VM, which do not run yet, scheduled as its plan says by now: that may have changed while it was made.
