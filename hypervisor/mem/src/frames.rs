@@ -76,6 +76,24 @@ pub struct Statistics {
     pub lost: u64,
 }
 
+/// Who has how many frames at one moment ([`Frames::counts`]).
+pub struct Counts<'p> {
+    /// Nothing before [`Frames::init`].
+    buddy: Option<&'p Buddy<'static>>,
+}
+
+impl Counts<'_> {
+    /// Frames that nobody has, 4 KiB each.
+    pub fn free(&self) -> u64 {
+        self.buddy.map_or(0, Buddy::free_frames)
+    }
+
+    /// Frames that `owner` has, 4 KiB each.
+    pub fn used(&self, owner: Owner) -> u64 {
+        self.buddy.map_or(0, |buddy| buddy.used(owner))
+    }
+}
+
 /// Where physical address 0 is mapped. The memory behind it is shared by all pCPUs.
 struct Window(*mut u8);
 
@@ -253,6 +271,15 @@ impl Frames {
             .lock()
             .as_ref()
             .map_or(0, |pool| pool.buddy.used(owner))
+    }
+
+    /// Looks at free frames and at what owners have as they are at one moment: what is taken or given back meanwhile by
+    /// others shows on both sides, or on neither. `look` must not take memory.
+    pub fn counts<R>(&self, look: impl FnOnce(Counts<'_>) -> R) -> R {
+        let pool = self.pool.lock();
+        look(Counts {
+            buddy: pool.as_ref().map(|pool| &pool.buddy),
+        })
     }
 
     /// The totals.
@@ -608,6 +635,26 @@ mod tests {
         let again = frames.allocate(512, 2 * MIB, Owner::Host).unwrap();
         frames.read(again, &mut page);
         assert_eq!((again, page), (base, [0; 4096]));
+    }
+
+    #[test]
+    fn counts_are_of_one_moment() {
+        let frames = machine(8, &[region(MIB, 7 * MIB)]);
+        let (vm, total) = (Owner::VmRam(3), frames.statistics().total);
+        let over = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..20_000 {
+                    let base = frames.allocate(1, PAGE_SIZE, vm).unwrap();
+                    frames.free(base, 1, vm);
+                }
+                over.store(1, Ordering::Release);
+            });
+            while over.load(Ordering::Acquire) == 0 {
+                let all = frames.counts(|counts| counts.free() + counts.used(vm));
+                assert_eq!(all, total);
+            }
+        });
     }
 
     #[test]

@@ -161,20 +161,24 @@ impl<B: Backend> World<B> {
     /// Bytes of memory that no VM has or may still ask for: a VM that starts, or comes back, takes its RAM, and any VM's disks may
     /// grow to their limits.
     fn memory_left(&self, slots: &Slots<B>) -> u64 {
-        let free = memory::HOST.statistics().free * PAGE_SIZE;
-        let promised = slots.iter().map(|slot| {
-            let config = &slot.plan.config;
-            let changes = config.disks.iter().map(|disk| disk.changes);
-            let changes = changes.fold(0, u64::saturating_add);
-            let taken = memory::HOST.used(Owner::VmDisks(slot.number.0)) * PAGE_SIZE;
-            let ram = match slot.live {
-                None if slot.life.comes_back() => config.memory,
-                _ => 0,
-            };
-            let ram_taken = memory::HOST.used(Owner::VmRam(slot.number.0)) * PAGE_SIZE;
-            changes.saturating_sub(taken) + ram.saturating_sub(ram_taken)
+        // At one moment: other processors take and give back memory meanwhile, which must not count as free and as taken.
+        let (free, promised) = memory::HOST.counts(|frames| {
+            let promised = slots.iter().map(|slot| {
+                let config = &slot.plan.config;
+                let changes = config.disks.iter().map(|disk| disk.changes);
+                let changes = changes.fold(0, u64::saturating_add);
+                let taken = frames.used(Owner::VmDisks(slot.number.0)) * PAGE_SIZE;
+                let ram = match slot.live {
+                    None if slot.life.comes_back() => config.memory,
+                    _ => 0,
+                };
+                let ram_taken = frames.used(Owner::VmRam(slot.number.0)) * PAGE_SIZE;
+                changes.saturating_sub(taken) + ram.saturating_sub(ram_taken)
+            });
+            let promised = promised.fold(0, u64::saturating_add);
+            (frames.free() * PAGE_SIZE, promised)
         });
-        free.saturating_sub(promised.fold(0, u64::saturating_add))
+        free.saturating_sub(promised)
     }
 
     fn create(&self, text: &str) -> Result<Answer, Failure> {
