@@ -83,6 +83,9 @@ fn completed(path: &Path, line: &str) -> Vec<String> {
     "#;
     let output: Output = Command::new("bash")
         .args(["--noprofile", "--norc", "-c", DRIVER])
+        // Of the one who runs the test nothing is to be read or said.
+        .env_remove("BASH_ENV")
+        .env("LC_ALL", "C")
         .env("PROGRAM", PROGRAM)
         .env("LINE", line)
         .env("PLINTH_CONTROL", format!("unix:{}", path.display()))
