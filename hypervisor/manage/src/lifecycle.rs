@@ -15,6 +15,9 @@
 //!    └────────────────────┴─────┴───── down ──── Ending ◀─────────────┘
 //! ```
 //!
+//! A VM that its watchdog pauses while it shuts down is `Paused`, and `Stopping` again when it is resumed; the time that it has
+//! for shutting down passes meanwhile.
+//!
 //! Invariants: a VM that an operator stopped or destroyed does not start again by itself; what
 //! an operator asked for last decides what follows an end; a VM is made only when there is nothing left of it.
 
@@ -173,6 +176,16 @@ impl Life {
         self.next == Next::Gone
     }
 
+    /// Whether its power button was pressed, and it has not ended yet: it shuts down, or is paused while it does.
+    pub fn shuts_down(&self) -> bool {
+        match self.state {
+            VmState::Stopping => true,
+            // A VM that nobody has stopped does as its configuration says.
+            VmState::Paused => self.next == Next::Off,
+            _ => false,
+        }
+    }
+
     /// Whether it takes memory anew when there is nothing left of it, unless somebody decides otherwise meanwhile.
     pub fn comes_back(&self) -> bool {
         match self.state {
@@ -205,6 +218,10 @@ impl Life {
                 _ => Err(self.does_not_run()),
             },
             Verb::Resume => match self.state {
+                VmState::Paused if self.shuts_down() => {
+                    self.state = VmState::Stopping;
+                    Ok((Step::Resume, "goes on shutting down"))
+                }
                 VmState::Paused => {
                     self.state = VmState::Running;
                     Ok((Step::Resume, "runs on"))
@@ -260,6 +277,9 @@ impl Life {
             }
             (VmState::Starting, _) => Err("is starting already"),
             (VmState::Ending, _) => Err("starts again already when it has been taken down"),
+            (VmState::Paused, Next::Off) => {
+                Err("is paused while it shuts down: start it when it is off")
+            }
             (VmState::Paused, _) => Err("is paused: resume it"),
             (VmState::Stopping, _) => Err("is shutting down: start it when it is off"),
             (VmState::Running, _) => Err("runs already"),
@@ -359,18 +379,18 @@ impl Life {
         })
     }
 
-    /// The guest did not shut down in time. Whether it is to be forced off: it still shuts down.
+    /// The guest did not shut down in time. Whether it is to be forced off: it still shuts down, or is paused while it does.
     pub fn timed_out(&mut self) -> bool {
-        let stopping = self.state == VmState::Stopping;
-        if stopping {
+        let shuts_down = self.shuts_down();
+        if shuts_down {
             self.state = VmState::Ending;
         }
-        stopping
+        shuts_down
     }
 
     /// It was paused by its watchdog. Whether that is a change.
     pub fn paused_itself(&mut self) -> bool {
-        let runs = self.state == VmState::Running;
+        let runs = matches!(self.state, VmState::Running | VmState::Stopping);
         if runs {
             self.state = VmState::Paused;
         }

@@ -189,6 +189,7 @@ pub fn lifecycle(rig: &Rig, start: &Start) -> Result<String> {
         "unfed: its watchdog was not fed: reset",
         "unfed: powered off",
         "held: its watchdog was not fed: paused",
+        "held: its watchdog was not fed: paused while it shuts down",
         "cut: its watchdog was not fed: powered off",
         "shocked: its watchdog was not fed: NMI sent",
         "shocked: powered off",

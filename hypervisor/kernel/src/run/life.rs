@@ -306,7 +306,7 @@ impl<B: Backend> World<B> {
         for slot in slots.iter_mut() {
             if alarms >> slot.number.0 & 1 != 0 {
                 slot.sync();
-                alarmed.push(slot.plan.clone());
+                alarmed.push((slot.plan.clone(), slot.life.shuts_down()));
             }
             match slot.due {
                 Some(at) if at <= now => {
@@ -325,9 +325,10 @@ impl<B: Backend> World<B> {
         }
         self.next_due.fetch_min(next, Ordering::Relaxed);
         drop(slots);
-        for plan in alarmed {
+        for (plan, shuts_down) in alarmed {
             let config = &plan.config;
             let what = match config.watchdog {
+                Some(config::Watchdog::Pause) if shuts_down => "paused while it shuts down",
                 Some(config::Watchdog::Pause) => "paused",
                 Some(config::Watchdog::Nmi) => "NMI sent",
                 _ => "nothing is done",

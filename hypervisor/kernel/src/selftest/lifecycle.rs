@@ -15,7 +15,9 @@ use core::sync::atomic::{AtomicBool, Ordering};
 
 use drivers::power::Emulator;
 use manage::{
-    command::{Answer, Failure, FailureCode, Operate, Request, VmDetails, VmState},
+    command::{
+        Answer, Failure, FailureCode, MAX_STOP_TIMEOUT_S, Operate, Request, VmDetails, VmState,
+    },
     config::MAX_VMS,
 };
 use mem::Owner;
@@ -198,6 +200,28 @@ fn comes_to(vm: &'static str, state: VmState) -> Step {
         }
         Ok(_) => Ok(Outcome::Wait),
         Err(failure) => Err(words(&failure)),
+    })
+}
+
+/// A VM that ignores its power button, and will not feed its watchdog for long, is told to stop before that pauses it. Where this
+/// script comes too late it is reset.
+fn stops_before_its_watchdog(vm: &'static str) -> Step {
+    Box::new(move |operate| {
+        let reset = Request::VmReset { vm: vm.to_string() };
+        let request = match look(operate, vm).map(|vm| vm.summary.state) {
+            Ok(VmState::Running) => stop(vm, MAX_STOP_TIMEOUT_S),
+            Ok(VmState::Paused) => reset,
+            Ok(VmState::Starting | VmState::Ending) => return Ok(Outcome::Wait),
+            Ok(other) => return Err(format!("{other:?}")),
+            Err(failure) => return Err(words(&failure)),
+        };
+        match (operate.operate(&request), &request) {
+            (Ok(Answer::Done { text }), Request::VmStop { .. }) => Ok(Outcome::Done(text)),
+            (Ok(_), _) => Ok(Outcome::Wait),
+            // It was paused between the two.
+            (Err(failure), _) if failure.code == FailureCode::WrongState => Ok(Outcome::Wait),
+            (Err(failure), _) => Err(words(&failure)),
+        }
     })
 }
 
@@ -517,7 +541,7 @@ fn script() -> VecDeque<(String, Step)> {
         vm: String::from("button"),
         vcpu: Some(vcpu),
     };
-    let steps: [(&str, Step); 76] = [
+    let steps: [(&str, Step); 84] = [
         ("rounds", rounds()),
         ("memory-short", memory_short()),
         ("create", fine(vm_config("new", "4M"))),
@@ -601,6 +625,17 @@ fn script() -> VecDeque<(String, Step)> {
         ("paused-by-watchdog", comes_to("held", VmState::Paused)),
         ("held-pause", refused(pause("held"), WrongState)),
         ("held-resume", fine(resume("held"))),
+        ("held-reset", fine(reset("held"))),
+        ("held-stop", stops_before_its_watchdog("held")),
+        (
+            "paused-while-it-shuts-down",
+            comes_to("held", VmState::Paused),
+        ),
+        ("held-stop-again", refused(stop("held", 5), WrongState)),
+        ("held-resume-again", fine(resume("held"))),
+        ("held-shuts-down", comes_to("held", VmState::Stopping)),
+        ("held-force", fine(stop("held", 0))),
+        ("held-off", comes_to("held", VmState::Off)),
         ("start-cut", fine(start("cut"))),
         ("cut-by-watchdog", comes_to("cut", VmState::Off)),
         ("start-shocked", fine(start("shocked"))),

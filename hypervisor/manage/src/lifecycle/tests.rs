@@ -132,6 +132,66 @@ fn a_guest_that_ignores_the_button_is_forced_off_once() {
     assert_eq!(after, After::Off(Off::Operator));
 }
 
+/// A VM that its watchdog has paused while it shut down.
+fn paused_while_it_shuts_down() -> Life {
+    let mut life = running();
+    life.ask(STOP).unwrap();
+    assert!(life.paused_itself());
+    life
+}
+
+#[test]
+fn a_vm_that_is_paused_while_it_shuts_down_shows_it_and_goes_on_when_it_is_resumed() {
+    let paused = paused_while_it_shuts_down();
+    assert_eq!(paused.state(), VmState::Paused);
+    assert!(paused.shuts_down());
+    for verb in [Verb::Start, STOP, Verb::Pause, DESTROY] {
+        let mut life = paused;
+        assert!(life.ask(verb).is_err(), "{verb:?}");
+        assert_eq!(life, paused, "a refused {verb:?} changes nothing");
+    }
+
+    let mut life = paused;
+    assert!(!life.paused_itself(), "it is already");
+    let resumed = life.ask(Verb::Resume).unwrap();
+    assert_eq!(resumed, (Step::Resume, "goes on shutting down"));
+    assert_eq!(life.state(), VmState::Stopping);
+    life.at_rest();
+    let after = life.down(Restart::Always, Ending::Done, 100_000);
+    assert_eq!(after, After::Off(Off::Operator));
+
+    let mut runs = running();
+    runs.ask(Verb::Pause).unwrap();
+    assert!(!runs.shuts_down());
+    assert_eq!(runs.ask(Verb::Resume), Ok((Step::Resume, "runs on")));
+    assert_eq!(runs.state(), VmState::Running);
+}
+
+#[test]
+fn a_vm_that_is_paused_while_it_shuts_down_is_ended_by_its_time_or_by_force() {
+    let mut late = paused_while_it_shuts_down();
+    assert!(late.timed_out());
+    assert!(!late.timed_out(), "once");
+    late.at_rest();
+    let after = late.down(Restart::Always, Ending::Done, 100_000);
+    assert_eq!(after, After::Off(Off::Operator));
+
+    let mut forced = paused_while_it_shuts_down();
+    assert_eq!(step(&mut forced, FORCE), Some(Step::Force));
+    assert!(!forced.timed_out(), "it has ended");
+
+    let mut reset = paused_while_it_shuts_down();
+    assert_eq!(step(&mut reset, Verb::Reset), Some(Step::Reset));
+    reset.at_rest();
+    assert_eq!(reset.down(Restart::Never, Ending::Reset, 0), After::Make);
+    assert_eq!(reset.made(), Made::Run);
+    assert!(!reset.shuts_down(), "nobody has stopped this one");
+
+    let mut paused = running();
+    paused.ask(Verb::Pause).unwrap();
+    assert!(!paused.timed_out(), "nobody has stopped it");
+}
+
 #[test]
 fn a_reset_by_the_operator_comes_at_once() {
     let mut life = running();
@@ -180,6 +240,8 @@ struct Machine {
     making: bool,
     exists: bool,
     paused: bool,
+    /// Its power button was pressed, and it was not told to end since.
+    pressed: bool,
     /// Its vCPUs are at rest.
     rests: bool,
     waiting: bool,
@@ -202,8 +264,15 @@ impl Machine {
                 assert!(self.exists && !self.rests && self.paused);
                 self.paused = false;
             }
-            Step::PressButton => assert!(self.exists && !self.rests && !self.paused),
-            Step::Force | Step::Reset | Step::Nmi => assert!(self.exists && !self.rests),
+            Step::PressButton => {
+                assert!(self.exists && !self.rests && !self.paused);
+                self.pressed = true;
+            }
+            Step::Force | Step::Reset => {
+                assert!(self.exists && !self.rests);
+                self.pressed = false;
+            }
+            Step::Nmi => assert!(self.exists && !self.rests),
             Step::Remove => self.remove(),
         }
     }
@@ -262,7 +331,8 @@ fn happens() -> impl Strategy<Value = Happens> {
 
 proptest! {
     /// Whatever comes in whatever order, nothing is made twice, nothing is asked of what is not there,
-    /// nothing goes while it exists, and the state says how things are.
+    /// nothing goes while it exists, a VM is forced off when its time to shut down is over and not otherwise, and the
+    /// state says how things are.
     #[test]
     fn steps_suit_the_machine(events in prop::collection::vec(happens(), 0..200)) {
         let mut life = Life::off();
@@ -289,7 +359,7 @@ proptest! {
                     machine.after(after);
                 }
                 Happens::Rest if machine.exists && !machine.rests => {
-                    machine.rests = true;
+                    (machine.rests, machine.pressed) = (true, false);
                     life.at_rest();
                 }
                 Happens::Down(policy, ending, ms) if machine.rests => {
@@ -304,11 +374,19 @@ proptest! {
                         machine.step(Step::Make);
                     }
                 }
-                Happens::TimedOut if life.timed_out() => machine.step(Step::Force),
-                Happens::WatchdogPauses
-                    if machine.exists && !machine.rests && life.paused_itself() =>
-                {
-                    machine.step(Step::Pause);
+                Happens::TimedOut => {
+                    let force = life.timed_out();
+                    prop_assert_eq!(force, machine.pressed);
+                    if force {
+                        machine.step(Step::Force);
+                    }
+                }
+                Happens::WatchdogPauses if machine.exists && !machine.rests => {
+                    let runs = !machine.paused && life.state() != VmState::Ending;
+                    prop_assert_eq!(life.paused_itself(), runs);
+                    if runs {
+                        machine.step(Step::Pause);
+                    }
                 }
                 _ => {}
             }
@@ -320,12 +398,14 @@ proptest! {
                 machine.waiting = false;
             }
             let live = machine.exists && !machine.rests;
+            prop_assert_eq!(life.shuts_down(), machine.pressed);
             match life.state() {
                 VmState::Off => prop_assert!(!machine.exists && !machine.making),
                 VmState::Waiting => prop_assert!(machine.waiting && !machine.exists && !machine.making),
                 VmState::Starting => prop_assert!(machine.making && !machine.exists),
                 VmState::Paused => prop_assert!(live && machine.paused),
-                VmState::Running | VmState::Stopping => prop_assert!(live && !machine.paused),
+                VmState::Running => prop_assert!(live && !machine.paused && !machine.pressed),
+                VmState::Stopping => prop_assert!(live && !machine.paused && machine.pressed),
                 VmState::Ending => prop_assert!(machine.exists),
             }
         }
