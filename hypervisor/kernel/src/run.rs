@@ -31,7 +31,7 @@ use devices::{VcpuId, lapic::VcpuKick, uart::ConsoleSink};
 use drivers::wall_clock;
 use manage::{
     bundle::{self, Bundle, BundleEnvironment},
-    command::VmState,
+    command::{Answer, Request, VmState},
     config::{self, AfterLastVm, Config, ConsoleKind, Pools},
     console::{ConsoleId, Input},
     lifecycle::Life,
@@ -48,7 +48,8 @@ use turn::Entities;
 
 use crate::{
     boot::Machine,
-    console, control, cpu, display, doors, error, fault, frame, info, interrupts, log, memory,
+    console, control, cpu, display, doors, error, fault, frame, info, interrupts, journal, log,
+    memory,
     percpu::{self, PerCpu},
     power,
     preflight::Vendor,
@@ -363,7 +364,10 @@ impl<B: Backend> World<B> {
                         warn!("{name}: reads no input: {lost} typed bytes are lost");
                     }
                 }
-                Input::PowerOff => {
+                Input::PowerOff(door) => {
+                    let text = String::from("powering off");
+                    let outcome = Ok(Answer::Done { text });
+                    journal::note(door, &Request::HostPowerOff {}, &outcome);
                     self.say("powering off");
                     power::off()
                 }

@@ -26,7 +26,7 @@ mod text;
 use alloc::{collections::VecDeque, vec::Vec};
 use core::fmt;
 
-use crate::config::MAX_VMS;
+use crate::{config::MAX_VMS, journal::Door};
 use filter::{Filter, Plain};
 use store::Console;
 pub use store::Prepared;
@@ -81,8 +81,8 @@ pub enum Input {
     Handled,
     /// The person asked for the host's own screen instead of the guest's display, or for that again.
     ToggleDisplay,
-    /// The person asked to power the host off.
-    PowerOff,
+    /// The person asked to power the host off, by this door.
+    PowerOff(Door),
 }
 
 /// What the terminal shows.
@@ -724,7 +724,7 @@ impl ConsoleMux {
             b'r' => self.replay(),
             b'l' => self.list(),
             b'd' => return Input::ToggleDisplay,
-            b'q' => return Input::PowerOff,
+            b'q' => return Input::PowerOff(Door::SerialKey),
             _ => self.help(),
         }
         Input::Handled

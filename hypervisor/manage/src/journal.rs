@@ -38,11 +38,15 @@ pub enum Door {
     Screen,
     /// The control channel.
     Channel,
+    /// The escape key on the serial terminal, whatever that shows.
+    SerialKey,
+    /// The escape key on the host's keyboard.
+    ScreenKey,
 }
 
 impl Door {
     /// How many there are.
-    const COUNT: usize = 3;
+    const COUNT: usize = 5;
 
     /// What the log calls it.
     pub const fn name(self) -> &'static str {
@@ -50,6 +54,8 @@ impl Door {
             Door::Serial => "serial shell",
             Door::Screen => "screen shell",
             Door::Channel => "control channel",
+            Door::SerialKey => "serial escape key",
+            Door::ScreenKey => "screen escape key",
         }
     }
 }
@@ -344,7 +350,10 @@ impl Write for Harmless<'_, '_> {
 
 #[cfg(test)]
 mod tests {
-    use alloc::string::{String, ToString};
+    use alloc::{
+        format,
+        string::{String, ToString},
+    };
 
     use super::*;
     use crate::{
@@ -446,6 +455,33 @@ mod tests {
                 panic!("{typed} is no request");
             };
             assert_eq!(Action::of(&request).expect(typed).to_string(), shown);
+        }
+    }
+
+    #[test]
+    fn each_door_is_called_by_its_name_and_has_lines_of_its_own() {
+        let doors = [
+            (Door::Serial, "serial shell"),
+            (Door::Screen, "screen shell"),
+            (Door::Channel, "control channel"),
+            (Door::SerialKey, "serial escape key"),
+            (Door::ScreenKey, "screen escape key"),
+        ];
+        assert_eq!(doors.len(), Door::COUNT);
+        let request = Request::HostPowerOff {};
+        let mut journal = Journal::new();
+        for (door, name) in doors {
+            let outcome = done("powering off");
+            let entry = Entry {
+                door,
+                action: Action::of(&request).expect("an action"),
+                outcome: &outcome,
+                left_out: 0,
+            };
+            let wanted = format!("operator ({name}): host power-off: done, powering off");
+            assert_eq!(entry.to_string(), wanted);
+            assert_eq!(journal.admit(door, true, 0), Some(0), "{name}");
+            while journal.admit(door, true, 0).is_some() {}
         }
     }
 

@@ -406,6 +406,34 @@ impl Running {
         }
     }
 
+    /// What the machine's screen shows last, once it has powered itself off, is kept for [`Running::screen`] until
+    /// [`Running::let_go`]; the machine does not end before. QEMU only; others keep nothing.
+    pub fn keep_when_off(&self) {
+        if let EndSource::Monitor { monitor, .. } = &self.source {
+            monitor.keep_when_off();
+        }
+    }
+
+    /// Ends a machine that was kept, once it has powered itself off.
+    ///
+    /// # Errors
+    /// It did not within the time.
+    pub fn let_go(&self, timeout: Duration) -> anyhow::Result<()> {
+        if let EndSource::Monitor {
+            monitor, reason, ..
+        } = &self.source
+        {
+            let deadline = Instant::now() + timeout;
+            let is_off = || reason.lock().is_ok_and(|reason| reason.is_some());
+            while !is_off() {
+                anyhow::ensure!(Instant::now() < deadline, "it does not power off");
+                thread::sleep(Duration::from_millis(50));
+            }
+            monitor.quit();
+        }
+        Ok(())
+    }
+
     /// Waits for the machine's end.
     ///
     /// # Errors

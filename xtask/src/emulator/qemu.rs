@@ -182,6 +182,16 @@ impl Monitor {
         ));
     }
 
+    /// Has it keep the machine, its screen too, when that powers itself off, until [`Monitor::quit`].
+    pub fn keep_when_off(&self) {
+        self.say("{\"execute\":\"set-action\",\"arguments\":{\"shutdown\":\"pause\"}}");
+    }
+
+    /// Ends QEMU.
+    pub fn quit(&self) {
+        self.say("{\"execute\":\"quit\"}");
+    }
+
     /// Presses the keys that make a character, one after the other, and releases them. What is typed at once QEMU
     /// keeps, and types in the machine's time.
     ///
@@ -238,7 +248,7 @@ fn follow_monitor(
                     None
                 }
                 _ if string_field(&line, "status") == Some("internal-error") => {
-                    to.say("{\"execute\":\"quit\"}");
+                    to.quit();
                     Some("internal-error".to_owned())
                 }
                 _ => None,

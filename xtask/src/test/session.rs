@@ -100,6 +100,19 @@ impl Session {
         }
     }
 
+    /// Keeps the machine's screen when it powers itself off: see [`Running::keep_when_off`].
+    pub fn keep_when_off(&self) {
+        self.running.keep_when_off();
+    }
+
+    /// Ends a machine that was kept: see [`Running::let_go`].
+    ///
+    /// # Errors
+    /// It does not power itself off within the time.
+    pub fn let_go(&self, limit: Duration) -> Result<()> {
+        self.running.let_go(self.limited(limit))
+    }
+
     /// Waits until the machine has powered itself off.
     ///
     /// # Errors

@@ -14,6 +14,7 @@ use manage::{
     command::Operate,
     console::{ConsoleId, Input},
     grid::{self, Grid},
+    journal::Door,
     shell::Action,
 };
 
@@ -242,7 +243,7 @@ impl Local {
                 display::toggle();
                 self.switch(View::Host);
             }
-            b'q' => type_for_others(Input::PowerOff),
+            b'q' => type_for_others(Input::PowerOff(Door::ScreenKey)),
             _ => self.say(HELP, operate),
         }
     }

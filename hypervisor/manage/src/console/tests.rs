@@ -68,7 +68,10 @@ fn history_is_bounded_and_says_what_is_gone() {
 fn escape_commands() {
     let mut m = mux();
     assert_eq!(typed(&mut m, b"\x1d\x1d").0[1], Input::Guest(LINUX, 0x1d));
-    assert_eq!(typed(&mut m, b"\x1dq").0[1], Input::PowerOff);
+    assert_eq!(
+        typed(&mut m, b"\x1dq").0[1],
+        Input::PowerOff(Door::SerialKey)
+    );
     assert!(
         typed(&mut m, b"\x1d9")
             .1
