@@ -34,6 +34,29 @@ _plinthctl_with_names() {
 complete -o bashdefault -o default -F _plinthctl_with_names plinthctl
 "#;
 
+/// What clap's script for zsh has in places of values, and what comes there instead.
+const ZSH_VALUE: [&str; 2] = [":_default' \\\n", ":_plinthctl_value' \\\n"];
+
+/// The first line of the function in clap's script for zsh, which completes the whole line.
+const ZSH_BEGINS: &str = "\n_plinthctl() {\n";
+
+/// What comes in place of that line. What it keeps is seen by the functions that it calls, which change the words.
+const ZSH: &str = r#"
+_plinthctl_value() {
+    local -a names
+    names=(${(f)"$("$plinthctl_words[1]" complete-names "${(j: :)plinthctl_words}" 2>/dev/null)"})
+    if (( $#names )); then
+        compadd "$@" -a names
+    else
+        _default "$@"
+    fi
+}
+
+_plinthctl() {
+    local -a plinthctl_words
+    plinthctl_words=("${(@)words[1,CURRENT-1]}" "$QIPREFIX$IPREFIX$PREFIX")
+"#;
+
 /// What follows clap's script for fish.
 const FISH: &str = r#"
 complete -c plinthctl -a "(command plinthctl complete-names (commandline -cp) 2>/dev/null)"
@@ -43,12 +66,21 @@ complete -c plinthctl -a "(command plinthctl complete-names (commandline -cp) 2>
 pub fn script(shell: Shell) -> Vec<u8> {
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut cli::command(), "plinthctl", &mut text);
-    text.extend_from_slice(match shell {
-        Shell::Bash => BASH.as_bytes(),
-        Shell::Fish => FISH.as_bytes(),
-        _ => b"",
-    });
+    match shell {
+        Shell::Bash => text.extend_from_slice(BASH.as_bytes()),
+        Shell::Fish => text.extend_from_slice(FISH.as_bytes()),
+        Shell::Zsh => text = with_names_in_zsh(&text).into_bytes(),
+        _ => {}
+    }
     text
+}
+
+/// clap's script for zsh, with names where it has values. It can be sourced, and be a file that zsh loads, as before.
+fn with_names_in_zsh(script: &[u8]) -> String {
+    let [default, names] = ZSH_VALUE;
+    String::from_utf8_lossy(script)
+        .replace(default, names)
+        .replacen(ZSH_BEGINS, ZSH, 1)
 }
 
 /// The names that the word at the end of `line`, a command line up to the cursor, can become. None if none are wanted there, or
@@ -195,11 +227,26 @@ mod tests {
 
     #[test]
     fn scripts_call_what_there_is() {
-        for shell in [Shell::Bash, Shell::Fish] {
+        for shell in [Shell::Bash, Shell::Fish, Shell::Zsh] {
             let text = String::from_utf8(script(shell)).unwrap();
             let call = format!("{} ", cli::COMPLETE_NAMES);
             assert_eq!(text.matches(&call).count(), 1, "{shell}");
         }
+    }
+
+    #[test]
+    fn the_script_for_zsh_calls_back_for_each_value() {
+        let mut plain = Vec::new();
+        clap_complete::generate(Shell::Zsh, &mut cli::command(), "plinthctl", &mut plain);
+        let plain = String::from_utf8(plain).unwrap();
+        let text = String::from_utf8(script(Shell::Zsh)).unwrap();
+        // What clap names its function, and what it has for values.
+        assert_eq!(plain.matches(ZSH_BEGINS).count(), 1);
+        let values = plain.matches(ZSH_VALUE[0]).count();
+        assert!(values > 20, "{values}");
+        assert_eq!(text.matches(ZSH_VALUE[1]).count(), values);
+        assert!(!text.contains(ZSH_VALUE[0]));
+        assert!(text.starts_with("#compdef plinthctl\n"));
     }
 
     #[test]
