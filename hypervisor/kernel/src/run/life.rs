@@ -55,24 +55,21 @@ pub(super) struct Live<B: Backend> {
     pub(super) entities: Vec<EntityId>,
     /// vCPUs that have not come to rest since the VM ended.
     running: usize,
-    begun: Beginning,
+    /// Host TSC at which its making began.
+    begun_tsc: u64,
     tables: Arc<GuestTables<B>>,
 }
 
-/// What there was when the making of a VM began, for its figures.
-#[derive(Clone, Copy)]
-struct Beginning {
-    tsc: u64,
-    heap_bytes: usize,
-}
-
-impl Beginning {
-    fn now() -> Self {
-        Beginning {
-            tsc: time::now_tsc(),
-            heap_bytes: memory::heap_used(),
-        }
-    }
+/// What `cargo xtask bench` reads of a VM (docs/MEASURING.md).
+struct VmFigures {
+    /// TSC ticks up to its boot vCPU's first run: from the kernel's first instruction, from the first of its making, and since its clock
+    /// showed zero.
+    kernel_to_entry: u64,
+    vm_start: u64,
+    guest_tsc_at_entry: u64,
+    /// Frames that it had beside its RAM and its nested page tables.
+    bytes_beside_tables: u64,
+    table_bytes: u64,
 }
 
 /// Long work on a VM, for one processor.
@@ -377,7 +374,7 @@ impl<B: Backend> World<B> {
         plan: &Plan,
         fired: bool,
     ) -> Result<(Live<B>, EntityId), String> {
-        let begun = Beginning::now();
+        let begun_tsc = time::now_tsc();
         let id = number.0;
         let config = &plan.config;
         if !memory::has_heap_for(plan.heap_bytes()) {
@@ -479,7 +476,7 @@ impl<B: Backend> World<B> {
                 vm,
                 entities,
                 running,
-                begun,
+                begun_tsc,
                 tables,
             },
             boot,
@@ -611,10 +608,13 @@ impl<B: Backend> World<B> {
         frame::end(frame::Outcome::of(reason.as_ref()));
         let name = live.vm.name.clone();
         self.log_exits(&name, &live.entities);
-        if self.figures {
-            self.say_figures(&name, number, &live);
-        }
+        let figures = self.figures.then(|| self.figures_of(number, &live));
+        let heap_bytes = memory::heap_used();
         self.take_down(live);
+        if let Some(figures) = figures.flatten() {
+            let heap_bytes = heap_bytes.saturating_sub(memory::heap_used());
+            self.say_figures(&name, &figures, heap_bytes as u64);
+        }
         let text = match &reason {
             Some(reason) => format!("{reason}"),
             None => String::from("ended"),
@@ -709,23 +709,35 @@ impl<B: Backend> World<B> {
         }
     }
 
-    /// What `cargo xtask bench` reads of a VM that has come to rest (docs/MEASURING.md).
-    fn say_figures(&self, name: &str, number: VmNumber, live: &Live<B>) {
-        let boot = live.entities.first().and_then(|&id| self.entities.get(id));
-        let Some(boot) = boot else { return };
+    /// The figures of a VM that has come to rest and is there yet. `None`: it has no vCPU.
+    fn figures_of(&self, number: VmNumber, live: &Live<B>) -> Option<VmFigures> {
+        let boot = live
+            .entities
+            .first()
+            .and_then(|&id| self.entities.get(id))?;
         let first_run = boot.first_run.load(Ordering::Relaxed);
         let since = |start: u64| first_run.wrapping_sub(start);
-        let tables = memory::HOST.used(Owner::VmTables(number.0));
-        let beside_tables = tables.saturating_sub(live.tables.frames()) * mem::PAGE_SIZE;
-        let heap = memory::heap_used().saturating_sub(live.begun.heap_bytes) as u64;
+        let tables = live.tables.frames();
+        let frames = memory::HOST.used(Owner::VmTables(number.0));
+        Some(VmFigures {
+            kernel_to_entry: since(time::ENTRY_TSC.load(Ordering::Relaxed)),
+            vm_start: since(live.begun_tsc),
+            guest_tsc_at_entry: since(live.vm.clock.to_host(0)),
+            bytes_beside_tables: frames.saturating_sub(tables) * mem::PAGE_SIZE,
+            table_bytes: tables * mem::PAGE_SIZE,
+        })
+    }
+
+    /// What `cargo xtask bench` reads of a VM, of which nothing is left; so many bytes of the heap it gave back (docs/MEASURING.md).
+    fn say_figures(&self, name: &str, figures: &VmFigures, heap_bytes: u64) {
         self.say(&format!(
             "{name}: figures: kernel-to-entry {} vm-start {} guest-tsc-at-entry {} \
              vm-overhead-bytes {} nested-table-bytes {}",
-            since(time::ENTRY_TSC.load(Ordering::Relaxed)),
-            since(live.begun.tsc),
-            since(live.vm.clock.to_host(0)),
-            beside_tables + heap,
-            live.tables.frames() * mem::PAGE_SIZE,
+            figures.kernel_to_entry,
+            figures.vm_start,
+            figures.guest_tsc_at_entry,
+            figures.bytes_beside_tables + heap_bytes,
+            figures.table_bytes,
         ));
         self.say(&format!("{name}: decisions:{}", decision_costs()));
     }
