@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use regex::Regex;
 
 use super::{
+    place::Place,
     rig::{Rig, Start},
     terminal::Terminal,
 };
@@ -197,6 +198,12 @@ pub fn lifecycle(rig: &Rig, start: &Start) -> Result<String> {
         "noted: powered off",
     ] {
         ensure!(text.contains(said), "{said:?} was not said");
+    }
+    if start.place == Place::Bochs {
+        let said = "wide: cannot start: a reservation of 30.0 % of a processor is more than any has left (5.0 % at most)";
+        let times = text.matches(said).count();
+        ensure!(times == 3, "{said:?} was said {times} times");
+        ensure!(text.contains("selftest ok start-fails:"), "no start failed");
     }
     let resets = text
         .matches("unfed: its watchdog was not fed: reset")

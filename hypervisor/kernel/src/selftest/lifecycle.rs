@@ -5,6 +5,8 @@
 //! which stop feeding their watchdogs, each of which does something else, and the file `stub`. None starts with the host.
 //! Each step is one line, `selftest ok NAME: ..` or `selftest FAILED NAME: REASON`; the last one powers off.
 
+mod memory;
+
 use alloc::{
     boxed::Box,
     collections::VecDeque,
@@ -13,22 +15,15 @@ use alloc::{
 };
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use drivers::power::Emulator;
 use manage::{
     command::{
         Answer, Failure, FailureCode, MAX_STOP_TIMEOUT_S, Operate, Request, VmDetails, VmState,
     },
     config::MAX_VMS,
 };
-use mem::Owner;
 
-use crate::{console, doors, info, memory, percpu, power, sync::Lock, time};
+use crate::{console, doors, info, percpu, sync::Lock, time};
 
-/// Rounds that bring the host's own structures to the size that they keep, and rounds that must change nothing.
-const WARM_UP: u32 = 8;
-const ROUNDS: u32 = 1_000;
-/// In Bochs, where a round takes five times as long.
-const ROUNDS_IN_BOCHS: u32 = 250;
 /// How long a VM may take to come to a state, in seconds of the host's clock. Emulators are slow.
 const PATIENCE_S: u64 = 120;
 
@@ -78,30 +73,6 @@ pub fn serve(operate: &dyn Operate) {
     *SCRIPT.lock() = script;
     // Halted meanwhile, so that an emulator that runs one processor at a time gets to the others.
     doors::ring_at(time::now_tsc() + time::us_to_ticks(LOOK_EVERY_US));
-}
-
-/// What the host has given away.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Used {
-    free_frames: u64,
-    host_frames: u64,
-    vm_frames: u64,
-    heap_bytes: usize,
-}
-
-impl Used {
-    fn now() -> Self {
-        let vms = 1..Owner::MAX_VMS;
-        Used {
-            free_frames: memory::HOST.statistics().free,
-            host_frames: memory::HOST.used(Owner::Host),
-            vm_frames: vms
-                .flat_map(|n| [Owner::VmRam(n), Owner::VmTables(n), Owner::VmDisks(n)])
-                .map(|owner| memory::HOST.used(owner))
-                .sum(),
-            heap_bytes: memory::heap_used(),
-        }
-    }
 }
 
 impl Script {
@@ -171,6 +142,16 @@ fn look(operate: &dyn Operate, vm: &str) -> Result<VmDetails, Failure> {
 
 fn words(failure: &Failure) -> String {
     format!("{:?}: {}", failure.code, failure.message)
+}
+
+/// Whether a VM that was started runs.
+fn runs(operate: &dyn Operate, vm: &str) -> Result<bool, String> {
+    let vm = look(operate, vm).map_err(|failure| words(&failure))?;
+    match vm.summary.state {
+        VmState::Running => Ok(true),
+        VmState::Starting => Ok(false),
+        state => Err(format!("{state:?} {:?}", vm.summary.last_end)),
+    }
 }
 
 /// It is done.
@@ -269,26 +250,40 @@ fn starts(vm: &'static str, wanted: u64) -> Step {
     })
 }
 
+/// How often a VM was seen to have run since the last look.
+#[derive(Default)]
+struct SeenToRun {
+    times: u32,
+    /// What it had run at the last look.
+    run_ns: Option<u64>,
+}
+
+impl SeenToRun {
+    fn look(&mut self, operate: &dyn Operate, vm: &str) -> Result<(), String> {
+        let vm = look(operate, vm).map_err(|failure| words(&failure))?;
+        let run_ns = Some(vm.summary.run_ns);
+        self.times += u32::from(self.run_ns.is_some() && self.run_ns != run_ns);
+        self.run_ns = run_ns;
+        Ok(())
+    }
+}
+
 /// While a VM comes or goes another one runs on, where one processor has to do both. Where there are several nothing is
 /// asked for: an emulator may run them in turn, for longer than it takes. Ends when the VM is running, or is there no more.
 fn runs_meanwhile(comes_or_goes: &'static str, runs: &'static str) -> Step {
-    /// So often it was seen to have run since the last look.
+    /// So often it was seen to have run.
     const TIMES: u32 = 20;
-    let mut times = 0;
-    let mut seen = None;
+    let mut seen = SeenToRun::default();
     Box::new(move |operate| {
         let state = look(operate, comes_or_goes).map(|vm| vm.summary.state);
         match state {
             Ok(VmState::Starting | VmState::Ending) => {
-                let vm = look(operate, runs).map_err(|failure| words(&failure))?;
-                let run_ns = Some(vm.summary.run_ns);
-                times += u32::from(seen.is_some() && seen != run_ns);
-                seen = run_ns;
+                seen.look(operate, runs)?;
                 Ok(Outcome::Wait)
             }
             Ok(VmState::Running) | Err(_) => {
-                let remark = format!("{runs} was seen to run {times} times");
-                match times >= TIMES || percpu::count() > 1 {
+                let remark = format!("{runs} was seen to run {} times", seen.times);
+                match seen.times >= TIMES || percpu::count() > 1 {
                     true => Ok(Outcome::Done(remark)),
                     false => Err(remark),
                 }
@@ -343,193 +338,6 @@ fn count(wanted: usize) -> Step {
     })
 }
 
-/// VMs come, start, and go while they run.
-fn rounds() -> Step {
-    #[derive(Clone, Copy)]
-    enum At {
-        Create,
-        Start,
-        Going,
-    }
-    let mut at = At::Create;
-    let mut round = 0;
-    let mut before = Used::default();
-    let rounds = match power::emulator() {
-        Some(Emulator::Bochs) => ROUNDS_IN_BOCHS,
-        _ => ROUNDS,
-    };
-    Box::new(move |operate| {
-        let ask = |request: &Request| {
-            let answer = operate.operate(request);
-            answer.map_err(|failure| format!("round {round}: {}", words(&failure)))
-        };
-        match at {
-            At::Create if round == WARM_UP + rounds => {
-                let after = Used::now();
-                let remark = format!("{rounds} rounds: before {before:?}, after {after:?}");
-                return match before == after && after.vm_frames == 0 {
-                    true => Ok(Outcome::Done(remark)),
-                    false => Err(remark),
-                };
-            }
-            At::Create => {
-                if round == WARM_UP {
-                    before = Used::now();
-                }
-                ask(&vm_config("round", "4M"))?;
-                ask(&start("round"))?;
-                at = At::Start;
-            }
-            At::Start => {
-                let vm = look(operate, "round").map_err(|failure| words(&failure))?;
-                match vm.summary.state {
-                    VmState::Starting => {}
-                    VmState::Running => {
-                        ask(&destroy("round", true))?;
-                        at = At::Going;
-                    }
-                    state => {
-                        return Err(format!(
-                            "round {round}: {state:?} {:?}",
-                            vm.summary.last_end
-                        ));
-                    }
-                }
-            }
-            At::Going => {
-                if look(operate, "round").is_err() {
-                    round += 1;
-                    at = At::Create;
-                }
-            }
-        }
-        Ok(Outcome::Wait)
-    })
-}
-
-/// Nearly all memory is one VM's. Another one resets itself again and again: for a third one there is no room while that one is there,
-/// is taken down, or waits for its next start. When it is stopped, the third one takes the rest, and the host goes on: as many VMs as
-/// there may be are defined, and what is asked is answered. Then all go, and nothing is left of them.
-fn memory_short() -> Step {
-    /// Left at least, and less than 2 MiB more, since RAM comes in such steps: enough for one more VM of 4 MiB with what it needs beside
-    /// its RAM, not for two, even though 384 KiB of each one's 4 MiB are a hole and take nothing.
-    const LEFT: u64 = 5 << 20;
-    /// So often it was seen to wait before it starts again.
-    const WAITS: u32 = 2;
-    const ON_ITS_WAY_NS: u64 = 20_000_000_000;
-    #[derive(Clone, Copy)]
-    enum At {
-        Take,
-        Made,
-        Resets,
-        Full,
-        Going,
-    }
-    let mut at = At::Take;
-    let mut seen = VmState::Off;
-    let mut waits = 0;
-    let mut before = Used::default();
-    let mut names = 0;
-    let mut gone_ns = u64::MAX;
-    Box::new(move |operate| {
-        let ask = |request: &Request| {
-            let answer = operate.operate(request);
-            answer.map_err(|failure| words(&failure))
-        };
-        let runs = |vm: &str| match look(operate, vm).map_err(|failure| words(&failure))? {
-            vm if vm.summary.state == VmState::Running => Ok(true),
-            vm if vm.summary.state == VmState::Starting => Ok(false),
-            vm => Err(format!("{:?} {:?}", vm.summary.state, vm.summary.last_end)),
-        };
-        let has_no_memory = |vm: &str| match operate.operate(&start(vm)) {
-            Err(failure)
-                if failure.code == FailureCode::NoRoom
-                    && failure.message.contains("of memory, and the host has") =>
-            {
-                Ok(())
-            }
-            other => Err(format!("{vm}: {other:?}")),
-        };
-        match at {
-            At::Take => {
-                before = Used::now();
-                names = operate.vm_names().len();
-                let mib = (before.free_frames * mem::PAGE_SIZE - LEFT) >> 20 & !1;
-                ask(&vm_config("most", &format!("{mib}M")))?;
-                ask(&start("most"))?;
-                at = At::Made;
-            }
-            At::Made => {
-                if runs("most")? {
-                    ask(&vm_that("again", "4M", "reset"))?;
-                    ask(&vm_config("late", "4M"))?;
-                    ask(&start("again"))?;
-                    at = At::Resets;
-                }
-            }
-            // It has its memory, or is promised it.
-            At::Resets => {
-                let again = look(operate, "again").map_err(|failure| words(&failure))?;
-                let state = again.summary.state;
-                has_no_memory("late").map_err(|why| {
-                    format!(
-                        "{why}; again {state:?}; before {before:?}, now {:?}",
-                        Used::now()
-                    )
-                })?;
-                waits += u32::from(state == VmState::Waiting && seen != state);
-                seen = state;
-                if waits == WAITS {
-                    ask(&stop("again", 0))?;
-                    ask(&start("late"))?;
-                    at = At::Full;
-                }
-            }
-            At::Full => {
-                if !runs("late")? {
-                    return Ok(Outcome::Wait);
-                }
-                has_no_memory("again")?;
-                // With consoles, which take more of the host's own memory.
-                for n in operate.vm_names().len()..MAX_VMS {
-                    let config = format!(
-                        "[[vm]]\nname = \"many-{n}\"\nmemory = \"4M\"\nboot = {{ kernel = \"stub\" }}\n"
-                    );
-                    match operate.operate(&Request::VmCreate { config }) {
-                        Ok(_) => {}
-                        Err(failure) if failure.code == FailureCode::NoRoom => break,
-                        Err(failure) => return Err(words(&failure)),
-                    }
-                }
-                ask(&Request::Stats { vm: None })?;
-                ask(&Request::SchedShow {})?;
-                for name in operate.vm_names().into_iter().skip(names) {
-                    ask(&destroy(&name, true))?;
-                }
-                at = At::Going;
-            }
-            At::Going => {
-                let after = Used::now();
-                let all = |used: &Used| used.free_frames + used.host_frames;
-                if operate.vm_names().len() > names || after.vm_frames > 0 {
-                    return Ok(Outcome::Wait);
-                }
-                let remark = format!("before {before:?}, after {after:?}");
-                let same = all(&before) == all(&after) && before.heap_bytes == after.heap_bytes;
-                let now = time::ns();
-                gone_ns = gone_ns.min(now);
-                return match same {
-                    true => Ok(Outcome::Done(remark)),
-                    // What is not listed any more may still be on its way.
-                    false if now - gone_ns < ON_ITS_WAY_NS => Ok(Outcome::Wait),
-                    false => Err(remark),
-                };
-            }
-        }
-        Ok(Outcome::Wait)
-    })
-}
-
 /// What is done, in this order.
 fn script() -> VecDeque<(String, Step)> {
     use FailureCode::{BadRequest, Exists, NoRoom, NotFound, WrongState};
@@ -541,9 +349,9 @@ fn script() -> VecDeque<(String, Step)> {
         vm: String::from("button"),
         vcpu: Some(vcpu),
     };
-    let steps: [(&str, Step); 84] = [
-        ("rounds", rounds()),
-        ("memory-short", memory_short()),
+    let steps: [(&str, Step); 85] = [
+        ("rounds", memory::rounds()),
+        ("memory-short", memory::memory_short()),
         ("create", fine(vm_config("new", "4M"))),
         ("create-again", refused(vm_config("new", "4M"), Exists)),
         (
@@ -599,6 +407,7 @@ fn script() -> VecDeque<(String, Step)> {
         ("runs-while-made", runs_meanwhile("large", "spinner")),
         ("destroy-large", fine(destroy("large", true))),
         ("runs-while-zeroed", runs_meanwhile("large", "spinner")),
+        ("start-fails", memory::start_fails("spinner")),
         ("pause-spinner", fine(pause("spinner"))),
         ("spinner-stands-still", stands_still("spinner")),
         ("resume-spinner", fine(resume("spinner"))),
