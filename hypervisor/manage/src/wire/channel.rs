@@ -198,6 +198,10 @@ impl Incoming {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        command::{Figures, HostStats, PcpuStats, VcpuStats, VmState, VmStats, VmSummary},
+        config::{MAX_NAME, MAX_VCPUS, MAX_VMS},
+    };
     use proptest::prelude::*;
 
     const LIST: &[u8] = b"{\"id\":5,\"v\":1,\"verb\":\"vm-list\"}\n";
@@ -346,6 +350,87 @@ mod tests {
         assert!(channel.output.capacity() < 4 * MAX_LINE);
         replies(&mut channel);
         assert_eq!(channel.output.capacity(), 0);
+    }
+
+    #[test]
+    fn the_figures_of_as_many_vcpus_as_there_may_be_fit() {
+        // After a year, of Linux guests that are busy all the time, on as many processors as a host may have.
+        const YEAR_NS: u64 = 365 * 24 * 3600 * 1_000_000_000;
+        const COUNT: u64 = 99_999_999_999;
+        let kinds = [
+            "cpuid",
+            "hypercall",
+            "port-io",
+            "msr-read",
+            "msr-write",
+            "nested-page-fault",
+            "cr-access",
+            "halt",
+            "pause",
+            "xsetbv",
+            "wbinvd",
+            "exception",
+            "external-interrupt",
+            "interrupt-window",
+            "deadline",
+            "init",
+        ];
+        let total = Figures {
+            run_ns: YEAR_NS,
+            wait_ns: YEAR_NS,
+            throttled_ns: YEAR_NS,
+            average_wait_ns: 1_000_000_000,
+            wakeups: COUNT,
+            response_ns: 1_000_000_000,
+            response_p99_ns: 1_000_000_000,
+            bursts: COUNT,
+            switches: COUNT,
+            io_bytes: YEAR_NS,
+            latency_ns: (10..40).map(|bits| (1 << bits, COUNT)).collect(),
+        };
+        let vcpu = VcpuStats {
+            vcpu: MAX_VCPUS - 1,
+            pcpu: 63,
+            state: "waiting".into(),
+            migrations: COUNT,
+            latency_ns: Vec::new(),
+            exits: kinds.map(|kind| (kind.into(), COUNT)).to_vec(),
+            ..VcpuStats::from(total.clone())
+        };
+        let vm = VmStats {
+            summary: VmSummary {
+                name: "n".repeat(MAX_NAME),
+                state: VmState::Running,
+                vcpus: MAX_VCPUS,
+                memory_bytes: 1 << 40,
+                uptime_ns: YEAR_NS,
+                run_ns: YEAR_NS,
+                starts: COUNT,
+                last_end: Some("x".repeat(100)),
+            },
+            weight: 10_000,
+            total: total.clone(),
+            vcpu: vec![vcpu; MAX_VCPUS.into()],
+        };
+        let pcpu = PcpuStats {
+            pcpu: 63,
+            busy_ns: YEAR_NS,
+            idle_ns: YEAR_NS,
+            switches: COUNT,
+            queued: 16,
+        };
+        let stats = HostStats {
+            at_ns: YEAR_NS,
+            pcpus: vec![pcpu; 64],
+            vms: vec![vm; MAX_VMS],
+            total,
+            fairness_permille: 1000,
+        };
+        let mut channel = channel();
+        channel.receive(LIST);
+        channel.serve(|_| Ok(Answer::Stats { stats }));
+        let replies = replies(&mut channel);
+        assert!(matches!(&replies[0].outcome, Outcome::Ok(_)), "refused");
     }
 
     proptest! {

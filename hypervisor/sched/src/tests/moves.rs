@@ -60,3 +60,58 @@ fn who_has_paid_elsewhere_owes_nothing_where_it_comes_to() {
     let had = s.metrics(comes, now).unwrap().run - begin;
     assert!(had.abs_diff(5 * SLICE) <= SLICE, "{had}");
 }
+
+/// The least and the most that these entities, all alike, get of their part, in percent, while each is due 20 slices.
+fn parts(s: &Scheduler, ids: &[EntityId], now: &mut u64) -> (u64, u64) {
+    let due = 20 * SLICE;
+    let before: Vec<_> = ids.iter().map(|id| ran(s, *id, *now)).collect();
+    let end = *now + due * ids.len() as u64 / s.pcpus() as u64;
+    all_spin(s, *now, end);
+    *now = end;
+    let after = ids.iter().map(|id| ran(s, *id, end));
+    let parts = after
+        .zip(before)
+        .map(|(after, before)| (after - before) * 100 / due);
+    let parts: Vec<_> = parts.collect();
+    (*parts.iter().min().unwrap(), *parts.iter().max().unwrap())
+}
+
+#[test]
+fn where_many_more_want_to_run_than_there_are_pcpus_all_do() {
+    let pool = Pool {
+        cpus: CpuSet::first(2),
+        policy: PolicyKind::Fair,
+        slice: SLICE,
+    };
+    let s = Scheduler::new(2, 256, &[pool]);
+    let ids: Vec<_> = (0..189)
+        .map(|_| s.add(Params::default(), 0).unwrap())
+        .collect();
+    // They come one after the other, so that the first have more to begin with.
+    let mut now = 0;
+    for id in &ids {
+        s.wake(*id, now);
+        let next = now + 2 * SLICE;
+        all_spin(&s, now, next);
+        now = next;
+    }
+    // That is made up for, and nobody pays with more than half of its part.
+    for _ in 0..2 {
+        let (least, most) = parts(&s, &ids, &mut now);
+        assert!(least >= 50 && most <= 200, "{least} to {most} %");
+    }
+    for _ in 0..4 {
+        let (least, most) = parts(&s, &ids, &mut now);
+        assert!(least >= 75 && most <= 125, "{least} to {most} %");
+    }
+    // Half of them go.
+    let (stay, go) = ids.split_at(96);
+    for id in go {
+        s.pause(*id, now);
+        assert!(s.remove(*id, now));
+    }
+    for _ in 0..4 {
+        let (least, most) = parts(&s, stay, &mut now);
+        assert!(least >= 75 && most <= 125, "{least} to {most} %");
+    }
+}
