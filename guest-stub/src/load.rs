@@ -8,13 +8,20 @@
 //!   to end before its end;
 //! - `load waits: N jobs, mean start A us, latest start S us, latest end E us`: the same of short jobs, in a window that begins with a key;
 //! - `load counts: T turns in W us`: how often a loop without an exit ran in such a window.
+//!
+//! Then there is work whose result is known: after `load work: ready on N processors` and two NMIs,
+//! `load work: S steps on N processors: R0 R1 ..`, the results by processor.
 
-use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use core::sync::atomic::{
+    AtomicU64,
+    Ordering::{Relaxed, SeqCst},
+};
 
 use crate::apic::{self, LocalApic, Register};
-use crate::interrupts::{end_at_apic, hook};
+use crate::interrupts::{self, end_at_apic, hook, only_count, vector};
 use crate::machine::Machine;
-use crate::{console, cpu, println, time};
+use crate::smp::{self, PROCESSORS};
+use crate::{checks::Why, console, cpu, print, println, time};
 
 /// Between two readings of the TSC no more than this passes while the guest runs, in microseconds.
 const GAP_US: u64 = 100;
@@ -35,6 +42,9 @@ const SHORT_JOBS: u64 = 50;
 /// How long the guest that counts does so, and after how many turns it looks at its clock.
 const COUNT_US: u64 = SHORT_PERIOD_US * SHORT_JOBS;
 const TURNS: u64 = 10_000;
+
+/// Steps of each processor's work, unless the command line says how many.
+const STEPS: u64 = 1_000_000;
 
 const VECTOR: u8 = 0x72;
 
@@ -216,4 +226,59 @@ fn turn() {
     for turn in 0..TURNS {
         core::hint::black_box(turn);
     }
+}
+
+/// How often the guest that is to work looks whether it may begin.
+const LOOK_US: u64 = 20_000;
+
+/// From an NMI to the next one every processor computes, each so many steps from its own number at least; what came of these is told:
+/// who knows that knows that each did all of its steps.
+pub fn work(machine: &Machine, steps: Option<u64>) {
+    let steps = steps.unwrap_or(STEPS);
+    match work_on_all(machine, steps) {
+        Ok(count) => {
+            print!("load work: {steps} steps on {count} processors:");
+            for processor in &PROCESSORS[..count] {
+                print!(" {:016x}", processor.note.load(SeqCst));
+            }
+            println!();
+        }
+        Err(why) => println!("load work: {}", why.text()),
+    }
+}
+
+/// Leaves the results in the processors' notes; how many there are.
+fn work_on_all(machine: &Machine, steps: u64) -> Result<usize, Why> {
+    static GIVEN: AtomicU64 = AtomicU64::new(0);
+    fn compute(number: usize) {
+        // The generator of PCG: no step can be left out.
+        let step = |x: u64, _| {
+            x.wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407)
+        };
+        let result = (0..GIVEN.load(SeqCst)).fold(number as u64, step);
+        PROCESSORS[number].note.store(result, SeqCst);
+        while nmis() < 2 {
+            turn();
+        }
+    }
+    /// That came to the first processor.
+    fn nmis() -> u32 {
+        interrupts::count(vector::NMI)
+    }
+    GIVEN.store(steps, SeqCst);
+    let others = smp::others(machine)?;
+    let count = 1 + others.count();
+    hook(vector::NMI, only_count);
+    let alarm = Alarm::new(machine);
+    println!("load work: ready on {count} processors");
+    // An NMI may come between the look and the halt, which the timer ends then.
+    while nmis() == 0 {
+        alarm.sleep_until(cpu::tsc() + LOOK_US * (machine.tsc_hz / 1_000_000));
+    }
+    alarm.local.quiet();
+    others.begin(compute);
+    compute(others.first);
+    others.join()?;
+    Ok(count)
 }

@@ -11,6 +11,7 @@
 //! | `mode=bench` | measure instead of checking |
 //! | `mode=share`, `mode=periodic` | tell how much of the processor it gets, or whether periodic work is in time |
 //! | `mode=waits`, `mode=counts` | after each key, tell how late short jobs begin, or how much work gets done |
+//! | `mode=work` | from an NMI to the next, each of several processors computes, `iterations=N` steps at least, whose result is told |
 //! | `iterations=N`, `mmio=ADDRESS`, `only=NAME`, `start=key` | for the measurements |
 //! | `abuse=NAME` | misbehave in one way after the checks; `abuse=list` names them |
 //! | `nuisance=NAME` | take more than its share for ever, if the host lets it |
@@ -79,6 +80,7 @@ extern "C" fn main() -> ! {
         Mode::Periodic => load::periodic(&machine),
         Mode::Waits => load::waits(&machine),
         Mode::Counts => load::counts(&machine),
+        Mode::Work => load::work(&machine, options.iterations),
     }
     abuse::run(&machine, &options.abuse);
     if !options.nuisance.as_str().is_empty() {

@@ -22,13 +22,17 @@ struct Nuisance {
     run: fn(&Machine) -> !,
 }
 
-const NUISANCES: [Nuisance; 14] = [
+const NUISANCES: [Nuisance; 15] = [
     Nuisance {
         name: "spin",
         run: |_| {
             cpu::sti();
             spin()
         },
+    },
+    Nuisance {
+        name: "spin-all",
+        run: spin_all,
     },
     // Nor does it ever open a window for an interrupt.
     Nuisance {
@@ -107,6 +111,15 @@ fn spin() -> ! {
     loop {
         core::hint::black_box(());
     }
+}
+
+/// The same on all processors.
+fn spin_all(machine: &Machine) -> ! {
+    if let Ok(others) = smp::others(machine) {
+        others.begin(|_| spin());
+    }
+    cpu::sti();
+    spin()
 }
 
 fn console_flood(_: &Machine) -> ! {

@@ -21,6 +21,8 @@ pub enum Mode {
     Waits,
     /// A guest that computes, and tells how far it came.
     Counts,
+    /// A guest whose processors do a known piece of work each.
+    Work,
 }
 
 /// The command line, understood.
@@ -33,7 +35,7 @@ pub struct Options {
     pub end: End,
     pub mode: Mode,
     pub facts: bool,
-    /// Repetitions of each measured operation; `None` is the operation's own.
+    /// Repetitions of each measured operation, or steps of work; `None` is the operation's own.
     pub iterations: Option<u64>,
     /// Address of the emulated device register that the measurements touch.
     pub mmio: Option<u64>,
@@ -85,6 +87,7 @@ pub fn parse(line: &Text<COMMAND_LINE>) -> Options {
                         ("periodic", Mode::Periodic),
                         ("waits", Mode::Waits),
                         ("counts", Mode::Counts),
+                        ("work", Mode::Work),
                     ];
                     let mode = modes.iter().find(|(name, _)| *name == other);
                     mode.map(|&(_, mode)| options.mode = mode).is_some()

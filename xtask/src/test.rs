@@ -13,6 +13,7 @@ mod control;
 mod host;
 mod isolation;
 mod linux;
+mod many;
 mod place;
 mod policies;
 mod qemu_tests;

@@ -9,7 +9,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::{
-    consoles, control, host, isolation,
+    consoles, control, host, isolation, many,
     place::Place,
     policies, qemu_tests, refusals,
     report::Outcome,
@@ -272,6 +272,8 @@ pub fn all() -> Vec<Scenario> {
             (180, 1000),
             soak::long,
         )));
+        let running = Scenario::new(place, "many-running", (150, 500), many::running);
+        all.push(slow(running));
     }
     for place in [Place::QEMU_BIOS, Place::Bochs] {
         all.push(Scenario::new(place, "host-backend", 4, host::backend).selftest());

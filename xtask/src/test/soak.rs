@@ -323,7 +323,7 @@ fn line(request: &Request) -> String {
 }
 
 /// The control channel, as a program has it.
-struct Program {
+pub(super) struct Program {
     client: Client,
     limit: Duration,
     /// Requests that were not refused.
@@ -332,7 +332,7 @@ struct Program {
 
 impl Program {
     /// Asks; a refusal has to be one that a sound host gives to a sound request in a state that does not allow it.
-    fn ask(&mut self, request: &Request) -> Result<Option<Answer>> {
+    pub(super) fn ask(&mut self, request: &Request) -> Result<Option<Answer>> {
         let answer = self.client.ask(request);
         match answer.map_err(|error| anyhow::anyhow!("{request:?}: no answer: {error}"))? {
             Ok(answer) => {
@@ -353,7 +353,7 @@ impl Program {
         }
     }
 
-    fn vms(&mut self) -> Result<Vec<VmSummary>> {
+    pub(super) fn vms(&mut self) -> Result<Vec<VmSummary>> {
         match self.ask(&Request::VmList {})? {
             Some(Answer::Vms { vms }) => Ok(vms),
             other => bail!("vm-list: {other:?}"),
@@ -399,7 +399,7 @@ impl Program {
     }
 
     /// Destroys all but the untouched one, whatever they are at, and waits until they are gone.
-    fn destroy_all(&mut self) -> Result<()> {
+    pub(super) fn destroy_all(&mut self) -> Result<()> {
         self.ask(&Request::TraceStop {})?;
         let others = self.vms()?.into_iter().map(|vm| vm.name);
         for vm in others.filter(|vm| vm != UNTOUCHED) {
@@ -417,13 +417,13 @@ impl Program {
     }
 
     /// Free frames and heap in use, in bytes.
-    fn memory(&mut self) -> Result<(u64, u64)> {
+    pub(super) fn memory(&mut self) -> Result<(u64, u64)> {
         let host = self.host()?;
         Ok((host.memory_free_bytes, host.heap_bytes))
     }
 
     /// Waits until frames and heap are as before.
-    fn nothing_is_left(&mut self, before: (u64, u64)) -> Result<()> {
+    pub(super) fn nothing_is_left(&mut self, before: (u64, u64)) -> Result<()> {
         let deadline = Instant::now() + self.limit;
         loop {
             let now = self.memory()?;
@@ -493,7 +493,7 @@ fn shell_round(
 }
 
 /// Brings the shell's own memory to where it is after any round: its history is bounded, and full of these lines.
-fn fill_history(operator: &mut Operator<'_>) -> Result<()> {
+pub(super) fn fill_history(operator: &mut Operator<'_>) -> Result<()> {
     for number in 0..HISTORY {
         operator.says(&format!("help {}", ["vm", "log"][number % 2]))?;
     }
@@ -501,7 +501,7 @@ fn fill_history(operator: &mut Operator<'_>) -> Result<()> {
 }
 
 /// The untouched guest answers, and its clock has gone on as the host's.
-fn untouched_goes_on(operator: &mut Operator<'_>, program: &mut Program) -> Result<u64> {
+pub(super) fn untouched_goes_on(operator: &mut Operator<'_>, program: &mut Program) -> Result<u64> {
     let before = program.uptime_ns()?;
     operator.switches("\x1d1\r", "stub> ")?;
     let line = r"\n(\d+) at (\d+) kHz\r";
@@ -548,7 +548,7 @@ fn soak(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String> {
 }
 
 /// A host with so many processors and the untouched guest, which talks; and a program on its control channel. `files`: more than the stub's.
-fn boot(
+pub(super) fn boot(
     rig: &Rig,
     start: &Start,
     memory_mib: u32,
