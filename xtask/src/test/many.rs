@@ -297,6 +297,7 @@ pub fn running(rig: &Rig, start: &Start) -> Result<String> {
     wait_for(&mut program, limits.boot, MAX_VMS, VmState::Running)?;
     program.destroy_all()?;
     soak::fill_history(&mut operator)?;
+    soak::untouched_goes_on(&mut operator, &mut program)?;
     let before = program.memory()?;
 
     operator.session.send(key::ALL)?;
