@@ -6,7 +6,7 @@
 //! moments of the machine's time.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ops::RangeInclusive,
     thread,
     time::{Duration, Instant},
@@ -25,14 +25,12 @@ use super::{
     soak::{self, Program},
     terminal::Terminal,
 };
-use crate::emulator::Emulator;
+use crate::emulator::{Emulator, Time};
 
 /// All that there may be beside the one that is there from the beginning.
 const GUESTS: usize = MAX_VMS - 1;
 /// The host's processors.
 const PCPUS: u32 = 2;
-/// The host's memory, in MiB.
-const MEMORY_MIB: u32 = 1024;
 /// Steps of the known work: a tenth of a second of each vCPU or more.
 const STEPS: u64 = 3_000_000;
 /// Length of a time slice, in microseconds.
@@ -168,24 +166,30 @@ fn all_compute(stats: &HostStats, guests: &[(usize, Does)]) -> Result<bool> {
 /// may be shown in pieces.
 fn all_say(
     operator: &mut Operator<'_>,
+    program: &mut Program,
     limit: Duration,
     wanted: &BTreeMap<String, String>,
 ) -> Result<()> {
     let line = Regex::new(r"\[([a-z0-9-]+)\] ([^\r\n]*)[\r\n]")?;
-    let mut said: BTreeMap<String, String> = BTreeMap::new();
-    let mut silent = wanted.len();
-    while silent > 0 {
-        let shown = operator.session.expect(&line, limit);
-        let text = shown.with_context(|| format!("{silent} have not said what they are to say"))?;
+    let mut said: BTreeMap<&String, String> = BTreeMap::new();
+    let mut silent: BTreeSet<_> = wanted.keys().collect();
+    while let Some(&first) = silent.first() {
+        let text = match operator.session.expect(&line, limit) {
+            Ok(text) => text,
+            Err(error) => {
+                let vm = first.clone();
+                let first = program.ask(&Request::VmShow { vm });
+                bail!("{error}; silent are {silent:?}; the first of them: {first:?}");
+            }
+        };
         let found = line.captures(&text).context("a line")?;
-        let Some(wanted) = wanted.get(&found[1]) else {
+        let Some((name, wanted)) = wanted.get_key_value(&found[1]) else {
             continue;
         };
-        let said = said.entry(found[1].to_owned()).or_default();
-        let before = said.contains(wanted);
+        let said = said.entry(name).or_default();
         said.push_str(&found[2]);
-        if !before && said.contains(wanted) {
-            silent -= 1;
+        if said.contains(wanted) {
+            silent.remove(name);
         }
     }
     Ok(())
@@ -275,7 +279,13 @@ fn look(program: &mut Program, limit: Duration, guests: &[(usize, Does)]) -> Res
 /// As many guests as there may be run at once, work and end; then all is as it was before.
 pub fn running(rig: &Rig, start: &Start) -> Result<String> {
     let limits = start.place.limits();
-    let (mut session, mut program) = soak::boot(rig, start, MEMORY_MIB, PCPUS, "")?;
+    let (mut session, mut program) = soak::boot(rig, start, "", |machine| {
+        machine.cpus = PCPUS;
+        if start.place.emulator() == Emulator::Bochs {
+            // Guests compute all the time while answers go over the line, at its speed.
+            machine.time = Time::Instructions { shift: 6 };
+        }
+    })?;
     session.allow(2 * start.place.patience());
     let mut operator = Operator {
         session: &mut session,
@@ -309,7 +319,7 @@ pub fn running(rig: &Rig, start: &Start) -> Result<String> {
         };
         (name(n, does), format!("{how} on {} processors", vcpus(n)))
     });
-    all_say(&mut operator, limits.boot, &ready.collect())?;
+    all_say(&mut operator, &mut program, limits.boot, &ready.collect())?;
     nudge(&mut program, &work)?;
     let at_once = look(&mut program, limits.boot, &all)?;
     let (least, most) = extremes(&at_once.ran);
@@ -345,7 +355,7 @@ pub fn running(rig: &Rig, start: &Start) -> Result<String> {
         let line = format!("load work: {STEPS} steps on {count} processors:{results}");
         (name(n, does), line)
     });
-    all_say(&mut operator, limits.boot, &wanted.collect())?;
+    all_say(&mut operator, &mut program, limits.boot, &wanted.collect())?;
     operator.switches(key::SHELL, PROMPT)?;
     let vms = wait_for(&mut program, limits.command, work.len(), VmState::Off)?;
     for &(n, does) in &work {

@@ -25,7 +25,7 @@ use super::{
     shell::{Operator, PROMPT, TALKS, key},
     terminal::Terminal,
 };
-use crate::emulator::Emulator;
+use crate::emulator::{Emulator, Machine};
 
 /// The guest that nobody touches.
 const UNTOUCHED: &str = "anchor";
@@ -547,13 +547,12 @@ fn soak(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String> {
     rounds(rig, start, amount, seed).with_context(|| format!("with --seed {seed}"))
 }
 
-/// A host with so many processors and the untouched guest, which talks; and a program on its control channel. `files`: more than the stub's.
+/// A host with the untouched guest, which talks, on a machine that `change` may change; and a program on its control channel. `files`: more than the stub's.
 pub(super) fn boot(
     rig: &Rig,
     start: &Start,
-    memory_mib: u32,
-    cpus: u32,
     files: &str,
+    change: impl FnOnce(&mut Machine),
 ) -> Result<(Session, Program)> {
     let limits = start.place.limits();
     let text = format!(
@@ -565,8 +564,7 @@ pub(super) fn boot(
     let socket = std::env::temp_dir().join(name);
     let mut session = rig.boot_text(start, &text, |machine| {
         machine.control = Some(socket.clone());
-        machine.cpus = cpus;
-        machine.memory_mib = memory_mib;
+        change(machine);
     })?;
     session.expect(&Regex::new("stub> ")?, limits.boot)?;
     let connected = Client::connect(&Address::Unix(socket), limits.command);
@@ -586,7 +584,9 @@ fn rounds(rig: &Rig, start: &Start, amount: Amount, seed: u64) -> Result<String>
         true => ", \"linux-6.1-cloud\", \"initramfs-disk\"",
         false => "",
     };
-    let (mut session, mut program) = boot(rig, start, 1024, amount.cpus, files)?;
+    let (mut session, mut program) = boot(rig, start, files, |machine| {
+        machine.cpus = amount.cpus;
+    })?;
     let mut operator = Operator {
         session: &mut session,
         limit: limits.command,
