@@ -121,11 +121,23 @@ impl Alarm {
             let Some(left) = due.checked_sub(now).filter(|&left| left > 0) else {
                 return now - due;
             };
-            let count = (u128::from(left) * u128::from(self.ratio)) >> 32;
-            self.local
-                .write(Register::InitialCount, (count as u32).max(1));
+            self.start(left);
             cpu::wait_for_interrupt();
         }
+    }
+
+    /// Lets the timer count so many ticks of the TSC.
+    fn start(&self, ticks: u64) {
+        let count = (u128::from(ticks) * u128::from(self.ratio)) >> 32;
+        self.local
+            .write(Register::InitialCount, (count as u32).max(1));
+    }
+
+    /// Interrupts after so many ticks of the TSC, again and again.
+    fn ring_every(&self, ticks: u64) {
+        self.local
+            .write(Register::Timer, apic::PERIODIC | u32::from(VECTOR));
+        self.start(ticks);
     }
 }
 
@@ -228,7 +240,7 @@ fn turn() {
     }
 }
 
-/// How often the guest that is to work looks whether it may begin.
+/// How often the guest that is to work looks whether it may begin, and is interrupted at it.
 const LOOK_US: u64 = 20_000;
 
 /// From an NMI to the next one every processor computes, each so many steps from its own number at least; what came of these is told:
@@ -272,13 +284,19 @@ fn work_on_all(machine: &Machine, steps: u64) -> Result<usize, Why> {
     hook(vector::NMI, only_count);
     let alarm = Alarm::new(machine);
     println!("load work: ready on {count} processors");
+    let look = LOOK_US * (machine.tsc_hz / 1_000_000);
     // An NMI may come between the look and the halt, which the timer ends then.
     while nmis() == 0 {
-        alarm.sleep_until(cpu::tsc() + LOOK_US * (machine.tsc_hz / 1_000_000));
+        alarm.sleep_until(cpu::tsc() + look);
     }
-    alarm.local.quiet();
+    // Bochs 2.7 keeps NMIs blocked where a guest was left in its NMI handler, also for those that run there next, until one of
+    // their IRETs.
+    alarm.ring_every(look);
     others.begin(compute);
+    cpu::sti();
     compute(others.first);
+    cpu::cli();
+    alarm.local.quiet();
     others.join()?;
     Ok(count)
 }
