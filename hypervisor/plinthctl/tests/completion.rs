@@ -94,7 +94,11 @@ fn completed(path: &Path, line: &str) -> Vec<String> {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(errors.is_empty(), "{line:?}: {errors}");
     assert!(output.status.success(), "{line:?}: {}", output.status);
-    let text = String::from_utf8(output.stdout).unwrap();
+    offers(&String::from_utf8(output.stdout).unwrap())
+}
+
+/// What was offered, a line each.
+fn offers(text: &str) -> Vec<String> {
     text.lines()
         .filter(|line| !line.is_empty())
         .map(String::from)
@@ -231,11 +235,7 @@ impl Zsh {
         errors += &std::fs::read_to_string(file("errors")).unwrap();
         assert!(errors.is_empty(), "{line:?}: {errors}");
         assert!(output.status.success(), "{line:?}: {}", output.status);
-        let text = std::fs::read_to_string(file("offered")).unwrap();
-        text.lines()
-            .filter(|line| !line.is_empty())
-            .map(String::from)
-            .collect()
+        offers(&std::fs::read_to_string(file("offered")).unwrap())
     }
 }
 

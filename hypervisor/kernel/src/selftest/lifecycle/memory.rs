@@ -25,6 +25,7 @@ const WARM_UP: u32 = 8;
 const ROUNDS: u32 = 1_000;
 /// In Bochs, where a round takes five times as long.
 const ROUNDS_IN_BOCHS: u32 = 250;
+
 /// What the host has given away.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Used {
